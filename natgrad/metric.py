@@ -1,0 +1,248 @@
+"""A Riemannian metric on the parameters of a model.
+
+A metric g is a map ĝ from tangent vectors (directions in which to move the parameters) to covectors (what
+``loss.backward()`` leaves in ``.grad``): ĝ(X)(Y) = g(X, Y). The gradient of f is grad f = ĝ⁻¹(df).
+
+Vectors of both kinds are dictionaries ``{name: tensor shaped like the parameter}``. `flat` lowers the index
+(tangent → covector), `sharp` raises it (covector → tangent), with damping: (ĝ + λI)⁻¹.
+
+A metric of your own
+--------------------
+Derive from `Metric`, call ``super().__init__(parameters)`` and write `flat` and `sharp`; every other verb
+follows from these two (override the ones you can do faster). For `natgrad.NaturalGradient`, three more methods
+have defaults that may be replaced:
+
+- `advance` is called once a step, before the direction is asked for (moving averages, refreshed factors);
+- `default_step` says which step rule serves the metric where the user names none;
+- `observe` and `gradient`, for metrics that make their own gradient: ``opt.step(batch)`` calls
+  ``observe(batch)``, which returns the loss, and then reads `gradient`; `direction` may then be computed in a
+  better conditioned way than by ``sharp(gradient())``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from natgrad.steps import StepRule
+
+Vector = dict[str, Tensor]
+
+
+class Metric:
+    """ĝ: TM → T*M over named parameters. See the module docstring for the protocol.
+
+    Args:
+        parameters: ``{name: parameter}``, in the order in which `dense` lays them out.
+
+    Raises:
+        ValueError: there is no parameter, or one that is complex or on the meta device.
+    """
+
+    positive_definite = False  # whether `sharp` is defined without damping
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters: dict[str, Tensor] = dict(parameters)
+        if not self.parameters:
+            raise ValueError("the metric has no parameters: the model has none that requires grad, or `params` selects none")
+        for name, p in self.parameters.items():
+            if p.is_complex():
+                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); natgrad covers real parameters: hold Re and Im apart")
+            if p.is_meta:
+                raise ValueError(f"parameter {name!r} is on the meta device and has no values; materialise the model first (`to_empty`, then initialise)")
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names, in the order of `dense`."""
+        return list(self.parameters)
+
+    # the two verbs that make a metric ------------------------------------------------------------------
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        """ĝ v: tangent → covector, each entry shaped like its parameter."""
+        raise NotImplementedError(f"{type(self).__name__} does not define flat")
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        """(ĝ + damping·I)⁻¹ df: covector → tangent, each entry shaped like its parameter.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or `df` does not fit the parameters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define sharp")
+
+    # what follows from them ----------------------------------------------------------------------------
+
+    def inner(self, u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
+        """g(u, v) = ⟨ĝ u, v⟩, a scalar tensor."""
+        v = self.check(v, "v")
+        lowered = self.flat(u)
+        return sum_of((lowered[n] * v[n]).sum() for n in self.parameters)
+
+    def norm(self, v: Mapping[str, Tensor]) -> Tensor:
+        """√g(v, v), a scalar tensor; rounding below zero counts as zero."""
+        return self.inner(v, v).clamp(min=0).sqrt()
+
+    def dense(self) -> Tensor:
+        """ĝ as a (P, P) matrix over the flattened parameters in the order of `names`."""
+        size = sum(p.numel() for p in self.parameters.values())
+        like = next(iter(self.parameters.values()))
+        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        return torch.stack([self.vector_to_flat(self.flat(self.flat_to_vector(row))) for row in eye], dim=1)
+
+    def diagonal(self) -> Vector:
+        """The diagonal of ĝ, shaped like the parameters."""
+        return self.flat_to_vector(self.dense().diagonal())
+
+    def trace(self) -> Tensor:
+        """tr ĝ, a scalar tensor."""
+        return sum_of(d.sum() for d in self.diagonal().values())
+
+    def logdet(self, damping: float) -> Tensor:
+        """log det(ĝ + damping·I), a scalar tensor.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or ĝ + damping·I is not positive definite.
+        """
+        lower = self._damped_cholesky(damping)
+        return 2 * lower.diagonal().log().sum()
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        """One draw from N(0, (ĝ + damping·I)⁻¹), a tangent vector.
+
+        Raises:
+            ValueError: as `logdet`.
+        """
+        lower = self._damped_cholesky(damping)
+        z = torch.randn(lower.shape[0], 1, dtype=lower.dtype, device=lower.device, generator=generator)
+        return self.flat_to_vector(torch.linalg.solve_triangular(lower.mT, z, upper=True)[:, 0])
+
+    def _damped_cholesky(self, damping: float) -> Tensor:
+        damping = self.check_damping(damping)
+        matrix = self.dense()
+        matrix = (matrix + matrix.mT) / 2
+        matrix.diagonal().add_(damping)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            smallest = float(torch.linalg.eigvalsh(matrix)[0])
+            raise ValueError(f"ĝ + {damping:g}·I is not positive definite (smallest eigenvalue {smallest:.3g}); take a larger damping")
+        return lower
+
+    # what the optimizer asks for -----------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Called by the optimizer once a step, before it asks for a direction."""
+
+    def default_step(self) -> StepRule:
+        """The step rule used where the user names none."""
+        from natgrad.steps import FixedStep
+
+        return FixedStep()
+
+    def observe(self, batch: Any) -> Tensor:
+        """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own gradient).
+
+        Raises:
+            TypeError: the metric takes its gradient from ``loss.backward()``.
+        """
+        raise TypeError(
+            f"{type(self).__name__} takes its gradient from loss.backward(); call opt.step() without a batch. "
+            "Metrics that make their own gradient are GaussNewton, Energy and QuantumGeometry"
+        )
+
+    def gradient(self) -> Vector:
+        """df of the last observed batch."""
+        raise TypeError(f"{type(self).__name__} takes its gradient from loss.backward()")
+
+    def direction(self, damping: float) -> Vector:
+        """(ĝ + damping·I)⁻¹ df of the last observed batch, in the best conditioned way the metric knows."""
+        return self.sharp(self.gradient(), damping)
+
+    # vectors -------------------------------------------------------------------------------------------
+
+    def check(self, v: Mapping[str, Tensor], what: str) -> Vector:
+        """`v` as a dictionary in the order of `names`.
+
+        Raises:
+            TypeError: `v` is not a mapping of names to tensors.
+            ValueError: an entry is missing, left over or has the wrong shape.
+        """
+        if not isinstance(v, Mapping):
+            raise TypeError(f"{what} must be a dict {{parameter name: tensor}}, got {type(v).__name__}")
+        missing = [n for n in self.parameters if n not in v]
+        extra = [n for n in v if n not in self.parameters]
+        if missing or extra:
+            said = [f"missing {missing}"] * bool(missing) + [f"unknown {extra}"] * bool(extra)
+            raise ValueError(f"{what} does not fit the metric's parameters: {'; '.join(said)}. The names are {self.names}")
+        for name, p in self.parameters.items():
+            if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
+                got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
+                raise ValueError(f"{what}[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}")
+        return {n: v[n] for n in self.parameters}
+
+    def check_damping(self, damping: float) -> float:
+        """`damping` as a float.
+
+        Raises:
+            ValueError: it is not positive and finite (zero is allowed where the metric is positive definite).
+        """
+        value = float(damping)
+        if not math.isfinite(value) or value < 0 or (value == 0 and not self.positive_definite):
+            raise ValueError(f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got {damping!r}")
+        return value
+
+    def vector_to_flat(self, v: Mapping[str, Tensor]) -> Tensor:
+        """{name: tensor} → (P,)"""
+        return torch.cat([v[n].reshape(-1) for n in self.parameters])
+
+    def flat_to_vector(self, flat: Tensor) -> Vector:
+        """(P,) → {name: tensor}"""
+        parts = flat.split([p.numel() for p in self.parameters.values()])
+        return {n: part.reshape(p.shape) for (n, p), part in zip(self.parameters.items(), parts)}
+
+
+class Euclidean(Metric):
+    """ĝ = I: the metric that plain gradient descent takes without saying so.
+
+    Args:
+        params: a module, a ``{name: parameter}`` mapping or an iterable of parameters.
+    """
+
+    positive_definite = True
+
+    def __init__(self, params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        super().__init__(named(params))
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        return self.check(v, "v")
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float = 0.0) -> Vector:
+        damping = self.check_damping(damping)
+        df = self.check(df, "df")
+        return df if damping == 0 else {n: g / (1 + damping) for n, g in df.items()}
+
+    def diagonal(self) -> Vector:
+        return {n: torch.ones_like(p) for n, p in self.parameters.items()}
+
+    def default_step(self) -> StepRule:
+        from natgrad.steps import FixedStep
+
+        return FixedStep(damping=0.0)
+
+
+def named(params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
+    """{name: parameter} of a module (those that require grad), a mapping, or an iterable (numbered)."""
+    if isinstance(params, nn.Module):
+        return {n: p for n, p in params.named_parameters() if p.requires_grad}
+    if isinstance(params, Mapping):
+        return dict(params)
+    return {f"param{i}": p for i, p in enumerate(params)}
+
+
+def sum_of(scalars: Iterable[Tensor]) -> Tensor:
+    """Sum of scalar tensors without a leading integer zero."""
+    return torch.stack(list(scalars)).sum()

@@ -1,0 +1,1 @@
+"""The problems that the command line ships."""
