@@ -1,16 +1,16 @@
 """Blocks: the curvature of one layer (or of several together) in one structure.
 
-With G_n the gradient matrix of datum n (d_out, d_in), the block of the Fisher matrix is (1/m) Σ_n vec(G_n) vec(G_n)ᵀ over
-all cotangents drawn. The structures keep
+With G_n the gradient matrix of datum n (d_out, d_in), the block of the Fisher matrix is (1/m) Σ_n vec(G_n) vec(G_n)ᵀ
+over all cotangents drawn. The structures keep
 
 - dense      all of it, over one layer or several (`DenseBlock`);
 - diagonal   its diagonal, (1/m) Σ_n G_n∘G_n (`DiagonalBlock`);
-- kfac       U ⊗ V with U = (1/m) Σ g gᵀ and V = mean a aᵀ over rows (`KroneckerBlock`). "expand" takes every position as a row of
-             its own; "reduce" first sums g and averages a over the positions of a datum (Eschenhagen et al. 2023,
-             arXiv:2311.00636, eqs. 21 and 22). U carries the scale of the loss; V is a mean.
+- kfac       U ⊗ V with U = (1/m) Σ g gᵀ and V = mean a aᵀ over rows (`KroneckerBlock`). "expand" takes every position
+             as a row of its own; "reduce" first sums g and averages a over the positions of a datum (Eschenhagen et
+             al. 2023, arXiv:2311.00636, eqs. 21 and 22). U carries the scale of the loss; V is a mean.
 
-A block works in its own *coordinates*, a tensor with any leading dimensions; `pack` and `unpack` convert from and to named
-tensors. Statistics, damping and inverse are three things: damping is never written into the statistics, and an
+A block works in its own *coordinates*, a tensor with any leading dimensions; `pack` and `unpack` convert from and to
+named tensors. Statistics, damping and inverse are three things: damping is never written into the statistics, and an
 `Inverse` is factorised once and applied many times.
 """
 
@@ -32,7 +32,9 @@ CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
 
 @dataclass
 class Layer:
-    """A weight and its biases, or one of them, as a stack of matrices (groups, d_out, d_in) with a column for each bias."""
+    """A weight and its biases, or one of them, as a stack of matrices (groups, d_out, d_in) with a column for each
+    bias.
+    """
 
     op: str
     view: View
@@ -43,6 +45,10 @@ class Layer:
     @property
     def pieces(self) -> list[Piece]:
         return [p for p in (self.weight, *self.biases) if p is not None]
+
+    @property
+    def names(self) -> set[str]:
+        return {p.name for p in self.pieces}
 
     @property
     def key(self) -> Piece:
@@ -160,7 +166,9 @@ class Block:
     # statistics
 
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i. `first`: the inputs are not yet counted."""
+        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i. `first`: the inputs are not yet
+        counted.
+        """
         raise NotImplementedError
 
     def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
@@ -229,6 +237,10 @@ class Block:
     def sizes(self) -> str:
         """Sizes of what is stored, for the coverage table."""
         raise NotImplementedError
+
+    def memory(self) -> int:
+        """Bytes of the statistics."""
+        return sum(s.numel() * s.element_size() for a in self.statistics.values() for s in a.sums.values())
 
 
 class JointBlock(Block):

@@ -26,7 +26,19 @@ from natgrad.ops import RULES, Parsed, View, op_name
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
 # graph nodes that hand a parameter on unchanged, or only cast it: a weight behind them is still that parameter
-PASSING = ("Alias", "AsStrided", "Chunk", "Select", "Slice", "Split", "T", "ToCopy", "Transpose", "Unbind", "View")
+PASSING = (
+    "Alias",
+    "AsStrided",
+    "Chunk",
+    "Select",
+    "Slice",
+    "Split",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "View",
+)
 
 
 class CaptureError(RuntimeError):
@@ -120,7 +132,7 @@ class Tape:
             return Piece(name)
         row = p[0].numel() if p.dim() and p.shape[0] else 0
         if row and same_storage(w, p) and w.shape[1:] == p.shape[1:] and w.stride() == p.stride():
-            start, odd = divmod(w.storage_offset() - p.storage_offset(), row)
+            start, odd = divmod(int(w.storage_offset() - p.storage_offset()), row)
             return None if odd else Piece(name, (start, start + w.shape[0]))
         return None
 

@@ -23,17 +23,25 @@ class CoverageRow:
     why: str  # the reason, where the block is not the one asked for
 
 
-class Coverage(tuple[CoverageRow, ...]):
-    """Rows in the order of the metric's names; ``str()`` prints a table."""
+@dataclass(frozen=True)
+class Coverage:
+    """Rows in the order of the metric's names; ``str()`` prints a table, ``coverage["fc.weight"]`` is one row."""
 
-    def __getitem__(self, key: object) -> CoverageRow:  # type: ignore[override]
-        """A row by number or by parameter name."""
-        if isinstance(key, str):
-            for row in self:
-                if row.parameter == key:
-                    return row
-            raise KeyError(f"no parameter {key!r}; there are {[r.parameter for r in self]}")
-        return super().__getitem__(key)  # type: ignore[index, return-value]
+    rows: tuple[CoverageRow, ...]
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | str) -> CoverageRow:
+        if isinstance(key, int):
+            return self.rows[key]
+        for row in self.rows:
+            if row.parameter == key:
+                return row
+        raise KeyError(f"no parameter {key!r}; there are {[r.parameter for r in self.rows]}")
 
     def __str__(self) -> str:
         table = Table(box=None, pad_edge=False)
@@ -41,7 +49,13 @@ class Coverage(tuple[CoverageRow, ...]):
             table.add_column(title, justify="right" if title == "memory" else "left", overflow="fold")
         for row in self:
             table.add_row(
-                row.parameter, "×".join(map(str, row.shape)) or "scalar", row.op, row.block, row.sizes, readable(row.memory), row.why
+                row.parameter,
+                "×".join(map(str, row.shape)) or "scalar",
+                row.op,
+                row.block,
+                row.sizes,
+                readable(row.memory),
+                row.why,
             )
         out = io.StringIO()
         Console(file=out, width=160, color_system=None).print(table)

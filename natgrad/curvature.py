@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.blocks import Average, Block, DenseBlock, DiagonalBlock, KroneckerBlock, Layer, Statistics, Use
-from natgrad.capture import Call, CaptureError, Edge, Piece, Tape, Uncaptured, as_gradient_edge, coverage_walk
+from natgrad.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Layer, Statistics, Use
+from natgrad.capture import Call, CaptureError, Piece, Tape, Uncaptured, as_gradient_edge, coverage_walk
 from natgrad.layers import Layers, canonical_input, uses_of
-from natgrad.likelihoods import Reading, Tensors, replace_tensors
+from natgrad.likelihoods import Reading
 from natgrad.ops import ElementView, FlatView
 from natgrad.passes import cotangents, count_data, of_data, separable
+from natgrad.trees import Tensors, replace_tensors
 
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
@@ -96,7 +97,15 @@ class Curvature:
         statistics: dict[Block, Statistics] = {}
         source = ""
         for v in cotangents(
-            self.reading, outputs, local_output, targets, self.kind, self.samples, data, apart, self.generator(outputs[0].device)
+            self.reading,
+            outputs,
+            local_output,
+            targets,
+            self.kind,
+            self.samples,
+            data,
+            apart,
+            self.generator(outputs[0].device),
         ):
             grads = [*shot.backward(v), *(shot.per_datum(c, v, 1 if apart else data) for c in extra)]
             self._observe(statistics, [*calls, *extra], inputs, grads, 1 if apart else data, mass, source)
@@ -147,7 +156,8 @@ class Curvature:
         why = "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.reading.why_targets()
         if why is not None:
             raise ValueError(
-                f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion module in the "
+                f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
+                f"module in the "
                 "training loop, or give `targets=` (a callable) to pick them out of what the model receives"
             )
 
@@ -157,7 +167,8 @@ class Curvature:
             earlier = use.name in self.layers.captured_names() and use.name not in self.uncovered
             if use.name in used_by or earlier:
                 raise CaptureError(
-                    f"parameter {use.name!r} is used by {used_by.get(use.name, 'a covered op')}, which the metric follows, and also "
+                    f"parameter {use.name!r} is used by {used_by.get(use.name, 'a covered op')}, which the "
+                    f"metric follows, and also "
                     f"in a way that no op rule covers (reached through {use.used_by}); its block would be wrong. "
                     "Use it through covered ops only, or leave it out with `params=`"
                 )
@@ -189,18 +200,26 @@ class Curvature:
         """Whether all data can share a backward pass; ``rows[i]`` is the first dimension of call i."""
         if self.kind == "sampled" and not any(b.needs_data for b in self.blocks):
             return True
-        batch_norm = [n for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        batch_norm = [
+            n for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+        ]
         if batch_norm and self.kind != "exact":
             if not self._warned_batch_norm:
                 warnings.warn(
-                    f"batch normalisation in training mode ({batch_norm[0]!r} and {len(batch_norm) - 1} more) mixes the data of a "
-                    "batch; the metric takes its batch statistics as fixed. Call model.eval() first for the metric of the "
+                    f"batch normalisation in training mode ({batch_norm[0]!r} and {len(batch_norm) - 1} more) "
+                    f"mixes the data of a "
+                    "batch; the metric takes its batch statistics as fixed. Call model.eval() first for the "
+                    "metric of the "
                     "model that is deployed",
                     stacklevel=6,
                 )
                 self._warned_batch_norm = True
             return True
-        key = (self.module.training, tuple(r // data if r % data == 0 else r for r in rows), tuple(o.shape[1:] for o in outputs))
+        key = (
+            self.module.training,
+            tuple(r // data if r % data == 0 else r for r in rows),
+            tuple(o.shape[1:] for o in outputs),
+        )
         if key not in self._separable:
             self._separable[key] = separable(outputs, shot.backward, rows, data)
         return self._separable[key]

@@ -1,18 +1,19 @@
 """The Fisher metric of a model under a criterion.
 
-F(θ) = E_x E_{y∼p(y|x;θ)} [∇log p ∇log pᵀ] = ∇²_θ' KL(p_θ ‖ p_θ') at θ' = θ, the expectation over x replaced by a mean over data
-(Amari 1998, Neural Computation 10(2), §2; Martens 2020, arXiv:1412.1193, §5). For cross-entropy, squared, BCE and
-Poisson losses "exact" and "dense" is the generalised Gauss–Newton matrix of ``criterion(model(x), y)`` (Schraudolph 2002).
+F(θ) = E_x E_{y∼p(y|x;θ)} [∇log p ∇log pᵀ] = ∇²_θ' KL(p_θ ‖ p_θ') at θ' = θ, the expectation over x replaced by a mean
+over data (Amari 1998, Neural Computation 10(2), §2; Martens 2020, arXiv:1412.1193, §5). For cross-entropy, squared,
+BCE and Poisson losses "exact" and "dense" is the generalised Gauss–Newton matrix of ``criterion(model(x), y)``
+(Schraudolph 2002).
 
-A forward pass that is watched goes: `capture` notes the calls → where the criterion is called (or, if it is not, where the
-output is backpropagated) `passes` gives cotangents → one backward pass each gives the gradient at every call → blocks take
-their statistics → these count once the loss is backpropagated.
+A forward pass that is watched goes: `capture` notes the calls → where the criterion is called (or, if it is not, where
+the output is backpropagated) `passes` gives cotangents → one backward pass each gives the gradient at every call →
+blocks take their statistics → these count once the loss is backpropagated.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,9 @@ from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
-from natgrad.likelihoods import describe, read
+from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
+from natgrad.trees import describe
 from natgrad.watch import Watcher
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")  # attribute names that wrappers add to parameter names
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)  # attribute names that wrappers add to parameter names
 
 
 class Fisher(Metric):
@@ -53,7 +59,8 @@ class Fisher(Metric):
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
-        ValueError: an option that does not exist (the message lists those that do), or a model without a trainable parameter.
+        ValueError: an option that does not exist (the message lists those that do), or a model without a trainable
+            parameter.
     """
 
     def __init__(
@@ -115,7 +122,8 @@ class Fisher(Metric):
         """
         if self._driver is not None:
             raise RuntimeError(
-                "this metric is driven by an optimizer, which adds the batches that are trained on; calling update() as well would "
+                "this metric is driven by an optimizer, which adds the batches that are trained on; calling "
+                "update() as well would "
                 "count them twice. Make a second metric: ng.Fisher(model, criterion)"
             )
         args, kwargs = arguments(inputs)
@@ -139,7 +147,8 @@ class Fisher(Metric):
             draw = self.curvature.draw(output, targets, [tape], per_datum=True)
         if draw is None:
             raise CaptureError(
-                "the output does not depend on any parameter of the metric: it is detached, or the model was run under no_grad "
+                "the output does not depend on any parameter of the metric: it is detached, or the model was "
+                "run under no_grad "
                 "or ignores its parameters"
             )
         return draw
@@ -166,7 +175,7 @@ class Fisher(Metric):
         """
         from rich.progress import track
 
-        size = len(loader) if hasattr(loader, "__len__") else None
+        size = len(loader) if isinstance(loader, Sized) else None
         batches = track(loader, description="metric", total=size, transient=True) if progress else loader
         count = 0
         for batch in batches:
@@ -222,7 +231,9 @@ class Fisher(Metric):
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
 
-    def take_pending(self, decay: float | None) -> bool:
+    needs_refresh = True
+
+    def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = self._pending, []
         if draws:
@@ -235,7 +246,7 @@ class Fisher(Metric):
         self._watcher.forget()
 
     def default_step(self) -> StepRule:
-        from natgrad.steps import NormalisedStep
+        from natgrad.normalised import NormalisedStep
 
         return NormalisedStep()
 
@@ -301,7 +312,8 @@ class Fisher(Metric):
         damping = self.check_damping(damping)
         like = self._like()
         noise = {
-            n: torch.randn(p.shape, dtype=like.dtype, device=p.device, generator=generator) for n, p in self.parameters.items()
+            n: torch.randn(p.shape, dtype=like.dtype, device=p.device, generator=generator)
+            for n, p in self.parameters.items()
         }
         out = {n: z * damping**-0.5 for n, z in noise.items()}
         for block in self._ready():
@@ -309,7 +321,8 @@ class Fisher(Metric):
         return out
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from inputs.
+        """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
+        inputs.
 
         A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …).
 
@@ -322,7 +335,9 @@ class Fisher(Metric):
         kron = [b for b in found if isinstance(b, KroneckerBlock)]
         if not kron:
             structure = found[0].structure if found else "no curvature"
-            raise ValueError(f"the block of {name!r} is {structure!r}, which has no Kronecker factors; use structure='kfac'")
+            raise ValueError(
+                f"the block of {name!r} is {structure!r}, which has no Kronecker factors; use structure='kfac'"
+            )
         if len(kron) > 1:
             pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
             raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
@@ -331,7 +346,11 @@ class Fisher(Metric):
 
     def _ready(self) -> list[Block]:
         if not self.seen:
-            hint = "train a step first" if self._driver is not None else "call update(inputs, targets) or fit(loader) first"
+            hint = (
+                "train a step first"
+                if self._driver is not None
+                else "call update(inputs, targets) or fit(loader) first"
+            )
             raise RuntimeError(f"the metric has seen no data yet; {hint}")
         return [b for b in self.blocks if b.statistics]
 
@@ -347,22 +366,30 @@ class Fisher(Metric):
 
     def coverage(self) -> Coverage:
         """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
-        return Coverage(self._coverage_row(n) for n in self.parameters)
+        return Coverage(tuple(self._coverage_row(n) for n in self.parameters))
 
     def _coverage_row(self, name: str) -> CoverageRow:
         shape = tuple(self.parameters[name].shape)
-        held = [(b, layer) for b in self.blocks for layer in b.layers if name in {p.name for p in layer.pieces}]
+        held = [(b, layer) for b in self.blocks for layer in b.layers if name in layer.names]
         if held:
             blocks = list(dict.fromkeys(b for b, _ in held))
-            memory = sum(s.numel() * s.element_size() for b in blocks for a in b.statistics.values() for s in a.sums.values())
+            memory = sum(b.memory() for b in blocks)
             ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
             why = "no op rule covers its use" if ops == PER_DATUM else ""
             sizes = ", ".join(b.sizes() for b in blocks if b.statistics)
             return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
         if (use := self.curvature.uncovered.get(name)) is not None:
-            why = f"no op rule covers its use (reached through {use.used_by}); an optimizer trains it by an Adam-like rule"
+            why = f"no op rule covers its use (reached through {use.used_by}); optimizers train it by an Adam-like rule"
             return CoverageRow(name, shape, "", "no curvature", "", 0, why)
-        return CoverageRow(name, shape, "", "not seen", "", 0, "no forward pass has used it yet" if not self.seen else "unused")
+        return CoverageRow(
+            name,
+            shape,
+            "",
+            "not seen",
+            "",
+            0,
+            "no forward pass has used it yet" if not self.seen else "unused",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics and what they belong to: tensors, strings and numbers only."""

@@ -1,14 +1,14 @@
 """Kronecker algebra on stacks of matrices, and inverses and eigenbases that do not fail.
 
-The convention, stated once: a layer's parameters are a matrix X of shape (d_out, d_in) and its curvature is U ⊗ V with U
-(d_out, d_out) from output gradients and V (d_in, d_in) from inputs. With *row-major* vec, as in ``X.flatten()``,
+The convention, stated once: a layer's parameters are a matrix X of shape (d_out, d_in) and its curvature is U ⊗ V with
+U (d_out, d_out) from output gradients and V (d_in, d_in) from inputs. With *row-major* vec, as in ``X.flatten()``,
 
     (U ⊗ V) vec(X) = vec(U X Vᵀ),      V symmetric: vec(U X V),
 
 so ``torch.kron(U, V) @ X.flatten() == (U @ X @ V).flatten()``. All functions take stacks (…, d, d).
 
-Factored damping splits λ between the factors (Martens & Grosse 2015, arXiv:1503.05671, §6.3); here it is relative to the
-mean eigenvalue of each factor. Exact damping goes through the eigenbases: (U ⊗ V + λI)⁻¹ has the eigenvalues
+Factored damping splits λ between the factors (Martens & Grosse 2015, arXiv:1503.05671, §6.3); here it is relative to
+the mean eigenvalue of each factor. Exact damping goes through the eigenbases: (U ⊗ V + λI)⁻¹ has the eigenvalues
 1/(u_i v_j + λ).
 """
 
@@ -80,7 +80,9 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     damped = m + eye * damping[..., None, None]
     size = mean_eigenvalue(damped)[..., None, None]
     for attempt in range(TRIES):
-        lower, info = torch.linalg.cholesky_ex(damped if attempt == 0 else damped + eye * (size * JITTER * 100.0**attempt))
+        lower, info = torch.linalg.cholesky_ex(
+            damped if attempt == 0 else damped + eye * (size * JITTER * 100.0**attempt)
+        )
         if not bool(info.any()):
             return torch.cholesky_inverse(lower)
     values, vectors = safe_eigh(m.double())

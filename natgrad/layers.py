@@ -56,7 +56,8 @@ class Layers:
                 for other, held in owner.get(piece.name, []):
                     if held is not layer and overlap(piece, other):
                         raise CaptureError(
-                            f"parameter {piece} is shared by the layers of {held.key} and {layer.key}, which share no block; "
+                            f"parameter {piece} is shared by the layers of {held.key} and {layer.key}, which "
+                            f"share no block; "
                             "leave it out with `params=`"
                         )
                 owner.setdefault(piece.name, []).append((piece, layer))

@@ -12,14 +12,13 @@ None of them is divided by m: `natgrad.Fisher` divides once, by the mass of all 
 
 For a weighted and smoothed cross-entropy c_r = (1−ε) w_y + (ε/C) Σ_c w_c, since the Hessian of every −log p_c is
 diag(p) − p pᵀ, whatever the class. Squared error (f − y)² is −log p of a normal with variance ½, up to a constant.
-Closed forms for distributions: Amari (2016), *Information Geometry and Its Applications*, §2; each is checked
-against a quadrature or a large sample in the tests.
+Roots for `torch.distributions` stand in `natgrad.closed_forms`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-Tensors = tuple[Tensor, ...]
+from natgrad.closed_forms import CLOSED_FORMS
+from natgrad.trees import Tensors, describe, leaves_of, replace_tensors
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Reading:
     """A criterion read as −log p(y | f). Subclasses fill in what the module docstring lists."""
 
     reduction: str
+    criterion: Any  # a loss module; its attributes are read by name
 
     def __init__(self, criterion: nn.Module) -> None:
         self.criterion = criterion
@@ -107,7 +108,7 @@ class Reading:
         """√c times the score of labels drawn from the model."""
         raise NotImplementedError
 
-    def roots(self, outputs: Tensors, targets: Any) -> list[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
         """Roots of c·H, for all terms at once.
 
         Raises:
@@ -151,7 +152,9 @@ class CrossEntropy(Reading):
 
     def like(self, rows: Tensor, f: Tensor) -> Tensor:
         """(N·d1·…, C) → (N, C, d1, …)"""
-        return rows.reshape(f.shape) if f.dim() == 1 else rows.reshape(f.shape[0], *f.shape[2:], f.shape[1]).movedim(-1, 1)
+        return (
+            rows.reshape(f.shape) if f.dim() == 1 else rows.reshape(f.shape[0], *f.shape[2:], f.shape[1]).movedim(-1, 1)
+        )
 
     def factors(self, f: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """(c, m) of each row."""
@@ -186,7 +189,7 @@ class CrossEntropy(Reading):
         """The part of the gradient of −log p_y that does not depend on y."""
         return p
 
-    def roots(self, outputs: Tensors, targets: Any) -> list[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
         (f,) = outputs
         p = self.rows(f).softmax(1)
         c, _ = self.factors(f, targets)
@@ -213,7 +216,7 @@ class Elementwise(Reading):
         """c·h of each element."""
         raise NotImplementedError
 
-    def roots(self, outputs: Tensors, targets: Any) -> list[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
         (f,) = outputs
         return [Root(outputs, (self.curvature(f, targets).sqrt(),), (counted(f),))]
 
@@ -298,7 +301,7 @@ class GaussianNoise(Reading):
         score = (1 - eps.square()) / (2 * v)
         return -eps / v.sqrt(), score.sum_to_size(v.shape).reshape(var.shape)
 
-    def roots(self, outputs: Tensors, targets: Any) -> list[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
         mean, var = outputs
         v = self.variance(outputs)
         shared = mean.numel() / max(v.numel(), 1)  # elements of the mean that share one variance
@@ -331,9 +334,11 @@ class Likelihood(nn.Module):
     def __init__(self, distribution: Callable[[Any], td.Distribution], reduction: str = "mean") -> None:
         super().__init__()
         if not callable(distribution):
-            raise TypeError(f"Likelihood takes a callable output → torch.distributions.Distribution, got {distribution!r}")
+            raise TypeError(
+                f"Likelihood takes a callable output → torch.distributions.Distribution, got {distribution!r}"
+            )
         self.distribution = distribution
-        self.reduction = reduction
+        self.reduction: str = reduction
         check_reduction(self)
 
     def forward(self, input: Any, target: Any) -> Tensor:
@@ -343,8 +348,6 @@ class Likelihood(nn.Module):
 
 class FromDistribution(Reading):
     """`Likelihood`: scores by automatic differentiation of log_prob, roots from the table of closed forms."""
-
-    criterion: Likelihood
 
     def outputs(self, output: Any) -> Tensors:
         found = tuple(t for t in leaves_of(output) if t.is_floating_point())
@@ -373,7 +376,7 @@ class FromDistribution(Reading):
         grads = torch.autograd.grad(nll, leaves, allow_unused=True)
         return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, leaves))
 
-    def roots(self, outputs: Tensors, targets: Any) -> list[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
         leaves, dist = self.local(outputs)
         while isinstance(dist, td.Independent):
             dist = dist.base_dist
@@ -405,100 +408,6 @@ class PulledRoot(Root):
         return Root.pull(self, self.leaves, keep)
 
 
-Column = list[tuple[Tensor, Tensor]]  # (parameter of the distribution, cotangent on it)
-
-
-def _normal(d: td.Normal) -> list[Column]:
-    return [[(d.loc, 1 / d.scale)], [(d.scale, 2**0.5 / d.scale)]]
-
-
-def _log_normal(d: td.LogNormal) -> list[Column]:
-    return _normal(d.base_dist)
-
-
-def _laplace(d: td.Laplace) -> list[Column]:
-    return [[(d.loc, 1 / d.scale)], [(d.scale, 1 / d.scale)]]
-
-
-def _categorical(d: td.Categorical) -> list[Column]:
-    # log p_k is the normalised logit itself, so √p_k e_k on the logits, which carry the graph of log-softmax
-    root = d.probs.sqrt()
-    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    return [[(d.logits, root * e)] for e in eye]
-
-
-def _one_hot(d: td.OneHotCategorical) -> list[Column]:
-    return _categorical(d._categorical)
-
-
-def _bernoulli(d: td.Bernoulli) -> list[Column]:
-    return [[(d.logits, (d.probs * (1 - d.probs)).sqrt())]]
-
-
-def _binomial(d: td.Binomial) -> list[Column]:
-    return [[(d.logits, (d.total_count * d.probs * (1 - d.probs)).sqrt())]]
-
-
-def _geometric(d: td.Geometric) -> list[Column]:
-    return [[(d.logits, (1 - d.probs).sqrt())]]
-
-
-def _poisson(d: td.Poisson) -> list[Column]:
-    return [[(d.rate, d.rate.rsqrt())]]
-
-
-def _exponential(d: td.Exponential) -> list[Column]:
-    return [[(d.rate, 1 / d.rate)]]
-
-
-def _gamma(d: td.Gamma) -> list[Column]:
-    # Fisher [[ψ₁(α), −1/β], [−1/β, α/β²]] = L Lᵀ
-    a = torch.polygamma(1, d.concentration).sqrt()
-    b = -1 / (d.rate * a)
-    c = (d.concentration / d.rate.square() - b.square()).sqrt()
-    return [[(d.concentration, a), (d.rate, b)], [(d.rate, c)]]
-
-
-def _dirichlet(d: td.Dirichlet) -> list[Column]:
-    # Fisher diag ψ₁(α) − ψ₁(Σα) 11ᵀ
-    alpha = d.concentration
-    fisher = torch.diag_embed(torch.polygamma(1, alpha)) - torch.polygamma(1, alpha.sum(-1))[..., None, None]
-    lower = torch.linalg.cholesky(fisher)
-    return [[(alpha, lower[..., k])] for k in range(alpha.shape[-1])]
-
-
-def _beta(d: td.Beta) -> list[Column]:
-    return _dirichlet(d._dirichlet)
-
-
-def _multivariate_normal(d: td.MultivariateNormal) -> list[Column]:
-    lower = d._unbroadcasted_scale_tril
-    if lower.requires_grad:
-        raise ValueError(
-            'kind="exact" covers MultivariateNormal with a fixed covariance; for a predicted one use kind="sampled"'
-        )
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand(lower.shape)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False).mT  # columns of L⁻ᵀ
-    return [[(d.loc, inverse[..., k].expand_as(d.loc))] for k in range(lower.shape[-1])]
-
-
-CLOSED_FORMS: dict[type, Callable[[Any], list[Column]]] = {
-    td.Bernoulli: _bernoulli,
-    td.Beta: _beta,
-    td.Binomial: _binomial,
-    td.Categorical: _categorical,
-    td.Dirichlet: _dirichlet,
-    td.Exponential: _exponential,
-    td.Gamma: _gamma,
-    td.Geometric: _geometric,
-    td.Laplace: _laplace,
-    td.LogNormal: _log_normal,
-    td.MultivariateNormal: _multivariate_normal,
-    td.Normal: _normal,
-    td.OneHotCategorical: _one_hot,
-    td.Poisson: _poisson,
-}
-
 READINGS: dict[type[nn.Module], type[Reading]] = {
     nn.CrossEntropyLoss: CrossEntropy,
     nn.NLLLoss: NegativeLogLikelihood,
@@ -520,7 +429,11 @@ def read(criterion: nn.Module) -> Reading:
     reading = READINGS.get(type(criterion))
     if reading is None:
         known = ", ".join(f"nn.{t.__name__}" if t is not Likelihood else "ng.Likelihood(…)" for t in READINGS)
-        shown = f"the class {criterion.__name__} itself (pass an instance)" if isinstance(criterion, type) else type(criterion).__name__
+        shown = (
+            f"the class {criterion.__name__} itself (pass an instance)"
+            if isinstance(criterion, type)
+            else type(criterion).__name__
+        )
         raise TypeError(
             f"cannot read {shown} as −log p(y|f). Supported criteria: {known}. "
             "For any other loss that is a log-likelihood, pass ng.Likelihood(lambda output: torch.distributions.…)"
@@ -529,7 +442,7 @@ def read(criterion: nn.Module) -> Reading:
     return reading(criterion)
 
 
-def check_reduction(criterion: nn.Module) -> None:
+def check_reduction(criterion: Any) -> None:
     if criterion.reduction not in ("mean", "sum"):
         raise ValueError(
             f"{type(criterion).__name__}(reduction={criterion.reduction!r}) has no single loss to take the metric of; "
@@ -554,46 +467,3 @@ def per_datum(g: Tensor, scale: Tensor, data: int) -> Tensor:
     if g.dim() == 0 or g.shape[0] % data:
         return g * scale.reshape(()) if data == 1 else g
     return (g.reshape(data, -1) * scale[:, None]).reshape(g.shape)
-
-
-def leaves_of(tree: Any) -> list[Tensor]:
-    """Tensors in a nest of tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, Mapping):
-        return [t for v in tree.values() for t in leaves_of(v)]
-    if isinstance(tree, (tuple, list)):
-        return [t for v in tree for t in leaves_of(v)]
-    if hasattr(tree, "__dataclass_fields__"):
-        return [t for k in tree.__dataclass_fields__ for t in leaves_of(getattr(tree, k))]
-    return []
-
-
-def replace_tensors(tree: Any, old: Tensors, new: Tensors) -> Any:
-    """`tree` with each tensor of `old` replaced by its partner in `new`."""
-    if isinstance(tree, Tensor):
-        return next((n for o, n in zip(old, new) if o is tree), tree)
-    if isinstance(tree, Mapping):
-        swapped = {k: replace_tensors(v, old, new) for k, v in tree.items()}
-        return type(tree)(swapped) if type(tree) is not dict else swapped
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(replace_tensors(v, old, new) for v in tree))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(replace_tensors(v, old, new) for v in tree)
-    if hasattr(tree, "__dataclass_fields__"):
-        twin = copy.copy(tree)
-        for k in tree.__dataclass_fields__:
-            object.__setattr__(twin, k, replace_tensors(getattr(tree, k), old, new))
-        return twin
-    return tree
-
-
-def describe(value: Any) -> str:
-    """What a value is, for messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {list(value)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

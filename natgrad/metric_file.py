@@ -1,7 +1,7 @@
 """State of a Fisher metric: as a dictionary and as a safetensors file.
 
-Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the parameters,
-options, layers) is one JSON string, so that a file can be checked before anything is taken over.
+Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the
+parameters, options, layers) is one JSON string, so that a file can be checked before anything is taken over.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ def about(metric: Fisher) -> dict[str, Any]:
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
-        "view": [type(layer.view).__name__, {f.name: getattr(layer.view, f.name) for f in dataclasses.fields(layer.view) if f.init}],
+        "view": [type(layer.view).__name__, fields_of(layer.view)],
         "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
         "biases": [[b.name, b.rows] for b in layer.biases],
     }
+
+
+def fields_of(view: Any) -> dict[str, Any]:
+    return {f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.init}
 
 
 def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Layer:
@@ -109,7 +113,9 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
 def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise a ValueError that names what differs."""
     if there.get("format") != FORMAT:
-        raise ValueError(f"the metric's state has format {there.get('format')!r}; this version of natgrad reads format {FORMAT}")
+        raise ValueError(
+            f"the metric's state has format {there.get('format')!r}; this version of natgrad reads format {FORMAT}"
+        )
     said = []
     mine, theirs = here["parameters"], there["parameters"]
     if missing := [n for n in mine if n not in theirs]:
@@ -121,7 +127,11 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
         for n in mine
         if n in theirs and mine[n] != theirs[n]
     ]
-    said += [f"{k} is {here[k]!r} here and {there[k]!r} in the state" for k in ("kind", "criterion", "reduction") if here[k] != there[k]]
+    said += [
+        f"{k} is {here[k]!r} here and {there[k]!r} in the state"
+        for k in ("kind", "criterion", "reduction")
+        if here[k] != there[k]
+    ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))
 

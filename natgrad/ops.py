@@ -2,11 +2,12 @@
 
 A rule brings one call of an op with parameters to the canonical form
 
-    out[n, p, k, :] = W[k] @ a[n, p, k, :]        a (data, positions, groups, d_in), out (data, positions, groups, d_out)
+    out[n, p, k, :] = W[k] @ a[n, p, k, :]        a (data, positions, groups, d_in), out (data, positions, groups,
+    d_out)
 
-where W (groups, d_out, d_in) is a view of the weight. A linear layer has one group, a grouped convolution its groups, and
-an elementwise scale as many groups as elements with d_out = d_in = 1. A bias is one more column of W whose input is 1
-(the homogeneous coordinate). The gradient of datum n is Σ_p g[n, p, k, :] a[n, p, k, :]ᵀ, whatever the op.
+where W (groups, d_out, d_in) is a view of the weight. A linear layer has one group, a grouped convolution its groups,
+and an elementwise scale as many groups as elements with d_out = d_in = 1. A bias is one more column of W whose input
+is 1 (the homogeneous coordinate). The gradient of datum n is Σ_p g[n, p, k, :] a[n, p, k, :]ᵀ, whatever the op.
 
 A new op is one function and one entry in `RULES`. Convolutions as products with unfolded patches: Grosse & Martens
 2016, arXiv:1602.01407, §3.
@@ -30,6 +31,7 @@ class View:
     """
 
     groups: int
+    elementwise = False  # a vector of scales or offsets, not a matrix that mixes inputs
 
     def matrix(self, w: Tensor) -> Tensor:
         """weight (…, *shape) → (…, groups, d_out, d_in)"""
@@ -66,7 +68,8 @@ class LinearView(View):
         rows = x.shape[0] if x.dim() > 1 else 1
         return x.reshape(rows, -1, 1, x.shape[-1])
 
-    outputs = inputs
+    def outputs(self, g: Tensor) -> Tensor:
+        return self.inputs(g)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class ConvView(View):
 class FlatView(View):
     """A parameter as one column, d_out = P and d_in = 1: its U is the dense matrix. Input 1, gradients (rows, P)."""
 
+    elementwise = True
     shape: tuple[int, ...]
     groups: int = field(default=1, init=False)
 
@@ -126,6 +130,7 @@ class FlatView(View):
 class ElementView(View):
     """A parameter as P groups with d_out = d_in = 1: its U is the diagonal. Input 1, gradients (rows, P)."""
 
+    elementwise = True
     shape: tuple[int, ...]
 
     @property

@@ -15,11 +15,13 @@ another order, every datum, or for the exact kind every term, gets a pass of its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods import Reading, Tensors, describe
+from natgrad.likelihoods import Reading
+from natgrad.trees import Tensors, describe
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 
@@ -68,12 +70,22 @@ def exact_cotangents(reading: Reading, outputs: Tensors, targets: object, data: 
     roots = reading.roots(outputs, targets)
     passes = sum(r.term_count if apart else -(-r.term_count // data) for r in roots)
     if passes > MAX_PASSES:
-        why = "the data mix inside the model, so every loss term needs its own" if apart else "one for each output of a datum"
-        raise ValueError(f'kind="exact" would take {passes} backward passes ({why}; limit {MAX_PASSES}); use kind="sampled"')
+        why = (
+            "the data mix inside the model, so every loss term needs its own"
+            if apart
+            else "one for each output of a datum"
+        )
+        raise ValueError(
+            f'kind="exact" would take {passes} backward passes ({why}; limit {MAX_PASSES}); use kind="sampled"'
+        )
     for root in roots:
         slots = root.term_count if apart else -(-root.term_count // data)
         for slot in range(slots):
-            yield root.pull(outputs, lambda terms, slot=slot, slots=slots: terms % slots == slot)
+            yield root.pull(outputs, partial(in_slot, slot=slot, slots=slots))
+
+
+def in_slot(terms: Tensor, slot: int, slots: int) -> Tensor:
+    return terms % slots == slot
 
 
 def of_data(t: Tensor, keep: Tensor) -> Tensor:
@@ -96,7 +108,9 @@ def count_data(outputs: Tensors, from_inputs: int | None) -> int:
 
 
 def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: int) -> bool:
-    """Whether the gradient at every call's rows stays with the data it came from; rows[i] is call i's first dimension."""
+    """Whether the gradient at every call's rows stays with the data it came from; rows[i] is call i's first
+    dimension.
+    """
     if data == 1:
         return True
     if any(r % data for r in rows) or any(o.dim() == 0 or o.shape[0] % data for o in outputs):
@@ -107,9 +121,7 @@ def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: i
     if bool(keep.all()):
         keep[0] = False
     keep = keep.to(outputs[0].device)
-    probe = tuple(
-        of_data(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o), keep) for o in outputs
-    )
+    probe = tuple(of_data(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o), keep) for o in outputs)
     for g in backward(probe):
         if g is None:
             continue

@@ -6,8 +6,8 @@ A pre-hook of the root module opens a tape, a hook after it closes the tape. The
 2. else when the output is backpropagated, just before its own backward pass begins: with a functional loss, or a loss
    computed inside the model.
 
-Statistics count once their output is backpropagated, and are dropped otherwise. The hooks hold the metric weakly, and what they
-leave on the graph holds statistics only, so no cycle keeps a graph alive.
+Statistics count once their output is backpropagated, and are dropped otherwise. The hooks hold the metric weakly, and
+what they leave on the graph holds statistics only, so no cycle keeps a graph alive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.curvature import Draw
-from natgrad.likelihoods import leaves_of
+from natgrad.trees import leaves_of
 
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
 
@@ -74,7 +74,7 @@ class Watcher:
             self.tapes = []
             return
         # last, so that hooks of the user which rewrite the output have run
-        self.root._forward_hooks.move_to_end(self._handles[1].id)
+        self.root._forward_hooks.move_to_end(self._handles[1].id)  # type: ignore[attr-defined]
         self._inside = []
         self._open = Tape(metric.parameter_names())
         self._open.open(args, kwargs)
