@@ -21,43 +21,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.ops import RULES, Parsed, View, op_name
+from natgrad.decomposed import REWRITES
+from natgrad.ops import IN_PLACE, RULES, Parsed, op_name
+from natgrad.pieces import Piece, find, piece_of, weight_piece
+from natgrad.views import View
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
-
-# graph nodes that hand a parameter on unchanged, or only cast it: a weight behind them is still that parameter
-PASSING = (
-    "Alias",
-    "AsStrided",
-    "Chunk",
-    "Select",
-    "Slice",
-    "Split",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unbind",
-    "View",
-)
 
 
 class CaptureError(RuntimeError):
     """A parameter is used in a way that the metric cannot follow; the message names it."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A parameter, or a slice ``[start:stop]`` of its first dimension (packed projections)."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-
-    def of(self, tensors: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
-        t = tensors[self.name]
-        return t if self.rows is None else t.narrow(batch_dims, self.rows[0], self.rows[1] - self.rows[0])
-
-    def __str__(self) -> str:
-        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
 
 
 @dataclass
@@ -90,6 +63,7 @@ class Tape:
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
     drawn: bool = False
+    differentiated: bool = False  # the forward pass took a derivative
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
     _stack: ExitStack | None = None
 
@@ -109,32 +83,25 @@ class Tape:
             self._stack.close()
             self._stack = None
 
-    def note(self, func: Any, parsed: Parsed, out: Tensor) -> None:
-        """Keep a call if its weight or bias is a parameter of interest."""
-        weight, bias = self.piece(parsed.weight), self.piece(parsed.bias)
+    def note(self, func: Any, parsed: Parsed, out: Tensor, before: Sequence[Edge] = ()) -> None:
+        """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
+        held = weight_piece(parsed.weight, parsed.view, self.names)
+        weight, view = (None, parsed.view) if held is None else held
+        bias = piece_of(parsed.bias, self.names)
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
             return
+        if parsed.needs_data and self.data and all(n % self.data for n in view.leading(parsed.x)):
+            return
         claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
-        self.behind[edge] = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
-        self.calls.append(Call(op_name(func), weight, bias, parsed.view, parsed.x.detach(), edge))
+        edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
+        self.behind[edge] = [*edges, *before]
+        self.calls.append(Call(op_name(func), weight, bias, view, parsed.x.detach(), edge))
 
-    def piece(self, w: Any) -> Piece | None:
-        """The parameter of interest that `w` is, a row slice or a cast of one; None for anything else."""
-        if not isinstance(w, Tensor) or not w.requires_grad:
-            return None
-        p = leaf_behind(w)
-        name = None if p is None else self.names.get(id(p))
-        if p is None or name is None:
-            return None
-        if w is p or (w.shape == p.shape and (same_place(w, p) or w.dtype != p.dtype)):
-            return Piece(name)
-        row = p[0].numel() if p.dim() and p.shape[0] else 0
-        if row and same_storage(w, p) and w.shape[1:] == p.shape[1:] and w.stride() == p.stride():
-            start, odd = divmod(int(w.storage_offset() - p.storage_offset()), row)
-            return None if odd else Piece(name, (start, start + w.shape[0]))
-        return None
+    def owns(self, t: Any) -> bool:
+        """Whether a tensor is a parameter of interest, or a view or cast of one."""
+        return find(t, self.names) is not None
 
 
 def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
@@ -183,7 +150,7 @@ def refuse_opaque(node: str) -> None:
 
 
 class _Watch(TorchFunctionMode):
-    """Hands every call of an op with a rule to the tape."""
+    """Hands every call of an op with a rule to the tape, and runs opaque ops as the ops they are made of."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -191,12 +158,26 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = RULES.get(func)
-        out = func(*args, **kwargs)
-        if rule is not None and torch.is_grad_enabled() and out.requires_grad and not in_backward():
-            parsed = rule(*args, **kwargs)
+        following = torch.is_grad_enabled() and not in_backward() and not in_transform()
+        if following and (decomposed := REWRITES.get(func)) is not None:
+            with self:
+                return decomposed(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.tape.differentiated = True
+        rule = RULES.get(func) if following else None
+        if rule is None:
+            return func(*args, **kwargs)
+        before: list[Edge] = []
+        if func in IN_PLACE and self.tape.owns(args[1]):
+            before = [e for e in [edge_of(args[0])] if e is not None]
+            args, given = (args[0].detach().clone(), *args[1:]), args
+        else:
+            given = args
+        out = func(*given, **kwargs)
+        if out.requires_grad:
+            parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is not None:
-                self.tape.note(func, parsed, out)
+                self.tape.note(func, parsed, out, before)
         return out
 
 
@@ -218,29 +199,6 @@ def in_backward() -> bool:
 def in_transform() -> bool:
     """Inside torch.func (vmap, grad, functional_call under a transform) there is no graph of ours to follow."""
     return torch._C._functorch.maybe_current_level() is not None
-
-
-def leaf_behind(w: Tensor) -> Tensor | None:
-    """The leaf that `w` is a view or a cast of."""
-    node = w.grad_fn
-    if node is None:
-        return w
-    while not hasattr(node, "variable"):
-        if not node.name().startswith(PASSING):
-            return None
-        parents = [n for n, _ in node.next_functions if n is not None]
-        if len(parents) != 1:
-            return None
-        node = parents[0]
-    return node.variable
-
-
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def same_place(a: Tensor, b: Tensor) -> bool:
-    return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
 Listener = Callable[..., None]
