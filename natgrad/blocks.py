@@ -14,7 +14,7 @@ named tensors. Statistics, damping and inverse are three things: damping is neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,20 @@ class Block:
         return [p for layer in self.layers for p in layer.pieces]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics."""
+        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
+
+    @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(p.name for p in self.pieces))
 
     # statistics
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i. `first`: the inputs are not yet
-        counted.
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i, none where it was not used.
+
+        `like`: a tensor of the dtype and device of the statistics.
         """
         raise NotImplementedError
 
@@ -76,7 +82,7 @@ class Block:
         """Between the two looks. `settled`: what is new will be added to the statistics as they are now."""
 
     def observe_again(
-        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
     ) -> None:
         """The second look at one set of cotangents."""
 
@@ -120,6 +126,14 @@ class Block:
 
     def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
+
+    def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
+        if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
+            return self.layers[0].views(x)
+        out = {n: torch.zeros_like(parameters[n]) for n in self.names}
+        self.unpack(x, out)
+        return out
 
     # verbs
 
@@ -182,11 +196,11 @@ class JointBlock(Block):
     def dimension(self) -> int:
         return sum(self.widths)
 
-    def per_datum(self, uses: Sequence[Sequence[Use]]) -> Any:
+    def per_datum(self, uses: Sequence[Sequence[Use]], like: Tensor) -> Iterator[Tensor]:
         """Chunks (data, P) of per-datum gradients."""
-        first = next(u for calls in uses for u in calls)
-        data = first.left.shape[0]
-        like = next(r for r in (first.left, first.right) if isinstance(r, Tensor))
+        data = next((u.data for calls in uses for u in calls), 0)
+        if data == 0:  # no layer was used: the gradient is zero
+            yield like.new_zeros(1, self.dimension)
         step = max(1, CHUNK // max(1, self.dimension))
         for start in range(0, data, step):
             length = min(step, data - start)
@@ -195,9 +209,9 @@ class JointBlock(Block):
                 if not calls:
                     parts.append(like.new_zeros(length, width))
                     continue
-                total = calls[0].narrow(start, length).gradients()
+                total = calls[0].products(start, length)
                 for use in calls[1:]:
-                    total = total + use.narrow(start, length).gradients()
+                    total = total + use.products(start, length)
                 parts.append(total.flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -207,9 +221,9 @@ class DenseBlock(JointBlock):
 
     structure = "dense"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
-        for rows in self.per_datum(uses):
+        for rows in self.per_datum(uses, like):
             average.add(rows.mT @ rows, None, source)
         average.weigh(mass, source)
         return {"matrix": average}
@@ -255,9 +269,9 @@ class DiagonalBlock(JointBlock):
 
     structure = "diagonal"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
-        for rows in self.per_datum(uses):
+        for rows in self.per_datum(uses, like):
             average.add(rows.square().sum(0), None, source)
         average.weigh(mass, source)
         return {"diagonal": average}

@@ -13,6 +13,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
-from natgrad.blocks import Average, Block, KroneckerBlock
+from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
@@ -99,6 +101,7 @@ class Fisher(Metric):
             by_pattern("sharing", sharing, SHARINGS, "expand"),
         )
         self.seen = 0  # data counted so far
+        self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
         self._watcher = Watcher(self, model, criterion)
@@ -195,15 +198,11 @@ class Fisher(Metric):
 
     def _commit(self, draws: list[Draw], decay: float | None) -> None:
         plain = self.reading.reduction == "sum"
-        merged: dict[Block, dict[str, Average]] = {}
-        for draw in draws:
-            for block, new in draw.statistics:
-                into = merged.setdefault(block, {})
-                for key, average in new.items():
-                    into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
-            self.seen += draw.data
-        for block, new in merged.items():
-            block.commit(new, decay, plain)
+        for block in self.blocks:
+            parts = [new for draw in draws for held, new in draw.statistics if held is block]
+            if parts:
+                block.commit(block.merged(parts, plain), decay, plain)
+        self.seen += sum(draw.data for draw in draws)
 
     # what the watcher asks -----------------------------------------------------------------------------
 
@@ -227,6 +226,18 @@ class Fisher(Metric):
 
     # what an optimizer asks ----------------------------------------------------------------------------
 
+    def include(self, parameter: Tensor) -> str | None:
+        for name, p in chosen_parameters(self.module, None).items():
+            if p is parameter:
+                self.parameters[name] = p
+                order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
+                ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
+                self.parameters.clear()  # in place: the curvature holds this dictionary too
+                self.parameters.update(ordered)
+                self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                return name
+        return None
+
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
@@ -235,15 +246,35 @@ class Fisher(Metric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = self._pending, []
+        draws, self._pending = [d for d in self._pending if self._usable(d)], []
+        self._watcher.forget()
         if draws:
             self._commit(draws, decay)
         return bool(draws)
 
+    def _usable(self, draw: Draw) -> bool:
+        """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
+        counted.
+        """
+        sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
+        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+            return True
+        if not self.dropped:
+            warnings.warn(
+                "the statistics of a batch hold NaN or Inf and are dropped; the metric stays as it was. Repeats are "
+                "counted in opt.info['dropped_statistics']",
+                stacklevel=2,
+            )
+        self.dropped += 1
+        return False
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"dropped_statistics": self.dropped, "data_seen": self.seen}
+
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
         self._pending = []
-        self._watcher.forget()
 
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep
@@ -270,7 +301,7 @@ class Fisher(Metric):
         v = self.check(v, "v")
         out = {n: torch.zeros_like(t) for n, t in v.items()}
         for block in self._ready():
-            block.unpack(block.flat(block.pack(v)), out)
+            block.unpack(block.flat(block.pack(v).to(block.dtype)), out)
         return out
 
     def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
@@ -278,7 +309,7 @@ class Fisher(Metric):
         df = self.check(df, "df")
         out = {n: t / damping for n, t in df.items()}  # where the metric is zero
         for block in self._ready():
-            block.unpack(block.inverse(damping).apply(block.pack(df)), out)
+            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:
@@ -317,14 +348,15 @@ class Fisher(Metric):
         }
         out = {n: z * damping**-0.5 for n, z in noise.items()}
         for block in self._ready():
-            block.unpack(block.sample(block.pack(noise), damping), out)
+            block.unpack(block.sample(block.pack(noise).to(block.dtype), damping), out)
         return out
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
         inputs.
 
-        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …).
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …); a side longer
+        than `natgrad.kronecker_blocks.FULL_SIDE` is kept as its diagonal and returned as that vector.
 
         Raises:
             ValueError: there is no such parameter, or its block is no Kronecker product.
@@ -341,7 +373,7 @@ class Fisher(Metric):
         if len(kron) > 1:
             pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
             raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
-        u, v = kron[0].u, kron[0].v
+        u, v = (torch.diag_embed(s) if s.dim() == 2 and s.shape[-1] <= FULL_SIDE else s for s in (kron[0].u, kron[0].v))
         return (u[0], v[0]) if u.shape[0] == 1 else (u, v)
 
     def _ready(self) -> list[Block]:

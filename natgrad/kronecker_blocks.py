@@ -37,7 +37,7 @@ from natgrad.kronecker import (
     trace_of,
 )
 from natgrad.layers import Layer, Use
-from natgrad.rows import Rows, count, mean_position, project, second_moment, thinned
+from natgrad.rows import Rows, count, mean_position, second_moment, thinned
 
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal
 
@@ -60,21 +60,24 @@ class KroneckerBlock(Block):
 
     # U′, V′: the second product of a layer that is used in the transposed layout too
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         new: Statistics = {}
-        if not uses[0]:  # not used by this batch: its gradient is zero there
-            new["U"] = Average()
-            new["U"].add(torch.zeros_like(self.statistics["U"].value()), mass, source)
-            return new
+        # a product that this batch does not use has zero gradient there
+        for key in {"U"} | {k for k in self.statistics if k == "V′"}:
+            new[key] = Average()
+            new[key].add(like.new_zeros(self._shape(key)), None, source)
         for use in uses[0]:
-            gradients, inputs = (use.right, use.left) if use.swapped else (use.left, use.right)
-            if self.sharing == "reduce":
-                gradients, inputs = summed_positions(gradients), mean_position(inputs)
-            gradients, inputs, scale = self._thin(gradients, inputs)
+            gradients = use.gradients
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
-            moment = self.gradient_moment(gradients, self.full[use.swapped]) * scale
-            new.setdefault(u, Average()).add(moment, None, source)
-            if first:
+            wants_inputs = use.first or self.sharing == "reduce"
+            inputs = use.inputs if wants_inputs else None
+            if self.sharing == "reduce":
+                gradients = summed_positions(gradients)
+                inputs = None if inputs is None else mean_position(inputs)
+            gradients, inputs, scale = self._thin(gradients, inputs)
+            moment = second_moment(gradients, self.full[use.swapped])
+            new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
+            if use.first and inputs is not None:
                 total = second_moment(inputs, self.full[not use.swapped])
                 new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
         for key, average in new.items():
@@ -82,16 +85,20 @@ class KroneckerBlock(Block):
                 average.weigh(mass, source)
         return new
 
-    def gradient_moment(self, rows: Rows, full: bool) -> Tensor:
-        return second_moment(rows, full)
+    def _shape(self, key: str) -> tuple[int, ...]:
+        groups, out, into = self.matrix_shape
+        side = int(key[0] == "V")
+        d = (out, into)[side]
+        return (groups, d, d) if self.full[side] else (groups, d)
 
-    def _thin(self, gradients: Rows, inputs: Rows) -> tuple[Rows, Rows, float]:
-        rows = inputs.shape[0] * inputs.shape[1]
-        if self.max_rows is None or rows <= self.max_rows:
+    def _thin(self, gradients: Rows, inputs: Rows | None) -> tuple[Rows, Rows | None, float]:
+        rows = gradients.shape[0] * gradients.shape[1]
+        if self.max_rows is None or rows <= self.max_rows or self.sharing == "reduce":
             return gradients, inputs, 1.0
-        assert self.generator is not None
-        keep = torch.randperm(rows, generator=self.generator, device=self.generator.device)[: self.max_rows]
-        return thinned(gradients, keep), thinned(inputs, keep), rows / self.max_rows
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        keep = torch.randperm(rows, generator=self.generator)[: self.max_rows]
+        return thinned(gradients, keep), None if inputs is None else thinned(inputs, keep), rows / self.max_rows
 
     def is_mean(self, key: str) -> bool:
         return key in ("V", "U′")
@@ -217,24 +224,19 @@ class EigenvalueBlock(KroneckerBlock):
                 new[key] = Average({"": q}, {"": q.new_ones(())})
 
     def observe_again(
-        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
     ) -> None:
         average = Average()
         qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
-        if not uses[0]:
-            like = new["U"].value()
-            average.add(like.new_zeros(self.matrix_shape), None, source)
-        else:
-            data = uses[0][0].left.shape[0]
-            step = max(1, CHUNK // max(1, self.dimension))
-            for start in range(0, data, step):
-                total: Tensor | None = None
-                for use in uses[0]:
-                    part = use.narrow(start, min(step, data - start))
-                    turned = Use(project(part.left, qu), project(part.right, qv)).gradients()
-                    total = turned if total is None else total + turned
-                assert total is not None
-                average.add(total.square().sum(0), None, source)
+        average.add(like.new_zeros(self.matrix_shape), None, source)
+        data = uses[0][0].data if uses[0] else 0
+        step = max(1, CHUNK // max(1, self.dimension))
+        for start in range(0, data, step):
+            length = min(step, data - start)
+            total = uses[0][0].products(start, length, (qu, qv))
+            for use in uses[0][1:]:
+                total = total + use.products(start, length, (qu, qv))
+            average.add(total.square().sum(0), None, source)
         average.weigh(mass, source)
         if "S" in new:
             new["S"].merge(average, plain=source in new["S"].sums)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 from natgrad.capture import Call, CaptureError
 from natgrad.layouts import Layout
 from natgrad.pieces import Piece, overlap
-from natgrad.rows import OneHot, Rows, outer, regroup, with_columns
-from natgrad.views import DimsView, canonical
+from natgrad.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
+from natgrad.views import GradientView, IndexView, canonical
+
+
+Turn = tuple["Tensor | None", "Tensor | None"]
 
 
 @dataclass
@@ -62,6 +65,15 @@ class Layer:
             target = self._slice(b, into)
             target.copy_(m[..., width + i].reshape(target.shape))
 
+    def views(self, m: Tensor) -> dict[str, Tensor]:
+        """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
+        m = m.reshape(*m.shape[: m.dim() - 3], *self.matrix_shape) if m.shape[-3:] != self.matrix_shape else m
+        width = m.shape[-1] - len(self.biases)
+        out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
+        for i, b in enumerate(self.biases):
+            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
+        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+
     def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
 
@@ -71,24 +83,42 @@ class Use:
     """One call of a layer as rows, with the gradient of one cotangent. The gradient of a datum is Σ_p left_p right_pᵀ.
 
     ``left`` are the output gradients and ``right`` the inputs; where the call has the transposed layout (`swapped`),
-    ``left`` are the inputs and ``right`` the gradients.
+    ``left`` are the inputs and ``right`` the gradients. Inputs are made when they are asked for: unfolded patches are
+    large, and most passes of K-FAC need gradients alone.
     """
 
-    left: Rows  # (data, positions, groups, d_out)
-    right: Rows  # (data, positions, groups, d_in), bias columns included
+    gradients: Rows  # (data, positions, groups, d)
+    make_inputs: Callable[[], Rows]
     swapped: bool = False
     region: tuple[int, int] | None = None  # groups that the call uses; None for all
+    first: bool = True  # the inputs of this call have not been counted yet
+    _inputs: Rows | None = None
 
-    def gradients(self) -> Tensor:
-        """Per-datum gradients (data, groups, d_out, d_in)."""
-        return outer(self.left, self.right)
+    @property
+    def data(self) -> int:
+        return self.gradients.shape[0]
 
-    def narrow(self, start: int, length: int) -> Use:
-        left, right = (
-            r.narrow(start, length) if isinstance(r, OneHot) else r.narrow(0, start, length)
-            for r in (self.left, self.right)
-        )
-        return replace(self, left=left, right=right)
+    @property
+    def inputs(self) -> Rows:
+        """(data, positions, groups, d), bias columns included"""
+        if self._inputs is None:
+            self._inputs = self.make_inputs()
+        return self._inputs
+
+    @property
+    def left(self) -> Rows:
+        return self.inputs if self.swapped else self.gradients
+
+    @property
+    def right(self) -> Rows:
+        return self.gradients if self.swapped else self.inputs
+
+    def products(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
+        """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
+        left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        if turn is not None:
+            left, right = project(left, turn[0]), project(right, turn[1])
+        return outer(left, right)
 
 
 class Layers:
@@ -166,23 +196,23 @@ def fan_in_of(call: Call, layer: Layer) -> int:
     return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
 
 
-def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int | None, dtype: torch.dtype, inputs: Rows) -> Use:
-    """Rows of one call. `inputs` are its canonical input rows; `data` regroups rows into that many."""
-    grads: Rows = canonical(call.view.gradient_rows(g.to(dtype)), axis)
-    if isinstance(inputs, OneHot) and isinstance(grads, Tensor):
-        grads = grads * inputs.alive()[..., None, None]  # a padded index passes no gradient on
-    region = call.view.region if isinstance(call.view, DimsView) else None
-    inputs, grads = regroup(inputs, data), regroup(grads, data)
-    if layer.layout != call.view.layout and call.weight is not None:
-        return Use(inputs, with_columns(grads, [0.0] * len(layer.biases)), True, region)
-    return Use(grads, inputs, False, region)
+def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int | None, dtype: torch.dtype) -> Use:
+    """Rows of one call; `axis` of its leading dimensions counts data, and `data` regroups rows into that many."""
+    swapped = call.weight is not None and layer.layout != call.view.layout
+    x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
 
+    def inputs() -> Rows:
+        a = canonical(call.view.input_rows(x, dtype), axis)
+        if layer.weight is None and isinstance(a, Tensor):
+            a = a[..., :0]
+        if not swapped:
+            a = with_columns(a, [float(b == call.bias) for b in layer.biases])
+        return regroup(a, data)
 
-def canonical_input(call: Call, layer: Layer, axis: int, dtype: torch.dtype) -> Rows:
-    """(rows, positions, groups, d), with the bias columns of the layer where they stand on the input's side."""
-    a = canonical(call.view.input_rows(call.x, dtype), axis)
-    if call.weight is not None and layer.layout != call.view.layout:
-        return a
-    if layer.weight is None and isinstance(a, Tensor):
-        a = a[..., :0]
-    return with_columns(a, [float(b == call.bias) for b in layer.biases])
+    gradients: Rows = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis), data)
+    if swapped:
+        gradients = with_columns(gradients, [0.0] * len(layer.biases))
+    use = Use(gradients, inputs, swapped, call.view.region)
+    if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot) and isinstance(gradients, Tensor):
+        use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on
+    return use

@@ -77,6 +77,10 @@ class Reading:
         given = {**dict(zip(names, args)), **kwargs}
         return given["input"], given.get("target")
 
+    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, Reading, Any, Any]]:
+        """The sources of loss terms that have a mass each: (key, reading, output, targets)."""
+        return [("", self, output, targets)]
+
     def outputs(self, output: Any) -> Tensors:
         """The tensors the likelihood depends on.
 

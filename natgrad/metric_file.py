@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from natgrad.blocks import Average, Layer
-from natgrad.capture import Piece
-from natgrad.ops import VIEWS
+from natgrad.averages import Average
+from natgrad.layers import Layer
+from natgrad.layouts import LAYOUTS
+from natgrad.pieces import Piece
 
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 1
+FORMAT = 2
 
 
 def state_of(metric: Fisher) -> dict[str, Any]:
@@ -61,21 +62,21 @@ def about(metric: Fisher) -> dict[str, Any]:
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
-        "view": [type(layer.view).__name__, fields_of(layer.view)],
+        "layout": [type(layer.layout).__name__, dataclasses.asdict(layer.layout)],
         "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
         "biases": [[b.name, b.rows] for b in layer.biases],
+        "one_hot": layer.one_hot,
+        "swapped": layer.swapped,
+        "fan_in": layer.fan_in,
     }
 
 
-def fields_of(view: Any) -> dict[str, Any]:
-    return {f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.init}
-
-
 def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Layer:
-    name, fields = data["view"]
-    view = VIEWS[name](**{k: tuples(v) for k, v in fields.items()})
+    name, fields = data["layout"]
+    layout = LAYOUTS[name](**{k: tuples(v) for k, v in fields.items()})
     weight = None if data["weight"] is None else piece(data["weight"])
-    return Layer(data["op"], view, weight, [piece(b) for b in data["biases"]], shapes)
+    rest = {k: data[k] for k in ("one_hot", "swapped", "fan_in")}
+    return Layer(data["op"], layout, weight, [piece(b) for b in data["biases"]], shapes, **rest)
 
 
 def piece(data: list[Any]) -> Piece:
@@ -98,7 +99,8 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         block = BLOCKS[data["structure"]](layers, data["sharing"])
         block.structure = data["structure"]
         for name, tensor in state["tensors"].items():
-            number, key, source, part = name.split(".")
+            number, key, rest = name.split(".", 2)
+            source, part = rest.rsplit(".", 1)
             if int(number) == i:
                 average = block.statistics.setdefault(key, Average())
                 (average.sums if part == "sum" else average.masses)[source] = tensor.to(metric._like().device)

@@ -7,7 +7,7 @@ Every kind is a set of cotangents v on the outputs, F = (1/m) Σ_v Jᵀ v vᵀ J
 - empirical  the gradient of the observed loss of every datum.
 
 Cotangents of different data may share one backward pass if the data do not mix inside the model: then the rows of each
-layer that belong to datum n hold the gradient of datum n alone. `separable` tests this, by backpropagating a random
+layer that belong to datum n hold the gradient of datum n alone. `data_axes` tests this, by backpropagating a random
 cotangent that is zero outside a random half of the data. Where data mix (graph nets, batch statistics) or sit in
 another order, every datum, or for the exact kind every term, gets a pass of its own.
 """
@@ -38,8 +38,11 @@ def cotangents(
     data: int,
     apart: bool,
     generator: torch.Generator,
+    fraction: float = 1.0,
 ) -> Iterator[Tensors]:
     """The cotangents, one backward pass each. With `apart`, every pass belongs to one datum (exact: one term).
+
+    ``fraction`` of the data, drawn at random, stands for all of them with kind "sampled".
 
     Raises:
         ValueError: there would be more than `MAX_PASSES`.
@@ -57,10 +60,17 @@ def cotangents(
             v = reading.observed(outputs, output, targets, data)
         else:
             v = tuple(t * samples**-0.5 for t in reading.draw(outputs, targets, generator))
+        chosen = range(data)
+        if fraction < 1:
+            count = max(1, round(fraction * data))
+            chosen = torch.randperm(data, generator=generator, device=generator.device)[:count].tolist()
+            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
+            keep[chosen] = True
+            v = tuple(of_data(t, keep) * (data / count) ** 0.5 for t in v)
         if not apart:
             yield v
             continue
-        for n in range(data):
+        for n in chosen:
             keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
             keep[n] = True
             yield tuple(of_data(t, keep) for t in v)
@@ -107,14 +117,18 @@ def count_data(outputs: Tensors, from_inputs: int | None) -> int:
     return min(rows)
 
 
-def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: int) -> bool:
-    """Whether the gradient at every call's rows stays with the data it came from; rows[i] is call i's first
-    dimension.
+def data_axes(outputs: Tensors, backward: Backward, views: Sequence[Leading], data: int) -> list[int] | None:
+    """For each call, which leading dimension of its rows counts data; None if the data mix inside the model.
+
+    A random cotangent that is zero outside a random half of the data is backpropagated: where the gradient at a call
+    stays with that half along a dimension, that dimension counts data.
     """
     if data == 1:
-        return True
-    if any(r % data for r in rows) or any(o.dim() == 0 or o.shape[0] % data for o in outputs):
-        return False
+        return [0] * len(views)
+    if any(not sizes or not any(may_count(sizes, i, data) for i in range(len(sizes))) for sizes, _ in views):
+        return None
+    if any(o.dim() == 0 or o.shape[0] % data for o in outputs):
+        return None
     generator = torch.Generator().manual_seed(data)
     keep = torch.rand(data, generator=generator) < 0.5
     keep[int(torch.randint(data, (1,), generator=generator))] = True
@@ -122,11 +136,28 @@ def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: i
         keep[0] = False
     keep = keep.to(outputs[0].device)
     probe = tuple(of_data(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o), keep) for o in outputs)
-    for g in backward(probe):
-        if g is None:
-            continue
-        size = g.abs().reshape(data, -1).amax(1)
-        leak = torch.where(keep, torch.zeros_like(size), size).max()
-        if float(leak) > 100 * torch.finfo(g.dtype).eps * float(size.max()):
-            return False
-    return True
+    axes = []
+    for g, (sizes, rows) in zip(backward(probe), views):
+        candidates = [i for i in range(len(sizes)) if may_count(sizes, i, data)]
+        if g is not None:
+            g = rows(g).abs()
+            candidates = [i for i in candidates if stays(g.movedim(i, 0), keep)]
+        if not candidates:
+            return None
+        axes.append(candidates[0])
+    return axes
+
+
+Leading = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]  # sizes of the leading dimensions; gradient → rows
+
+
+def may_count(sizes: tuple[int, ...], axis: int, data: int) -> bool:
+    """Whether a dimension may count data: the first may hold several rows a datum."""
+    return sizes[axis] == data or (axis == 0 and sizes[axis] % data == 0 and sizes[axis] > 0)
+
+
+def stays(size: Tensor, keep: Tensor) -> bool:
+    """Whether |gradient| vanishes for the data that `keep` leaves out."""
+    by_datum = size.reshape(len(keep), -1).amax(1)
+    leak = torch.where(keep, torch.zeros_like(by_datum), by_datum).max()
+    return float(leak) <= 100 * torch.finfo(size.dtype).eps * float(by_datum.max())

@@ -38,9 +38,6 @@ class OneHot:
     def narrow(self, start: int, length: int) -> OneHot:
         return OneHot(self.index.narrow(0, start, length), self.scale.narrow(0, start, length), self.size)
 
-    def take(self, rows: Tensor) -> OneHot:
-        return OneHot(self.index[rows], self.scale[rows], self.size)
-
     def reshape(self, data: int) -> OneHot:
         bag = self.index.shape[-1]
         return OneHot(self.index.reshape(data, -1, bag), self.scale.reshape(data, -1, bag), self.size)
@@ -63,6 +60,11 @@ def regroup(rows: Rows, data: int | None) -> Rows:
 
 def mean_position(rows: Rows) -> Rows:
     return rows.mean_position() if isinstance(rows, OneHot) else rows.mean(1, keepdim=True)
+
+
+def narrow(rows: Rows, start: int, length: int) -> Rows:
+    """The rows of a range of data."""
+    return rows.narrow(start, length) if isinstance(rows, OneHot) else rows.narrow(0, start, length)
 
 
 def count(rows: Rows) -> Tensor:
