@@ -145,7 +145,8 @@ class NormalisedStep(StepRule):
             deltas = self._deltas(active, states, grads, options, scale)
         out: Vector = {}
         for i, block in enumerate(active):
-            out.update(block.named(deltas[i], metric.parameters))
+            for n, delta in block.named(deltas[i], metric.parameters).items():
+                out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
