@@ -60,14 +60,14 @@ class Dims(Layout):
     def matrix(self, w: Tensor) -> Tensor:
         batch = w.dim() - len(self.shape)
         sizes = [prod(self.shape[d] for d in dims) for dims in (self.group, self.out, self.into)]
-        w = w.permute(*range(batch), *(batch + d for d in self.order))
+        w = w.permute([*range(batch), *(batch + d for d in self.order)])
         return w.reshape(*w.shape[:batch], *sizes)
 
     def weight(self, m: Tensor) -> Tensor:
         batch = m.dim() - 3
         m = m.reshape(*m.shape[:batch], *(self.shape[d] for d in self.order))
         back = sorted(range(len(self.order)), key=lambda i: self.order[i])
-        return m.permute(*range(batch), *(batch + i for i in back))
+        return m.permute([*range(batch), *(batch + i for i in back)])
 
     def transposed(self) -> Layout | None:
         return Dims(self.shape, self.group, self.into, self.out)

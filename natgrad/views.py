@@ -94,7 +94,7 @@ class DimsView(View):
 def arranged(t: Tensor, positions: tuple[int, ...], group: tuple[int, ...], last: tuple[int, ...]) -> Tensor:
     sizes = [t.shape[d] for d in positions]
     groups, width = (prod(t.shape[d] for d in dims) for dims in (group, last))
-    return t.permute(*positions, *group, *last).reshape(*sizes, groups, width)
+    return t.permute([*positions, *group, *last]).reshape(*sizes, groups, width)
 
 
 @dataclass(frozen=True)
