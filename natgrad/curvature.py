@@ -201,14 +201,14 @@ class Curvature:
                 of_layer.setdefault(key_of(call), []).append(i)
         like = part.outputs[0].new_zeros((), dtype=dtype)
         for block in blocks:
-            data = None if not block.needs_data else 1 if part.apart else part.data
+            aligned = None if not block.needs_data else 1 if part.apart else part.data
             uses: list[list[Use]] = []
             for layer in block.layers:
                 here = []
                 for i in of_layer.get(layer.key, []):
                     g = grads[i]
                     assert g is not None
-                    use = use_of(calls[i], layer, g, part.axes[i], data, dtype)
+                    use = use_of(calls[i], layer, g, part.axes[i], part.data, aligned, dtype)
                     use.first = i not in counted
                     here.append(use)
                 uses.append(here)

@@ -196,20 +196,20 @@ def fan_in_of(call: Call, layer: Layer) -> int:
     return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
 
 
-def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int | None, dtype: torch.dtype) -> Use:
-    """Rows of one call; `axis` of its leading dimensions counts data, and `data` regroups rows into that many."""
+def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype) -> Use:
+    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
     swapped = call.weight is not None and layer.layout != call.view.layout
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
 
     def inputs() -> Rows:
-        a = canonical(call.view.input_rows(x, dtype), axis)
+        a = canonical(call.view.input_rows(x, dtype), axis, data)
         if layer.weight is None and isinstance(a, Tensor):
             a = a[..., :0]
         if not swapped:
             a = with_columns(a, [float(b == call.bias) for b in layer.biases])
-        return regroup(a, data)
+        return regroup(a, aligned)
 
-    gradients: Rows = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis), data)
+    gradients: Rows = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
     use = Use(gradients, inputs, swapped, call.view.region)

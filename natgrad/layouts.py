@@ -65,7 +65,7 @@ class Dims(Layout):
 
     def weight(self, m: Tensor) -> Tensor:
         batch = m.dim() - 3
-        m = m.reshape(*m.shape[:batch], *(self.shape[d] for d in self.order))
+        m = m.reshape([*m.shape[:batch], *(self.shape[d] for d in self.order)])
         back = sorted(range(len(self.order)), key=lambda i: self.order[i])
         return m.permute([*range(batch), *(batch + i for i in back)])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from natgrad.likelihoods import Reading
 from natgrad.trees import Tensors, describe
+from natgrad.views import INNER, data_first
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 
@@ -125,7 +126,8 @@ def data_axes(outputs: Tensors, backward: Backward, views: Sequence[Leading], da
     """
     if data == 1:
         return [0] * len(views)
-    if any(not sizes or not any(may_count(sizes, i, data) for i in range(len(sizes))) for sizes, _ in views):
+    choices = [axes_that_fit(sizes, data) for sizes, _ in views]
+    if not all(choices):
         return None
     if any(o.dim() == 0 or o.shape[0] % data for o in outputs):
         return None
@@ -137,11 +139,10 @@ def data_axes(outputs: Tensors, backward: Backward, views: Sequence[Leading], da
     keep = keep.to(outputs[0].device)
     probe = tuple(of_data(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o), keep) for o in outputs)
     axes = []
-    for g, (sizes, rows) in zip(backward(probe), views):
-        candidates = [i for i in range(len(sizes)) if may_count(sizes, i, data)]
+    for g, candidates, (_, rows) in zip(backward(probe), choices, views):
         if g is not None:
-            g = rows(g).abs()
-            candidates = [i for i in candidates if stays(g.movedim(i, 0), keep)]
+            size = rows(g).abs()
+            candidates = [i for i in candidates if stays(data_first(size, i, data), keep)]
         if not candidates:
             return None
         axes.append(candidates[0])
@@ -151,9 +152,11 @@ def data_axes(outputs: Tensors, backward: Backward, views: Sequence[Leading], da
 Leading = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]  # sizes of the leading dimensions; gradient → rows
 
 
-def may_count(sizes: tuple[int, ...], axis: int, data: int) -> bool:
-    """Whether a dimension may count data: the first may hold several rows a datum."""
-    return sizes[axis] == data or (axis == 0 and sizes[axis] % data == 0 and sizes[axis] > 0)
+def axes_that_fit(sizes: tuple[int, ...], data: int) -> list[int]:
+    """Leading dimensions that may count data by their size: the first may hold several rows a datum, either way round."""
+    several = bool(sizes) and sizes[0] > data and sizes[0] % data == 0
+    exact = [i for i, n in enumerate(sizes) if n == data]
+    return [*([0] if several else []), *exact, *([INNER] if several else [])]
 
 
 def stays(size: Tensor, keep: Tensor) -> bool:

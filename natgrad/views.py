@@ -46,19 +46,26 @@ class View:
         return None
 
 
-def canonical(t: Rows, axis: int) -> Rows:
+INNER = -1  # the first leading dimension is (positions · data): attention flattens (time, batch)
+
+
+def data_first(t: Tensor, axis: int, data: int) -> Tensor:
+    """(*leading, …) with the dimension that counts data in front."""
+    return t.unflatten(0, (-1, data)).movedim(1, 0) if axis == INNER else t.movedim(axis, 0)
+
+
+def canonical(t: Rows, axis: int, data: int) -> Rows:
     """(*leading, groups, d) → (data, positions, groups, d)"""
     if isinstance(t, OneHot):  # (*leading, bag)
-        return OneHot(canonical_index(t.index, axis), canonical_index(t.scale, axis), t.size)
-    if t.dim() == 2:
-        return t[None, None]
-    return t.movedim(axis, 0).reshape(t.shape[axis], -1, *t.shape[-2:])
+        return OneHot(flattened(t.index, axis, data, 1), flattened(t.scale, axis, data, 1), t.size)
+    return flattened(t, axis, data, 2)
 
 
-def canonical_index(t: Tensor, axis: int) -> Tensor:
-    if t.dim() == 1:
+def flattened(t: Tensor, axis: int, data: int, kept: int) -> Tensor:
+    if t.dim() == kept:
         return t[None, None]
-    return t.movedim(axis, 0).reshape(t.shape[axis], -1, t.shape[-1])
+    t = data_first(t, axis, data)
+    return t.reshape(t.shape[0], -1, *t.shape[-kept:])
 
 
 @dataclass(frozen=True)
