@@ -105,8 +105,15 @@ class Block:
         self.version += 1
 
     def is_mean(self, key: str) -> bool:
-        """Whether a statistic is a mean over rows whatever the reduction of the loss."""
+        """Whether a statistic does not scale with the loss, whatever its reduction."""
         return False
+
+    def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
+        """Over the data seen before this block was first used, its gradient was zero."""
+        for key, average in new.items():
+            for source, mass in masses.items():
+                if source in average.masses and not self.is_mean(key):
+                    average.masses[source] = average.masses[source] + mass.to(average.masses[source])
 
     def value(self, key: str) -> Tensor:
         return self.cached("value " + key, lambda: self.statistics[key].value())
@@ -309,5 +316,3 @@ class DiagonalInverse(Inverse):
 
     def apply(self, x: Tensor) -> Tensor:
         return x * self.scale
-
-

@@ -17,7 +17,7 @@ from natgrad.kronecker_blocks import EigenvalueBlock, InputBlock, KroneckerBlock
 from natgrad.layers import Layer, Layers, Use, key_of, use_of
 from natgrad.layouts import element_layout, flat_layout
 from natgrad.likelihoods import Reading
-from natgrad.passes import MAX_PASSES, cotangents, count_data, data_axes, of_data
+from natgrad.passes import MAX_PASSES, axes_that_fit, cotangents, count_data, data_axes, of_data
 from natgrad.pieces import Piece
 from natgrad.trees import Tensors, replace_tensors
 from natgrad.views import GradientView
@@ -41,6 +41,7 @@ class Draw:
 
     statistics: list[tuple[Block, Statistics]]
     data: int
+    masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
 
 
 @dataclass
@@ -119,13 +120,16 @@ class Curvature:
                 self.reading.parts(self.kind, local, targets), self.reading.parts(self.kind, output, targets)
             )
         ]
-        return Draw(self._look(parts, calls, dtype, settled=per_datum), data)
+        masses = {part.source: part.mass for part in parts if part.mass is not None}
+        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses)
 
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
     ) -> Part:
         outputs, attached = reading.outputs(local), reading.outputs(output)
-        shot = Shot([o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters)
+        shot = Shot(
+            [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters
+        )
         axes = self._data_axes(source, outputs, shot, data)
         mass = self._mass(reading, outputs, targets, data)
         apart = axes is None
@@ -297,19 +301,9 @@ class Curvature:
         leading = [c.view.leading(c.x) for c in calls]
         if self.kind == "sampled" and not any(b.needs_data for b in self.blocks):
             return [0] * len(calls)
-        batch_norm = [
-            n for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-        ]
-        if batch_norm and self.kind != "exact":
-            if not self._warned_batch_norm:
-                warnings.warn(
-                    f"batch normalisation in training mode ({batch_norm[0]!r} and {len(batch_norm) - 1} more) "
-                    "mixes the data of a batch; the metric takes its batch statistics as fixed. Call model.eval() "
-                    "first for the metric of the model that is deployed",
-                    stacklevel=6,
-                )
-                self._warned_batch_norm = True
-            return [next((i for i, n in enumerate(sizes) if n % data == 0), 0) for sizes in leading]
+        if self._batch_norm() and self.kind != "exact":
+            choices = [axes_that_fit(sizes, data) for sizes in leading]
+            return [fit[0] for fit in choices] if all(choices) else None
         key = (
             source,
             self.module.training,
@@ -321,6 +315,23 @@ class Curvature:
             self._axes[key] = data_axes(outputs, shot.at_calls, views, data)
         axes = self._axes[key]
         return None if axes is None else axes + [0] * (len(calls) - len(axes))
+
+    def _batch_norm(self) -> list[str]:
+        modules = self.module.named_modules()
+        return [n for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+    def warn_of_batch_norm(self) -> None:
+        """Say once what the metric of a model in training mode means."""
+        found = self._batch_norm()
+        if not found or self.kind == "exact" or self._warned_batch_norm:
+            return
+        self._warned_batch_norm = True
+        warnings.warn(
+            f"batch normalisation in training mode ({found[0]!r} and {len(found) - 1} more) mixes the data of a batch; "
+            "the metric takes its batch statistics as fixed. Call model.eval() first for the metric of the model that "
+            "is deployed",
+            stacklevel=4,
+        )
 
 
 @dataclass

@@ -25,10 +25,10 @@ multi_head_attention = types.FunctionType(
 )
 
 State = tuple[Tensor, ...]
-Cell = Callable[[Tensor, State, Sequence[Tensor]], State]  # (W_ih x + b_ih, state, [w_hh, b_hh?, w_hr?]) → state
+Cell = Callable[[Tensor, State, Sequence[Any]], State]  # (W_ih x + b_ih, state, [w_hh, b_hh?, w_hr?]) → state
 
 
-def lstm_step(gates: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def lstm_step(gates: Tensor, state: State, weights: Sequence[Any]) -> State:
     h, c = state
     w_hh, b_hh, w_hr = weights
     i, f, g, o = (gates + F.linear(h, w_hh, b_hh)).chunk(4, -1)
@@ -37,7 +37,7 @@ def lstm_step(gates: Tensor, state: State, weights: Sequence[Tensor]) -> State:
     return (h if w_hr is None else F.linear(h, w_hr)), c
 
 
-def gru_step(gates: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def gru_step(gates: Tensor, state: State, weights: Sequence[Any]) -> State:
     (h,) = state
     w_hh, b_hh, _ = weights
     (xr, xz, xn), (hr, hz, hn) = gates.chunk(3, -1), F.linear(h, w_hh, b_hh).chunk(3, -1)
@@ -46,7 +46,7 @@ def gru_step(gates: Tensor, state: State, weights: Sequence[Tensor]) -> State:
 
 
 def rnn_step(activation: Callable[[Tensor], Tensor]) -> Cell:
-    def step(gates: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+    def step(gates: Tensor, state: State, weights: Sequence[Any]) -> State:
         w_hh, b_hh, _ = weights
         return (activation(gates + F.linear(state[0], w_hh, b_hh)),)
 

@@ -25,11 +25,12 @@ from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.heads import Heads
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
-from natgrad.watch import Watcher
+from natgrad.watch import Called, Watcher
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -48,16 +49,21 @@ class Fisher(Metric):
 
     Args:
         model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile`` or not.
-        criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`.
+        criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`; for
+            several heads a dictionary ``{output key: criterion}``, whose sum is the loss.
         kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
             labels; one outer product a datum).
-        structure: "dense", "block", "diagonal" or "kfac", or ``{name pattern: structure}`` (first match; else "kfac").
+        structure: "dense", "block", "diagonal", "kfac", "ekfac" or "input" (the input factor alone), or
+            ``{name pattern: structure}`` (first match; else "kfac").
         sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
         samples: labels drawn for each datum with kind "sampled".
         params: names or patterns of the parameters to take; None takes all that require grad.
         output: callable from what the model returns to what the criterion takes, where that is not the same.
         targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
         seed: of the labels drawn; the global random state is never touched.
+        fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
+        max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
+            ("sampled" only); a refresh then costs at most that many outer products a layer.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -68,7 +74,7 @@ class Fisher(Metric):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
+        criterion: nn.Module | Mapping[str, nn.Module],
         *,
         kind: str = "sampled",
         structure: str | Mapping[str, str] = "kfac",
@@ -78,15 +84,19 @@ class Fisher(Metric):
         output: Callable[[Any], Any] | None = None,
         targets: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        fraction: float = 1.0,
+        max_positions: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
-        self.reading = read(criterion)
+        self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
+        check_curvature_batch(kind, fraction, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
         self.model, self.criterion, self.kind = model, criterion, kind
         self.module = unwrapped(model)
+        refuse_modules(self.module)
         super().__init__(chosen_parameters(self.module, params))
         self.structure, self.sharing, self.samples = structure, sharing, samples
         self._output, self._targets = output, targets
@@ -99,12 +109,15 @@ class Fisher(Metric):
             self.parameters,
             by_pattern("structure", structure, tuple(BLOCKS), "kfac"),
             by_pattern("sharing", sharing, SHARINGS, "expand"),
+            fraction,
+            max_positions,
         )
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
-        self._watcher = Watcher(self, model, criterion)
+        self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
+        self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
     @property
     def blocks(self) -> list[Block]:
@@ -147,6 +160,7 @@ class Fisher(Metric):
                 tape.close()
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
+            self.curvature.warn_of_batch_norm()
             draw = self.curvature.draw(output, targets, [tape], per_datum=True)
         if draw is None:
             raise CaptureError(
@@ -194,14 +208,20 @@ class Fisher(Metric):
         for block in self.blocks:
             block.statistics = {}
             block.version += 1
-        self.seen, self._pending = 0, []
+        self.seen, self._pending, self._masses = 0, [], {}
 
     def _commit(self, draws: list[Draw], decay: float | None) -> None:
         plain = self.reading.reduction == "sum"
         for block in self.blocks:
             parts = [new for draw in draws for held, new in draw.statistics if held is block]
             if parts:
-                block.commit(block.merged(parts, plain), decay, plain)
+                new = block.merged(parts, plain)
+                if decay is None and not block.statistics:
+                    block.backdate(new, self._masses)
+                block.commit(new, decay, plain)
+        for draw in draws:
+            for source, mass in draw.masses.items():
+                self._masses[source] = self._masses.get(source, 0) + mass
         self.seen += sum(draw.data for draw in draws)
 
     # what the watcher asks -----------------------------------------------------------------------------
@@ -212,8 +232,13 @@ class Fisher(Metric):
     def parameter_names(self) -> dict[int, str]:
         return {id(p): n for n, p in self.parameters.items()}
 
-    def draw_at_criterion(self, args: Any, kwargs: Any, tapes: list[Tape]) -> Draw | None:
-        output, targets = self.reading.split(*args, **kwargs)
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None:
+        if isinstance(self.reading, Heads):
+            split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
+            output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
+        else:
+            args, kwargs = called[""]
+            output, targets = self.reading.split(*args, **kwargs)
         return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
@@ -273,7 +298,7 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
         self._pending = []
 
     def default_step(self) -> StepRule:
@@ -398,7 +423,12 @@ class Fisher(Metric):
 
     def coverage(self) -> Coverage:
         """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
-        return Coverage(tuple(self._coverage_row(n) for n in self.parameters))
+        notes = []
+        if self.curvature.fraction < 1:
+            notes.append(f"labels drawn for {self.curvature.fraction:.0%} of the data")
+        if self.curvature.max_positions is not None:
+            notes.append(f"at most {self.curvature.max_positions} rows of a call enter a Kronecker factor")
+        return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 
     def _coverage_row(self, name: str) -> CoverageRow:
         shape = tuple(self.parameters[name].shape)
@@ -407,7 +437,8 @@ class Fisher(Metric):
             blocks = list(dict.fromkeys(b for b, _ in held))
             memory = sum(b.memory() for b in blocks)
             ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
-            why = "no op rule covers its use" if ops == PER_DATUM else ""
+            use = self.curvature.uncovered.get(name)
+            why = f"no op rule covers its use (reached through {use.used_by})" if use and ops == PER_DATUM else ""
             sizes = ", ".join(b.sizes() for b in blocks if b.statistics)
             return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
         if (use := self.curvature.uncovered.get(name)) is not None:
@@ -452,6 +483,31 @@ def choose(what: str, value: Any, known: Iterable[str]) -> None:
     """Raise a ValueError unless `value` is one of `known`."""
     if value not in (known := tuple(known)):
         raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
+
+
+def check_curvature_batch(kind: str, fraction: float, max_positions: int | None) -> None:
+    """Raise a ValueError for an option out of range."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
+    if max_positions is not None and (not isinstance(max_positions, int) or max_positions < 1):
+        raise ValueError(f"max_positions must be a whole number of at least 1 or None, got {max_positions!r}")
+    if kind != "sampled" and (fraction < 1 or max_positions is not None):
+        raise ValueError(f"kind={kind!r} uses all the data; fraction and max_positions belong to kind='sampled'")
+
+
+def refuse_modules(root: nn.Module) -> None:
+    """Raise a ValueError for modules that no metric can follow."""
+    for path, module in root.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise ValueError(
+                f"module {path!r} ({type(module).__name__}) is quantised: its weights are packed integers without "
+                "gradients. Take the metric of the model before it is converted"
+            )
+        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"module {path!r} is an {type(module).__name__} with sparse=True, which leaves sparse gradients; "
+                "natgrad takes dense ones: build it with sparse=False"
+            )
 
 
 def by_pattern(what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str) -> Callable[[str], str]:

@@ -101,7 +101,7 @@ class KroneckerBlock(Block):
         return thinned(gradients, keep), None if inputs is None else thinned(inputs, keep), rows / self.max_rows
 
     def is_mean(self, key: str) -> bool:
-        return key in ("V", "U′")
+        return key in ("V", "U′", "Q_U", "Q_V")
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layer.pack(tensors)

@@ -14,7 +14,6 @@ from natgrad.pieces import Piece, overlap
 from natgrad.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
 from natgrad.views import GradientView, IndexView, canonical
 
-
 Turn = tuple["Tensor | None", "Tensor | None"]
 
 

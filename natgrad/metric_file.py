@@ -6,7 +6,6 @@ parameters, options, layers) is one JSON string, so that a file can be checked b
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -48,6 +47,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "criterion": metric.reading.name,
         "reduction": metric.reading.reduction,
         "seen": metric.seen,
+        "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "blocks": [
             {
                 "structure": block.structure,
@@ -62,7 +62,7 @@ def about(metric: Fisher) -> dict[str, Any]:
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
-        "layout": [type(layer.layout).__name__, dataclasses.asdict(layer.layout)],
+        "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
         "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
         "biases": [[b.name, b.rows] for b in layer.biases],
         "one_hot": layer.one_hot,
@@ -108,6 +108,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
+    metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for device, saved in state.get("generators", {}).items():
         metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
 

@@ -116,7 +116,11 @@ def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> Parsed | Non
     sides = left.split(",")
     if not arrow or len(sides) != 2:
         return None
-    width = max((t.dim() - len(s.replace("...", ""))) for s, t in zip(sides, operands) if "..." in s) if "..." in left else 0
+    width = (
+        max((t.dim() - len(s.replace("...", ""))) for s, t in zip(sides, operands) if "..." in s)
+        if "..." in left
+        else 0
+    )
     spelled = [spell(s, t.dim() - len(s.replace("...", "")), width) for s, t in zip(sides, operands)]
     result = spell(right, width, width)
     i = int(own(operands[1]))
@@ -124,7 +128,7 @@ def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> Parsed | Non
 
 
 def spell(side: str, here: int, width: int) -> list[str]:
-    """"…ij" → ["…0", "…1", "i", "j"], the dimensions of the ellipsis counted from the right."""
+    """ "…ij" → ["…0", "…1", "i", "j"], the dimensions of the ellipsis counted from the right."""
     before, dots, after = side.partition("...")
     return [*before, *([f"…{width - here + i}" for i in range(here)] if dots else []), *after]
 
@@ -210,7 +214,17 @@ def spread(value: Any, dims: int) -> tuple[int, ...]:
 # tables ----------------------------------------------------------------------------------------------------
 
 
-def embedding(own: Own, out: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any) -> Parsed:
+def embedding(
+    own: Own,
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Parsed:
     size = weight.shape[0]
     padding = None if padding_idx is None else padding_idx % size
     return Parsed(weight, None, input, IndexView(linear_layout(tuple(weight.shape), flipped=True), size, padding))
@@ -315,7 +329,9 @@ def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> Pa
 
 def prelu(own: Own, out: Tensor, input: Tensor, weight: Tensor) -> Parsed:
     x = input.detach().clamp(max=0)
-    view = elements(weight, input.shape, min(1, input.dim() - 1)) if weight.numel() > 1 else elements(weight, input.shape)
+    view = (
+        elements(weight, input.shape, min(1, input.dim() - 1)) if weight.numel() > 1 else elements(weight, input.shape)
+    )
     return Parsed(weight, None, x, view, (input,))
 
 
@@ -329,17 +345,23 @@ def affine(input: Tensor, normed: Tensor, weight: Any, bias: Any, start: int) ->
     return Parsed(weight, bias, normed, elements(like, input.shape, start), (input,))
 
 
-def layer_norm(own: Own, out: Tensor, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+def layer_norm(
+    own: Own, out: Tensor, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
     normed = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
     return affine(input, normed, weight, bias, input.dim() - len(normalized_shape))
 
 
-def rms_norm(own: Own, out: Tensor, input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+def rms_norm(
+    own: Own, out: Tensor, input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Any:
     normed = F.rms_norm(input.detach(), normalized_shape, None, eps)
     return affine(input, normed, weight, None, input.dim() - len(normalized_shape))
 
 
-def group_norm(own: Own, out: Tensor, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+def group_norm(
+    own: Own, out: Tensor, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
     return affine(input, F.group_norm(input.detach(), num_groups, None, None, eps), weight, bias, 1)
 
 
@@ -373,7 +395,9 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
-    return affine(input, F.instance_norm(input.detach(), mean, var, None, None, use_input_stats, 0.0, eps), weight, bias, 1)
+    return affine(
+        input, F.instance_norm(input.detach(), mean, var, None, None, use_input_stats, 0.0, eps), weight, bias, 1
+    )
 
 
 RULES: dict[Any, Rule] = {

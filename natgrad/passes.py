@@ -61,7 +61,7 @@ def cotangents(
             v = reading.observed(outputs, output, targets, data)
         else:
             v = tuple(t * samples**-0.5 for t in reading.draw(outputs, targets, generator))
-        chosen = range(data)
+        chosen: Sequence[int] = range(data)
         if fraction < 1:
             count = max(1, round(fraction * data))
             chosen = torch.randperm(data, generator=generator, device=generator.device)[:count].tolist()
@@ -153,7 +153,7 @@ Leading = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]  # sizes of the lea
 
 
 def axes_that_fit(sizes: tuple[int, ...], data: int) -> list[int]:
-    """Leading dimensions that may count data by their size: the first may hold several rows a datum, either way round."""
+    """Leading dimensions that may count data by their size: the first may hold several rows a datum."""
     several = bool(sizes) and sizes[0] > data and sizes[0] % data == 0
     exact = [i for i, n in enumerate(sizes) if n == data]
     return [*([0] if several else []), *exact, *([INNER] if several else [])]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class OneHot:
         return OneHot(self.index.reshape(n, 1, -1), self.scale.reshape(n, 1, -1) / p, self.size)
 
 
-Rows = Union[Tensor, OneHot]
+Rows = Tensor | OneHot
 
 
 def regroup(rows: Rows, data: int | None) -> Rows:
@@ -100,7 +99,7 @@ def outer(left: Rows, right: Rows) -> Tensor:
 
 def scatter_outer(dense: Tensor, hot: OneHot) -> Tensor:
     """Σ_p hot_p dense_pᵀ of each datum, (data, 1, size, d)."""
-    n, _, bag = hot.index.shape
+    n = hot.index.shape[0]
     d = dense.shape[-1]
     rows = (dense.unsqueeze(2) * hot.scale[..., None, None]).reshape(-1, d)  # (data · positions · bag, d)
     start = torch.arange(n, device=hot.index.device)[:, None, None] * hot.size

@@ -1,6 +1,6 @@
 """Views: how the input and the output gradient of one call become rows of a stack of linear maps.
 
-    out[n, p, k, :] = W[k] @ a[n, p, k, :]        a (data, positions, groups, d_in), out (data, positions, groups, d_out)
+    out[n, p, k, :] = W[k] @ a[n, p, k, :]      a (data, positions, groups, d_in), out (data, positions, groups, d_out)
 
 `View.input_rows` and `View.gradient_rows` bring a tensor to (*leading, groups, d); which leading dimension counts the
 data is not known from the op alone (a transformer may run on (time, batch, features)), so it is named later and
@@ -149,7 +149,8 @@ class ConvView(View):
 def zeros_between(x: Tensor, steps: tuple[int, ...]) -> Tensor:
     """x[n, c, i, …] ↦ y[n, c, step · i, …], zero elsewhere."""
     y = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], steps)))
-    y[(slice(None), slice(None), *(slice(None, None, s) for s in steps))] = x
+    where = (slice(None), slice(None), *(slice(None, None, s) for s in steps))
+    y[where] = x
     return y
 
 

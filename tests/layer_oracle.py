@@ -32,9 +32,7 @@ def flat(grads: Any, params: list[Tensor]) -> Tensor:
 
 def jacobian(out: Tensor, params: list[Tensor]) -> Tensor:
     """(outputs, P)"""
-    rows = [
-        flat(torch.autograd.grad(o, params, retain_graph=True, allow_unused=True), params) for o in out.reshape(-1)
-    ]
+    rows = [flat(torch.autograd.grad(o, params, retain_graph=True, allow_unused=True), params) for o in out.reshape(-1)]
     return torch.stack(rows)
 
 
@@ -55,7 +53,9 @@ def gauss_newton(model: nn.Module, criterion: Any, x: Any, y: Any, pick: Callabl
     return jac.T @ torch.autograd.functional.hessian(loss, z) @ jac
 
 
-def empirical(model: nn.Module, criterion: nn.Module, x: Any, y: Any, data: int, pick: Callable[[Any], Any] = same) -> Tensor:
+def empirical(
+    model: nn.Module, criterion: nn.Module, x: Any, y: Any, data: int, pick: Callable[[Any], Any] = same
+) -> Tensor:
     """(1/m) Σ_n ∇ℓ_n ∇ℓ_nᵀ from the rows of datum n of one forward pass; without 1/m for "sum"."""
     out = pick(call(model, x))
     params = parameters(model)
