@@ -7,7 +7,7 @@ import torch
 
 import natgrad as ng
 from tests.layer_oracle import block_mask, empirical, gauss_newton, relative
-from tests.op_cases import CASES, N, Case, criteria
+from tests.op_cases import CASES, Case, N, criteria
 
 TOLERANCE = 1e-9
 
