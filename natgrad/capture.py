@@ -114,7 +114,8 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
     names = {i: n for tape in tapes for i, n in tape.names.items()}
     reached: set[Edge] = set()
     missed: dict[str, Uncaptured] = {}
-    seen: set[Edge] = set().union(*(tape.inputs for tape in tapes))
+    # what made the input is none of ours, unless it is another watched pass: m(m(x))
+    seen: set[Edge] = set(tapes[0].inputs) if len(tapes) == 1 else set()
     entered: set[Any] = set()
     todo = [(e, "the output itself") for t in outputs if (e := edge_of(t)) is not None]
     while todo:

@@ -98,6 +98,11 @@ class Curvature:
             CaptureError: a parameter is used both by covered and by uncovered ops.
             ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
         """
+        # the loop's autocast would take the statistics in half precision
+        with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
+            return self._draw(output, targets, tapes, per_datum)
+
+    def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
         found = self.reading.outputs(output)
         live = [o for o in found if o.requires_grad]
         reached, missed = coverage_walk(live, tapes)
@@ -384,8 +389,16 @@ class Shot:
 
     def _grad(self, inputs: Sequence[Any], v: Tensors) -> tuple[Tensor | None, ...]:
         held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]
-        with torch.autocast(self.live[0].device.type, enabled=False):
+        try:
             return torch.autograd.grad(self.live, inputs, held, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "selective activation checkpoint" not in str(error):
+                raise
+            raise CaptureError(
+                "the model uses selective activation checkpointing, which lets a region be backpropagated only once; "
+                "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
+                "context_fn, or take the metric with update() on a model without it"
+            ) from error
 
 
 def statistics_dtype(parameters: Any) -> torch.dtype:

@@ -132,6 +132,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _step(self, df: Vector) -> None:
         options = self._options()
         df = {n: -g if options[n].maximize else g for n, g in df.items()}
+        for n, g in df.items():
+            if g.is_sparse:
+                raise ValueError(
+                    f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
+                )
         fine = all_finite(df)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
