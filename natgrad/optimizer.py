@@ -167,7 +167,8 @@ class NaturalGradient(torch.optim.Optimizer):
         elif due and self.metric.needs_refresh and not self.refreshes:
             raise RuntimeError(
                 "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
-                "Call the model itself (`model(x)`, not a submodule or model.forward), with grad enabled, and "
+                "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
+                "compiled model to Fisher), with grad enabled, and "
                 "backpropagate its loss"
             )
         self.steps += 1
