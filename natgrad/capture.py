@@ -62,6 +62,7 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
+    sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
@@ -71,6 +72,7 @@ class Tape:
         """Start noting calls."""
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
+        self.sizes = {n for t in tensors for n in t.shape[:2]}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
         self._stack = ExitStack()
         if "torch._dynamo" in sys.modules:  # a compiled model runs eagerly while it is watched
@@ -91,7 +93,7 @@ class Tape:
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
             return
-        if parsed.needs_data and self.data and all(n % self.data for n in view.leading(parsed.x)):
+        if parsed.needs_data and self.sizes and all(n % s for n in view.leading(parsed.x) for s in self.sizes):
             return
         claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
