@@ -119,9 +119,13 @@ ANY: dict[str, Build] = {  # on the last dimension
     "penalised": lambda d: Step("penalised", penalised),
     "by two ops": lambda d: Step("by two ops", by_two_ops),
     "weight norm": lambda d: module("weight norm", parametrizations.weight_norm(nn.Linear(d, 3))),
-    "merged lora": lambda d: Step("lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)),
+    "merged lora": lambda d: Step(
+        "lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)
+    ),
     "lora": lambda d: Step("lora", lambda m, x, _: F.linear(x, m.w) + x @ m.a @ m.b, w=p(3, d), a=p(d, 1), b=p(1, 3)),
-    "residual": lambda d: Step("residual", lambda m, x, _: x + m.b(m.a(x).tanh()), a=nn.Linear(d, 2), b=nn.Linear(2, d)),
+    "residual": lambda d: Step(
+        "residual", lambda m, x, _: x + m.b(m.a(x).tanh()), a=nn.Linear(d, 2), b=nn.Linear(2, d)
+    ),
 }
 
 
@@ -229,11 +233,15 @@ def build(spec: Spec) -> tuple[nn.Module, Tensor]:
         steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)))
     channel = 1 if spec.shape == "image" else -1
     for op in spec.ops:
-        now = Chain(steps, 2).double().eval()
         h = x
-        for i, step in enumerate(now.steps):
-            h = step(h, steps[:i])
-        steps.append(table[op](h.shape[channel]).double())
+        for i, step in enumerate(steps):
+            h = step.eval()(h, steps[:i])
+        step = table[op](h.shape[channel]).double().eval()
+        try:
+            step.train()(h, steps)
+        except (RuntimeError, ValueError):  # torch cannot run it here: a kernel larger than what is left of an image
+            continue
+        steps.append(step)
     model = Chain(steps, 2).double().eval()
     model(x)  # gives the head its width
     return model.train(), x
