@@ -25,7 +25,7 @@ import natgrad as ng
 from tests.models import ResNet18, ViT, as_batch, language_models
 
 ROUNDS = 5
-MAX_POSITIONS = 256
+LIMITS = (None, 256, 64)  # of `max_positions`
 BAR = 1.6
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         ask = {"output": output, "targets": targets}
         runs.append((name, model, lambda model=model, batch=batch: model(**batch).loss, ask))
 
-    for limit in (None, MAX_POSITIONS):
+    for limit in LIMITS:
         print("all positions" if limit is None else f"max_positions={limit}")
         for name, model, value, options in runs:
             measure(name, model, loss, value, max_positions=limit, **options)
