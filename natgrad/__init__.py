@@ -2,8 +2,11 @@
 
 from natgrad import operators
 from natgrad.function_space import GaussNewton
+from natgrad.hessian import Hessian
 from natgrad.metric import Euclidean, Metric
 from natgrad.optimizer import NaturalGradient
+from natgrad.quantum import QuantumGeometry
+from natgrad.variational import Energy
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Euclidean", "GaussNewton", "Metric", "NaturalGradient", "operators"]
+__all__ = ["Energy", "Euclidean", "GaussNewton", "Hessian", "Metric", "NaturalGradient", "QuantumGeometry", "operators"]

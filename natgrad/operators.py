@@ -75,6 +75,14 @@ def gradient(u: Field, x: Tensor) -> Tensor:
     return vmap(lambda v: jvp(u, (x,), (v,))[1])(eye)
 
 
+def value_and_gradient(u: Field, x: Tensor) -> tuple[Tensor, Tensor]:
+    """u (…) and ∇u (d, …) at one point x of shape (d,), in one pass."""
+    check_point(x)
+    eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+    value, slope = vmap(lambda v: jvp(u, (x,), (v,)), out_dims=(0, 0))(eye)
+    return value[0], slope
+
+
 def divergence(u: Field, x: Tensor) -> Tensor:
     """∇·u of a vector field u: (d,) → (d,) at one point, a scalar.
 

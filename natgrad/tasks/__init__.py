@@ -1,1 +1,1 @@
-"""The problems that the command line ships."""
+"""The problems that ``natgrad solve`` ships: one small file each, see `natgrad.tasks.problem`."""
