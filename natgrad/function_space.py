@@ -49,9 +49,11 @@ class RootMetric(Metric):
             raise ValueError(f"solver must be one of {', '.join(map(repr, self.solvers))}, got {solver!r}")
         self.solver = solver
         self.chosen = ""  # which solver serves the last batch, and why
+        self.resampled = False  # whether the last batch held other tensors than the one before
         self.point: Vector = {}  # the parameters at which the metric is linearised
         self.rows: Rows | None = None
         self.root: Tensor | None = None
+        self.loss: Tensor | None = None  # of the last batch
         self._factor: tuple[float, Solver] | None = None
 
     # the two verbs -------------------------------------------------------------------------------------
@@ -136,6 +138,27 @@ class RootMetric(Metric):
         before = self.vector_to_flat(prior)  # (JᵀJ + λ)⁻¹(Jᵀc + λp) = p + (JᵀJ + λ)⁻¹Jᵀ(c − Jp)
         return self.flat_to_vector(before + self.factor(damping).pull(self.root - rows.jvp(before)))
 
+    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
+        """Geodesic acceleration a = −(ĝ + λI)⁻¹Jᵀ r_vv (Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885, section 5).
+
+        r_vv is the second derivative of what the rows measure along the velocity, by a central difference.
+        """
+        self.linearised()
+        with torch.no_grad():
+            shifts = [self._values_at(self.moved({n: s * DIFFERENCE * v for n, v in velocity.items()})) for s in (1, 0, -1)]
+        if shifts[0].numel() == 0:
+            return None
+        bend = (shifts[0] - 2 * shifts[1] + shifts[2]) / DIFFERENCE**2
+        return self.flat_to_vector(-self.factor(damping).pull(bend)) if bool(torch.isfinite(bend).all()) else None
+
+    def _values_at(self, params: Vector) -> Tensor:
+        """What the rows measure, (N,), such that J is its derivative; empty where the metric does not know it."""
+        return next(iter(params.values())).new_empty(0)
+
+    def moved(self, increments: Mapping[str, Tensor]) -> Vector:
+        """The parameters at which the metric is linearised, plus increments."""
+        return {n: p + increments[n] if n in increments else p for n, p in self.point.items()}
+
     def default_step(self) -> StepRule:
         from natgrad.searches import GridSearch
 
@@ -186,8 +209,9 @@ class GaussNewton(RootMetric):
     def observe(self, batch: Batch) -> Tensor:
         """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the loss."""
         self._take_point()
-        res, at = self.residuals, self.point
+        res, at, before = self.residuals, self.point, self.residuals.batch
         res.bind(batch, at)
+        self.resampled = bool(before) and any(a is not b for n in before for a, b in zip(before[n], res.batch[n]))
         with torch.no_grad():
             self.root = res.values(at)
         res.check_finite(self.root)
@@ -199,21 +223,12 @@ class GaussNewton(RootMetric):
             lambda c: self.vector_to_flat(res.vjp(at, c)),
             self.root,
         )
-        return 0.5 * (self.root @ self.root)
+        self.loss = 0.5 * (self.root @ self.root)
+        return self.loss
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
         with torch.no_grad():
-            return float(self.residuals.loss(self._moved(increments)))
+            return float(self.residuals.loss(self.moved(increments)))
 
-    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
-        """Geodesic acceleration a = −(ĝ + λI)⁻¹Jᵀ r_vv (Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885)."""
-        with torch.no_grad():
-            ahead = self.residuals.values(self._moved({n: DIFFERENCE * v for n, v in velocity.items()}))
-            behind = self.residuals.values(self._moved({n: -DIFFERENCE * v for n, v in velocity.items()}))
-        second = (ahead - 2 * self.root + behind) / DIFFERENCE**2
-        if not bool(torch.isfinite(second).all()):
-            return None
-        return self.flat_to_vector(-self.factor(damping).pull(second))
-
-    def _moved(self, increments: Mapping[str, Tensor]) -> Vector:
-        return {n: p + increments[n] if n in increments else p for n, p in self.point.items()}
+    def _values_at(self, params: Vector) -> Tensor:
+        return self.residuals.values(params)

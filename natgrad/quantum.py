@@ -62,7 +62,8 @@ class QuantumGeometry(RootMetric):
         rows = (root[:, None, None] * (jacobian - mean)).reshape(-1, jacobian.shape[2])
         self.rows = Rows.of(rows)
         self.root = (2 * root[:, None] * covector).reshape(-1)
-        return energy.real if energy.is_complex() else energy
+        self.loss = energy.real if energy.is_complex() else energy
+        return self.loss
 
     def default_step(self) -> StepRule:
         from natgrad.searches import TrustRegion

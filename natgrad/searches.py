@@ -26,6 +26,9 @@ from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule, one_value
 
 
+ROUNDING = 1e-12  # relative decreases of the loss below this say nothing about the model
+
+
 class SearchRule(StepRule):
     """What the rules below share: one η, μ and λ for all parameters, and the descent direction."""
 
@@ -49,29 +52,43 @@ class GridSearch(SearchRule):
     the loss along the grid. Where no length lowers the loss, the damping grows (for this step alone); where none of that
     helps, the parameters stay, and ``info["accepted"]`` is False.
 
+    On a fixed batch the damping stays as given. Where the batch changes from step to step a step must be good for other points
+    than it was made from, and the damping adapts: it grows threefold where the best length is η/8 or less and falls threefold, down to the given
+    one, where it is η.
+
     Args:
         damping: λ, absolute.
         halvings: the smallest length is η 2^−halvings.
         geodesic: follow the metric's second-order path where it has one.
+        adapt: adapt the damping; None does where the batch changes.
     """
 
-    def __init__(self, lr: float = 1.0, damping: float = 1e-10, halvings: int = 30, geodesic: bool = True) -> None:
+    damping_meaning = "absolute: (ĝ + λI)⁻¹; adapted to the step length where the batch changes"
+
+    def __init__(self, lr: float = 1.0, damping: float = 1e-10, halvings: int = 30, geodesic: bool = True, adapt: bool | None = None) -> None:
         super().__init__()
         self.lr, self.damping = lr, damping
-        self.halvings, self.geodesic = halvings, geodesic
+        self.halvings, self.geodesic, self.adapt = halvings, geodesic, adapt
         self._last = {"straight": 0, "curved": 0}
+        self._growth = 1.0  # of the damping
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         lr, _, damping = self.options(options)
+        damping = damping * self._growth
         start = metric.loss_at({})
         for attempt in range(5):
             found = self._search(metric, damping * 100**attempt, lr, start)
             if found is not None:
                 step, loss, path, length = found
+                self._adapt(length / lr, metric)
                 self.note(metric, damping=damping * 100**attempt, length=length, path=path, loss=start, loss_after=loss, accepted=True)
                 return step
         self.note(metric, damping=damping, length=0.0, path="none", loss=start, loss_after=start, accepted=False)
         return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
+
+    def _adapt(self, share: float, metric: Metric) -> None:
+        if self.adapt if self.adapt is not None else getattr(metric, "resampled", False):
+            self._growth = self._growth * 3 if share <= 1 / 8 else max(self._growth / 3, 1.0) if share >= 1 else self._growth
 
     def _search(self, metric: Metric, damping: float, lr: float, start: float) -> tuple[Vector, float, str, float] | None:
         v = {n: -d for n, d in metric.direction(damping).items()}
@@ -88,10 +105,10 @@ class GridSearch(SearchRule):
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self._last)}
+        return {"last": dict(self._last), "growth": self._growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last = dict(state["last"])
+        self._last, self._growth = dict(state["last"]), state["growth"]
 
 
 class Armijo(SearchRule):
@@ -228,24 +245,67 @@ class Spring(SearchRule):
 
 
 class TrustRegion(SearchRule):
-    """Δθ = −η (ĝ + λI)⁻¹df, shortened to √g(Δ, Δ) ≤ radius; with a tiny damping this keeps steps along flat directions from exploding.
+    """Δθ = −η (ĝ + λI)⁻¹df, shortened to ‖Δ‖ ≤ radius in the norm of ĝ + εI, with a radius that follows the loss.
 
-    The norm is that of ĝ + λI, so that directions in which ĝ vanishes are bounded as well.
+    At tiny λ the direction is long where ĝ is nearly singular, and neither its length nor its sense can be trusted there; ε bounds it. The
+    gain ratio ρ = (decrease seen at the next observation) / (decrease of the quadratic model) doubles the radius where ρ > 0.75 and the
+    bound was met, up to the given one, and quarters it where ρ < 0.25; a step that raised the loss by more than the model promised to lower it (ρ < −1) is
+    undone. Where the metric does not know the loss the radius stays.
+
+    Args:
+        radius: the largest ‖Δ‖.
+        floor: ε.
     """
 
-    def __init__(self, lr: float = 0.1, damping: float = 1e-3, radius: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, damping: float = 1e-3, radius: float = 0.1, floor: float = 1e-2) -> None:
         super().__init__()
-        self.lr, self.damping, self.radius = lr, damping, radius
+        self.lr, self.damping, self.radius, self.floor = lr, damping, radius, floor
+        self._radius = radius
+        self._last: Vector = {}
+        self._promise: tuple[float, float, bool] | None = None  # loss before the last step, predicted decrease, bound met
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         lr, _, damping = self.options(options)
+        loss = getattr(metric, "loss", None)
+        ratio = self._follow(loss)
+        if ratio is not None and ratio < -1:
+            undo = {n: -d for n, d in self._last.items()}
+            self._promise = None
+            self.note(metric, damping=damping, length=0.0, radius=self._radius, ratio=ratio, undone=True)
+            return undo
         direction = descent(metric, df, damping)
-        norm = math.sqrt(max(float(metric.inner(direction, direction) + damping * dot(direction, direction)), 0.0))
+        lowered = metric.flat(direction)
+        square, plain, slope = dot(lowered, direction), dot(direction, direction), dot(df, direction)
+        norm = math.sqrt(max(float(square + max(damping, self.floor) * plain), 0.0))
         if not math.isfinite(norm):
             raise ValueError(f"the direction is not finite at damping {damping:g}; take a larger damping or look at the batch for inf and NaN")
-        length = min(lr, self.radius / max(norm, 1e-300))
-        self.note(metric, damping=damping, length=length, norm=norm * length)
-        return {n: -length * d for n, d in direction.items()}
+        length = min(lr, self._radius / max(norm, 1e-300))
+        predicted = length * float(slope) - 0.5 * length**2 * float(square)
+        self._last = {n: -length * d for n, d in direction.items()}
+        self._promise = None if loss is None else (float(loss), predicted, length < lr)
+        self.note(metric, damping=damping, length=length, norm=norm * length, radius=self._radius, ratio=ratio, undone=False)
+        return dict(self._last)
+
+    def _follow(self, loss: Tensor | None) -> float | None:
+        """The gain ratio of the last step, after the radius has followed it."""
+        if loss is None or self._promise is None:
+            return None
+        before, predicted, bounded = self._promise
+        if predicted <= ROUNDING * abs(before):
+            return None
+        ratio = (before - float(loss)) / predicted
+        if ratio < 0.25:
+            self._radius = self._radius / 4
+        elif ratio > 0.75 and bounded:
+            self._radius = min(2 * self._radius, self.radius)
+        return ratio
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"radius": self._radius, "last": dict(self._last), "promise": self._promise}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._radius, self._last = state["radius"], dict(state["last"])
+        self._promise = None if state["promise"] is None else tuple(state["promise"])
 
 
 # pieces -------------------------------------------------------------------------------------------------------

@@ -72,16 +72,21 @@ class Energy(RootMetric):
             sum(r.shape[0] * r.shape[1] for r in self._roots.values()), sum(p.numel() for p in self.point.values()),
             self._chunks, self._jvp, self._vjp, energy[0],
         )
-        return torch.stack(energy).sum()
+        self.loss = torch.stack(energy).sum()
+        return self.loss
 
     def gradient(self) -> Vector:
         self.linearised()
         return self._pull(self._slopes)
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
-        at = {n: p + increments[n] if n in increments else p for n, p in self.point.items()}
+        at = self.moved(increments)
         with torch.no_grad():
             return float(sum((self.batch[n][1] * self._density(n, self._fields(n, at))).sum() for n in self.densities))
+
+    def _values_at(self, params: Vector) -> Tensor:
+        """√(w F_zz) z, with the root of the linearisation."""
+        return torch.cat([(self._roots[n] @ self._fields(n, params)[:, :, None]).reshape(-1) for n in self.densities])
 
     # per term --------------------------------------------------------------------------------------------
 
