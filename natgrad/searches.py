@@ -26,6 +26,9 @@ from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule, one_value
 
 
+# how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
+FIXED = (10.0, 2**-8, 2**-3)
+FRESH = (3.0, 2**-3, 1.0)
 ROUNDING = 1e-12  # relative decreases of the loss below this say nothing about the model
 
 
@@ -52,20 +55,20 @@ class GridSearch(SearchRule):
     the loss along the grid. Where no length lowers the loss, the damping grows (for this step alone); where none of that
     helps, the parameters stay, and ``info["accepted"]`` is False.
 
-    On a fixed batch the damping stays as given. Where the batch changes from step to step a step must be good for other points
-    than it was made from, and the damping adapts: it grows threefold where the best length is η/8 or less and falls threefold, down to the given
-    one, where it is η.
+    The damping grows where steps get short and falls again, down to the given one, where they get long. On a fixed batch it grows
+    tenfold at η/256 or less and falls at η/8 or more: short steps are normal there. Where the batch changes from step to step, a step must be
+    good for other points than it was made from, and the damping grows threefold at η/8 or less and falls at η.
 
     Args:
-        damping: λ, absolute.
+        damping: the smallest λ, absolute.
         halvings: the smallest length is η 2^−halvings.
         geodesic: follow the metric's second-order path where it has one.
-        adapt: adapt the damping; None does where the batch changes.
+        adapt: whether the damping follows the length.
     """
 
-    damping_meaning = "absolute: (ĝ + λI)⁻¹; adapted to the step length where the batch changes"
+    damping_meaning = "absolute: (ĝ + λI)⁻¹; grows from the given one where steps are short"
 
-    def __init__(self, lr: float = 1.0, damping: float = 1e-10, halvings: int = 30, geodesic: bool = True, adapt: bool | None = None) -> None:
+    def __init__(self, lr: float = 1.0, damping: float = 1e-10, halvings: int = 30, geodesic: bool = True, adapt: bool = True) -> None:
         super().__init__()
         self.lr, self.damping = lr, damping
         self.halvings, self.geodesic, self.adapt = halvings, geodesic, adapt
@@ -80,15 +83,19 @@ class GridSearch(SearchRule):
             found = self._search(metric, damping * 100**attempt, lr, start)
             if found is not None:
                 step, loss, path, length = found
-                self._adapt(length / lr, metric)
+                if self.adapt:
+                    self._follow(length / lr, metric)
                 self.note(metric, damping=damping * 100**attempt, length=length, path=path, loss=start, loss_after=loss, accepted=True)
                 return step
         self.note(metric, damping=damping, length=0.0, path="none", loss=start, loss_after=start, accepted=False)
         return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
 
-    def _adapt(self, share: float, metric: Metric) -> None:
-        if self.adapt if self.adapt is not None else getattr(metric, "resampled", False):
-            self._growth = self._growth * 3 if share <= 1 / 8 else max(self._growth / 3, 1.0) if share >= 1 else self._growth
+    def _follow(self, share: float, metric: Metric) -> None:
+        factor, short, long = FRESH if getattr(metric, "resampled", False) else FIXED
+        if share <= short:
+            self._growth *= factor
+        elif share >= long:
+            self._growth = max(self._growth / factor, 1.0)
 
     def _search(self, metric: Metric, damping: float, lr: float, start: float) -> tuple[Vector, float, str, float] | None:
         v = {n: -d for n, d in metric.direction(damping).items()}

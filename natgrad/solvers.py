@@ -28,6 +28,7 @@ from torch import Tensor
 JITTER_TRIES = 6  # each ten times the last
 CG_TOLERANCE = 1e-12  # of the residual norm, relative to the right-hand side
 NYSTROM_RANK = 100
+KEPT_BYTES = 2**29  # a Jacobian up to this size is kept by `Dense` for products; a larger one is passed over in chunks
 NOT_FINITE = "the metric is not finite: a Jacobian holds inf or NaN; take shorter steps, or look at the network's values"
 DENSE_PARAMETERS = 5000  # up to here O(P³) is quicker than iterating
 
@@ -97,6 +98,8 @@ class Dense:
     def __init__(self, rows: Rows, damping: float) -> None:
         n = rows.parameters
         ensure_fits(2 * n * n * rows.like.element_size(), f"the dense {n}×{n} factor of the metric", 'solver="cg" or "kfac"', rows.like)
+        if rows.count * n * rows.like.element_size() <= KEPT_BYTES:
+            rows = Rows.of(rows.matrix())
         self.rows, self.damping = rows, damping
         factor = math.sqrt(damping) * torch.eye(n, dtype=rows.like.dtype, device=rows.like.device)
         for chunk in gathered(rows.chunks(), n):
