@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from natgrad.metric import Metric, Vector, named
 from natgrad.residuals import Batch, Residuals, Term
 from natgrad.solvers import ConjugateGradient, Dense, Kernel, Rows, Solver, choose, ensure_fits
+from natgrad.taylor_kfac import Kronecker, KroneckerTerms
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
 
 log = logging.getLogger("natgrad")
 SOLVERS = {"dense": Dense, "kernel": Kernel, "cg": ConjugateGradient}
+KFAC_DAMPING = 1e-6  # where the approximation ends, smaller damping follows its errors
 DIFFERENCE = 0.1  # h of the central difference along the velocity (Transtrum & Sethna 2012, section 5)
 
 
@@ -205,10 +207,60 @@ class GaussNewton(RootMetric):
     ) -> None:
         super().__init__(named(model), solver)
         self.residuals = Residuals(model, terms, weights, chunk)
+        self._kronecker: KroneckerTerms | None = None
+
+    # with "kfac" the metric is the Kronecker-factored matrix ----------------------------------------------
+
+    def _factored(self) -> bool:
+        return self.pick() == "kfac"
+
+    def _kronecker_terms(self) -> KroneckerTerms:
+        if self._kronecker is None:
+            self._kronecker = KroneckerTerms(self.residuals, self.point)
+        return self._kronecker
+
+    def _make_solver(self, damping: float) -> Solver:
+        return Kronecker(self._kronecker_terms(), self.linearised(), damping) if self._factored() else super()._make_solver(damping)
+
+    def _kronecker_covers(self) -> bool:
+        """Whether every parameter belongs to a linear layer."""
+        linear = {id(p) for m in self.residuals.model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+        return all(id(p) in linear for p in self.parameters.values())
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        if not self._factored():
+            return super().flat(v)
+        return self.flat_to_vector(self._kronecker_terms().product(self.vector_to_flat(self.check(v, "v"))))
+
+    def dense(self) -> Tensor:
+        return Metric.dense(self) if self._factored() else super().dense()
+
+    def diagonal(self) -> Vector:
+        return Metric.diagonal(self) if self._factored() else super().diagonal()
+
+    def logdet(self, damping: float) -> Tensor:
+        return Metric.logdet(self, damping) if self._factored() else super().logdet(damping)
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        return Metric.sample(self, damping, generator) if self._factored() else super().sample(damping, generator)
+
+    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
+        return Metric.direction(self, damping, prior) if self._factored() else super().direction(damping, prior)
+
+    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
+        return None if self._factored() else super().acceleration(velocity, damping)
+
+    def default_step(self) -> StepRule:
+        from natgrad.searches import GridSearch
+
+        return GridSearch(damping=KFAC_DAMPING) if self.solver == "kfac" else GridSearch()
+
+    # ------------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch) -> Tensor:
         """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the loss."""
         self._take_point()
+        self._kronecker = None
         res, at, before = self.residuals, self.point, self.residuals.batch
         res.bind(batch, at)
         self.resampled = bool(before) and any(a is not b for n in before for a, b in zip(before[n], res.batch[n]))

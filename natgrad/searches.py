@@ -28,7 +28,7 @@ from natgrad.steps import Options, StepRule, one_value
 
 # how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
 FIXED = (10.0, 2**-8, 2**-3)
-FRESH = (3.0, 2**-3, 1.0)
+FRESH = (10.0, 2**-3, 1.0)
 ROUNDING = 1e-12  # relative decreases of the loss below this say nothing about the model
 
 
@@ -57,7 +57,7 @@ class GridSearch(SearchRule):
 
     The damping grows where steps get short and falls again, down to the given one, where they get long. On a fixed batch it grows
     tenfold at η/256 or less and falls at η/8 or more: short steps are normal there. Where the batch changes from step to step, a step must be
-    good for other points than it was made from, and the damping grows threefold at η/8 or less and falls at η.
+    good for other points than it was made from, and the damping grows at η/8 or less and falls at η.
 
     Args:
         damping: the smallest λ, absolute.
