@@ -51,7 +51,7 @@ class RootMetric(Metric):
             raise ValueError(f"solver must be one of {', '.join(map(repr, self.solvers))}, got {solver!r}")
         self.solver = solver
         self.chosen = ""  # which solver serves the last batch, and why
-        self.resampled = False  # whether the last batch held other tensors than the one before
+        self.resampled: bool | None = None  # whether the last batch held other tensors than the one before; None for the first
         self.point: Vector = {}  # the parameters at which the metric is linearised
         self.rows: Rows | None = None
         self.root: Tensor | None = None
@@ -263,7 +263,7 @@ class GaussNewton(RootMetric):
         self._kronecker = None
         res, at, before = self.residuals, self.point, self.residuals.batch
         res.bind(batch, at)
-        self.resampled = bool(before) and any(a is not b for n in before for a, b in zip(before[n], res.batch[n]))
+        self.resampled = any(a is not b for n in before for a, b in zip(before[n], res.batch[n])) if before else None
         with torch.no_grad():
             self.root = res.values(at)
         res.check_finite(self.root)

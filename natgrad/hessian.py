@@ -65,8 +65,9 @@ class Hessian(Metric):
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters: loss_fn must compute it anew, and not under no_grad")
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the loss is {float(loss)}: its Hessian is not defined")
-        return loss.reshape(())
+            raise ValueError(f"the loss is {float(loss.detach())}: its Hessian is not defined")
+        with torch.enable_grad():
+            return loss.reshape(())
 
     def product(self) -> Product:
         """v ↦ ĝv on flat vectors (P,), the gradient's graph built once and shared by all products."""

@@ -8,8 +8,8 @@ in forward mode: next to every intermediate value z they carry its jet
 through the network (forward Laplacian: Li et al. 2023, https://arxiv.org/abs/2307.08214; it is the Taylor mode of
 second order with the second coefficients collapsed to their sum). A linear layer maps each component; an elementwise
 function f maps ∂ᵢz to f′(z) ∂ᵢz and Σ wᵢ∂ᵢ²z to f′(z) Σ wᵢ∂ᵢ²z + f″(z) Σ wᵢ(∂ᵢz)². One pass costs d + 2 evaluations,
-where nested forward mode takes 4d. Operations without a rule here fall back to nested forward mode for the
-whole network: slower, same numbers.
+where nested forward mode takes 4d. Where an operation has no rule here the whole network is differentiated by forward over reverse
+mode: slower, same numbers.
 
 Everything composes with ``torch.func`` transforms (vmap over points, derivatives with respect to parameters).
 """
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 Field = Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ def derivatives(u: Field, x: Tensor, weights: Tensor | Sequence[float] | None = 
     try:
         out = u(Jet(torch.cat([x[None], eye, torch.zeros_like(x)[None]]), w))  # type: ignore[arg-type]
     except NoRule:
-        return _nested(u, x, w, eye)
+        return _nested(u, x, w)
     if not isinstance(out, Jet):  # u does not depend on x through tensor operations
         return Derivatives(out, out.new_zeros(d, *out.shape), torch.zeros_like(out))
     return Derivatives(out.data[0], out.data[1:-1], out.data[-1])
@@ -119,20 +119,18 @@ def check_point(x: Tensor) -> None:
         raise TypeError(f"operators differentiate with respect to the point, which must be floating point, got {x.dtype}; cast it with .double()")
 
 
-def _nested(u: Field, x: Tensor, w: Tensor, eye: Tensor) -> Derivatives:
-    def along(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (value, first), (_, second) = jvp(lambda y: jvp(u, (y,), (v,)), (x,), (v,))
-        return value, first, second
-
-    value, first, second = vmap(along)(eye)
-    return Derivatives(value[0], first, torch.einsum("d,d...->...", w, second))
+def _nested(u: Field, x: Tensor, w: Tensor) -> Derivatives:
+    """Forward over reverse mode: forward mode twice is wrong for some fused kernels of torch 2.13 (layer_norm)."""
+    slope = jacrev(u)(x)  # (…, d)
+    second = torch.diagonal(jacfwd(jacrev(u))(x), dim1=-2, dim2=-1)  # (…, d)
+    return Derivatives(u(x), slope.movedim(-1, 0), second @ w)
 
 
 # the jet: a tensor-like object whose operations apply the rules -------------------------------------------------
 
 
 class NoRule(Exception):
-    """An operation the forward Laplacian has no rule for; the caller takes nested forward mode."""
+    """An operation the forward Laplacian has no rule for; the caller takes nested modes."""
 
 
 class Jet:

@@ -74,6 +74,7 @@ class GridSearch(SearchRule):
         self.halvings, self.geodesic, self.adapt = halvings, geodesic, adapt
         self._last = {"straight": 0, "curved": 0}
         self._growth = 1.0  # of the damping
+        self._fresh = False  # whether the batch changes from step to step
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         lr, _, damping = self.options(options)
@@ -91,7 +92,9 @@ class GridSearch(SearchRule):
         return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
 
     def _follow(self, share: float, metric: Metric) -> None:
-        factor, short, long = FRESH if getattr(metric, "resampled", False) else FIXED
+        if (fresh := getattr(metric, "resampled", None)) is not None:
+            self._fresh = fresh
+        factor, short, long = FRESH if self._fresh else FIXED
         if share <= short:
             self._growth *= factor
         elif share >= long:
@@ -112,10 +115,10 @@ class GridSearch(SearchRule):
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self._last), "growth": self._growth}
+        return {"last": dict(self._last), "growth": self._growth, "fresh": self._fresh}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last, self._growth = dict(state["last"]), state["growth"]
+        self._last, self._growth, self._fresh = dict(state["last"]), state["growth"], state["fresh"]
 
 
 class Armijo(SearchRule):

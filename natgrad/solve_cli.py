@@ -93,7 +93,8 @@ def pick_network(problem: Problem, text: str) -> tuple[str, tuple[int, ...]]:
     if not all(p.isdigit() and int(p) > 0 for p in parts) or len(parts) < 2:
         raise typer.BadParameter(f"{text!r} is neither one of {', '.join(problem.networks)} nor widths such as {'-'.join(map(str, expected))}", param_hint="--network")
     widths = tuple(int(p) for p in parts)
-    if widths[0] != expected[0] or (problem.name != "ising-chain" and widths[-1] != expected[-1]) or (problem.name == "ising-chain" and len(widths) != 2):
+    fits = len(widths) == 2 if problem.name == "ising-chain" else (widths[0], widths[-1]) == (expected[0], expected[-1])
+    if not fits:
         raise typer.BadParameter(f"a network for {problem.name} looks like {'-'.join(map(str, expected))}, got {text}", param_hint="--network")
     return text, widths
 

@@ -31,6 +31,10 @@ from natgrad.residuals import Residuals, Term
 from natgrad.solvers import Rows, conjugate_gradient, damped_cholesky
 
 TOLERANCE = 1e-10
+UNSEEN = (
+    'solver="kfac" cannot see how the residual of term {!r} depends on {}: it covers linear layers under '
+    'natgrad.operators.laplacian and derivatives; take solver="kernel" or "cg" for other layers or derivatives'
+)
 AGREEMENT = 1e-6  # of Σ g aᵀ with the residual's derivative, relative
 
 
@@ -85,7 +89,10 @@ class TermFactors:
             r, tap = trace(shifts, *at)
             return r, tap.inputs
 
-        g, a = vmap(jacrev(residual, has_aux=True), (None, *(0,) * len(data)))(zeros, *data)  # g (N, k, S, out), a (N, S, in + 1)
+        try:
+            g, a = vmap(jacrev(residual, has_aux=True), (None, *(0,) * len(data)))(zeros, *data)  # g (N, k, S, out), a (N, S, in + 1)
+        except RuntimeError as error:  # an input of a layer belongs to a transform inside the term and cannot leave it
+            raise ValueError(UNSEEN.format(name, list(params))) from error
         self._check_seen(name, residuals, params, term, [t[:1] for t in g], [t[:1] for t in a], tuple(d[:1] for d in data))
         weight, n = residuals.weights[name], len(data[0])
         self.factors: dict[tuple[str, str | None], tuple[Tensor, Tensor]] = {}
@@ -114,10 +121,7 @@ class TermFactors:
         true = jacrev(lambda p: term(residuals.field(p), *(d[0] for d in at)).reshape(-1)[0])(params)
         off = [n for n in params if float((seen[n] - true[n]).norm()) > AGREEMENT * float(true[n].norm()) + 1e-300]
         if off:
-            raise ValueError(
-                f'solver="kfac" cannot see how the residual of term {name!r} depends on {off}: it covers linear layers under '
-                'natgrad.operators.laplacian and derivatives; take solver="kernel" or "cg" for other layers or derivatives'
-            )
+            raise ValueError(UNSEEN.format(name, off))
 
 
 class KroneckerTerms:
