@@ -1,7 +1,7 @@
 """Weighted sums of metrics: ``m1 + 0.5 * m2`` is the metric ĝ₁ + ½ ĝ₂.
 
-Metrics with rows (ĝ = JᵀJ) combine by stacking √cᵢ Jᵢ, so that every solver serves the sum. Any other sum is inverted
-through its dense matrix, or by conjugate gradients where that will not fit.
+Metrics with rows (ĝ = JᵀJ) combine by stacking √cᵢ Jᵢ, so that every solver serves the sum. Any other sum is
+inverted through its dense matrix, or by conjugate gradients where that will not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Combination(Metric):
     """Σ cᵢ ĝᵢ over metrics of the same parameters.
 
-    Where every part makes its own gradient, so does the sum: `observe` gives each part the same batch, and the loss is Σ cᵢ lossᵢ.
+    Where every part makes its own gradient, so does the sum: `observe` gives each part the same batch, and the loss is
+    Σ cᵢ lossᵢ.
 
     Args:
         parts: (cᵢ, metric) with cᵢ > 0.
@@ -34,19 +35,28 @@ class Combination(Metric):
     """
 
     def __init__(self, parts: list[tuple[float, Metric]]) -> None:
-        flat: list[tuple[float, Metric]] = []
+        self.parts: list[tuple[float, Metric]] = []
         for c, m in parts:
             if not isinstance(m, Metric) or not isinstance(c, (int, float)):
-                raise TypeError(f"metrics add to metrics and are multiplied by numbers, got {type(c).__name__} times {type(m).__name__}")
+                raise TypeError(
+                    f"metrics add to metrics and are multiplied by numbers, got {type(c).__name__} times "
+                    f"{type(m).__name__}"
+                )
             if not 0 < c < float("inf"):
                 raise ValueError(f"a metric is multiplied by a positive number, got {c}")
-            flat += [(c * inner, part) for inner, part in m.parts] if isinstance(m, Combination) else [(float(c), m)]
-        first = flat[0][1]
-        for _, m in flat:
-            if list(m.parameters) != list(first.parameters) or any(m.parameters[n] is not p for n, p in first.parameters.items()):
-                raise ValueError(f"metrics add where they have the same parameters; {type(first).__name__} has {first.names}, {type(m).__name__} has {m.names}")
+            self.parts += (
+                [(c * inner, part) for inner, part in m.parts] if isinstance(m, Combination) else [(float(c), m)]
+            )
+        first = self.parts[0][1]
+        for _, m in self.parts:
+            if list(m.parameters) != list(first.parameters) or any(
+                m.parameters[n] is not p for n, p in first.parameters.items()
+            ):
+                raise ValueError(
+                    f"metrics add where they have the same parameters; {type(first).__name__} has {first.names}, "
+                    f"{type(m).__name__} has {m.names}"
+                )
         super().__init__(first.parameters)
-        self.parts = flat
 
     def flat(self, v: Mapping[str, Tensor]) -> Vector:
         return self._sum([m.flat(v) for _, m in self.parts])
@@ -59,7 +69,9 @@ class Combination(Metric):
         g = self.vector_to_flat(df)
         if g.numel() <= DENSE_PARAMETERS:
             return self.flat_to_vector(torch.cholesky_solve(g[:, None], damped_cholesky(self.dense(), damping))[:, 0])
-        solution, _ = conjugate_gradient(lambda v: self.vector_to_flat(self.flat(self.flat_to_vector(v))) + damping * v, g)
+        solution, _ = conjugate_gradient(
+            lambda v: self.vector_to_flat(self.flat(self.flat_to_vector(v))) + damping * v, g
+        )
         return self.flat_to_vector(solution)
 
     def dense(self) -> Tensor:

@@ -1,17 +1,18 @@
 """Metrics on functions, pulled back to the parameters of a network.
 
-A metric on functions measures the change J v that a change v of the parameters makes in what the network is *for*: the
-residuals of a PDE (`GaussNewton`, "energy natural gradient", Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163), the fields of a
-variational problem (`natgrad.Energy`), the wave function (`natgrad.QuantumGeometry`). All have the form ĝ = JᵀJ with rows J of shape (N, P), and
-share the solvers of `natgrad.solvers`.
+A metric on functions measures the change J v that a change v of the parameters makes in what the network is *for*:
+the residuals of a PDE (`GaussNewton`, "energy natural gradient", Müller & Zeinhofer 2023,
+https://arxiv.org/abs/2302.13163), the fields of a variational problem (`natgrad.Energy`), the wave function
+(`natgrad.QuantumGeometry`). All have the form ĝ = JᵀJ with rows J of shape (N, P), and share the solvers of
+`natgrad.solvers`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from natgrad.steps import StepRule
 
 log = logging.getLogger("natgrad")
-SOLVERS = {"dense": Dense, "kernel": Kernel, "cg": ConjugateGradient}
+SOLVERS: dict[str, Callable[[Rows, float], Solver]] = {
+    "dense": Dense,
+    "kernel": Kernel,
+    "cg": ConjugateGradient,
+}
 KFAC_DAMPING = 1e-6  # where the approximation ends, smaller damping follows its errors
 DIFFERENCE = 0.1  # h of the central difference along the velocity (Transtrum & Sethna 2012, section 5)
 
@@ -51,7 +56,9 @@ class RootMetric(Metric):
             raise ValueError(f"solver must be one of {', '.join(map(repr, self.solvers))}, got {solver!r}")
         self.solver = solver
         self.chosen = ""  # which solver serves the last batch, and why
-        self.resampled: bool | None = None  # whether the last batch held other tensors than the one before; None for the first
+        self.resampled: bool | None = (
+            None  # whether the last batch held other tensors than the one before; None for the first
+        )
         self.point: Vector = {}  # the parameters at which the metric is linearised
         self.rows: Rows | None = None
         self.root: Tensor | None = None
@@ -93,14 +100,21 @@ class RootMetric(Metric):
     def linearised(self) -> Rows:
         """The rows of the last observed batch."""
         if self.rows is None:
-            raise RuntimeError(f"{type(self).__name__} has seen no batch yet: call observe(batch), or opt.step(batch), first")
+            raise RuntimeError(
+                f"{type(self).__name__} has seen no batch yet: call observe(batch), or opt.step(batch), first"
+            )
         return self.rows
 
     # what follows from J -------------------------------------------------------------------------------
 
     def dense(self) -> Tensor:
         rows = self.linearised()
-        ensure_fits(rows.parameters**2 * rows.like.element_size(), f"the dense {rows.parameters}×{rows.parameters} metric", "flat(v) for products", rows.like)
+        ensure_fits(
+            rows.parameters**2 * rows.like.element_size(),
+            f"the dense {rows.parameters}×{rows.parameters} metric",
+            "flat(v) for products",
+            rows.like,
+        )
         out = rows.like.new_zeros(rows.parameters, rows.parameters)
         for chunk in rows.chunks():
             out.addmm_(chunk.mT, chunk)
@@ -114,7 +128,8 @@ class RootMetric(Metric):
         return self.factor(damping).logdet()
 
     def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
-        """N(0, (ĝ + λI)⁻¹) by solving with a perturbed right-hand side: x = (ĝ + λI)⁻¹(Jᵀw + √λ z), w and z standard normal."""
+        """N(0, (ĝ + λI)⁻¹) by solving with a perturbed right-hand side: x = (ĝ + λI)⁻¹(Jᵀw + √λ z), w and z standard "
+        "normal."""
         rows = self.linearised()
 
         def normal(n: int) -> Tensor:
@@ -141,13 +156,16 @@ class RootMetric(Metric):
         return self.flat_to_vector(before + self.factor(damping).pull(self.root - rows.jvp(before)))
 
     def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
-        """Geodesic acceleration a = −(ĝ + λI)⁻¹Jᵀ r_vv (Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885, section 5).
+        """Geodesic acceleration a = −(ĝ + λI)⁻¹Jᵀ r_vv (Transtrum & Sethna 2012, https://arxiv.org/abs/1201.5885,
+        section 5).
 
         r_vv is the second derivative of what the rows measure along the velocity, by a central difference.
         """
         self.linearised()
         with torch.no_grad():
-            shifts = [self._values_at(self.moved({n: s * DIFFERENCE * v for n, v in velocity.items()})) for s in (1, 0, -1)]
+            shifts = [
+                self._values_at(self.moved({n: s * DIFFERENCE * v for n, v in velocity.items()})) for s in (1, 0, -1)
+            ]
         if shifts[0].numel() == 0:
             return None
         bend = (shifts[0] - 2 * shifts[1] + shifts[2]) / DIFFERENCE**2
@@ -176,10 +194,12 @@ class GaussNewton(RootMetric):
 
     Args:
         model: the network; called with one point of shape (d,).
-        terms: ``{name: f}``, ``f(u, x, *data) → residual(s)`` at ONE point: u the network as a function of one point, x the
+        terms: ``{name: f}``, ``f(u, x, *data) → residual(s)`` at ONE point: u the network as a function of one point, x
+            the
             point (d,), data what the batch holds beside the points. Returns () or (components,).
         weights: ``{name: weight}``; 1 for a term not named.
-        solver: "auto" | "dense" | "kernel" | "cg" | "kfac". With "kfac" the metric *is* the Kronecker-factored approximation.
+        solver: "auto" | "dense" | "kernel" | "cg" | "kfac". With "kfac" the metric *is* the Kronecker-factored
+            approximation.
         chunk: points differentiated at once; None bounds the memory by itself.
 
     Example::
@@ -220,7 +240,11 @@ class GaussNewton(RootMetric):
         return self._kronecker
 
     def _make_solver(self, damping: float) -> Solver:
-        return Kronecker(self._kronecker_terms(), self.linearised(), damping) if self._factored() else super()._make_solver(damping)
+        return (
+            Kronecker(self._kronecker_terms(), self.linearised(), damping)
+            if self._factored()
+            else super()._make_solver(damping)
+        )
 
     def _kronecker_covers(self) -> bool:
         """Whether every parameter belongs to a linear layer."""
@@ -258,7 +282,8 @@ class GaussNewton(RootMetric):
     # ------------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch) -> Tensor:
-        """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the loss."""
+        """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the "
+        "loss."""
         self._take_point()
         self._kronecker = None
         res, at, before = self.residuals, self.point, self.residuals.batch

@@ -1,8 +1,9 @@
 """The Hessian of a loss as a metric, and its spectrum by Lanczos.
 
-Products ĝ v = ∂(df·v)/∂θ by double backpropagation (Pearlmutter 1994), O(P) each. An indefinite Hessian is a pseudo-Riemannian metric: `flat`,
-`inner` and the spectrum are as always; `sharp`, `logdet` and `sample` ask that ĝ + λI is positive definite. The spectral density is by stochastic Lanczos
-quadrature (Ghorbani, Krishnan & Xiao 2019, https://arxiv.org/abs/1901.10159, algorithm 1), with full reorthogonalisation.
+Products ĝ v = ∂(df·v)/∂θ by double backpropagation (Pearlmutter 1994), O(P) each. An indefinite Hessian is a
+pseudo-Riemannian metric: `flat`, `inner` and the spectrum are as always; `sharp`, `logdet` and `sample` ask that ĝ
++ λI is positive definite. The spectral density is by stochastic Lanczos quadrature (Ghorbani, Krishnan & Xiao 2019,
+https://arxiv.org/abs/1901.10159, algorithm 1), with full reorthogonalisation.
 """
 
 from __future__ import annotations
@@ -38,16 +39,26 @@ class Hessian(Metric):
 
     Raises:
         TypeError: loss_fn is not callable, or takes more than a batch.
-        ValueError: at the first product, a loss that is not a scalar, is not finite or does not depend on the parameters.
+        ValueError: at the first product, a loss that is not a scalar, is not finite or does not depend on the
+        parameters.
     """
 
-    def __init__(self, loss_fn: Callable[..., Tensor], params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+    ) -> None:
         super().__init__(named(params))
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a callable that returns the loss, got {type(loss_fn).__name__}")
-        required = [p for p in inspect.signature(loss_fn).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        required = [
+            p
+            for p in inspect.signature(loss_fn).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         if len(required) > 1:
-            raise TypeError(f"loss_fn takes nothing (it reads the parameters where they are) or one batch, got a function of {[p.name for p in required]}")
+            raise TypeError(
+                "loss_fn takes nothing (it reads the parameters where they are) or one batch, got a function of "
+                f"{[p.name for p in required]}"
+            )
         self.loss_fn, self._takes_batch = loss_fn, bool(required)
         self._batch: tuple[Any, ...] = ()
         self._df: Vector = {}
@@ -56,14 +67,18 @@ class Hessian(Metric):
 
     def _loss(self) -> Tensor:
         if self._takes_batch and not self._batch:
-            raise RuntimeError("this Hessian's loss_fn takes a batch and has seen none: call observe(batch), or opt.step(batch), first")
+            raise RuntimeError(
+                "this Hessian's loss_fn takes a batch and has seen none: call observe(batch), or opt.step(batch), first"
+            )
         with torch.enable_grad():
             loss = self.loss_fn(*self._batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
         if not loss.requires_grad:
-            raise ValueError("the loss does not depend on the parameters: loss_fn must compute it anew, and not under no_grad")
+            raise ValueError(
+                "the loss does not depend on the parameters: loss_fn must compute it anew, and not under no_grad"
+            )
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss is {float(loss.detach())}: its Hessian is not defined")
         with torch.enable_grad():
@@ -82,8 +97,16 @@ class Hessian(Metric):
             if not used:  # a loss linear in the parameters
                 return torch.zeros_like(v)
             parts = dict(zip(self.parameters.values(), v.split([p.numel() for p in params])))
-            out = torch.autograd.grad([g for g, _ in used], params, [parts[p].reshape(p.shape) for _, p in used], retain_graph=True, allow_unused=True)
-            return torch.cat([torch.zeros_like(p).reshape(-1) if h is None else h.reshape(-1) for h, p in zip(out, params)])
+            out = torch.autograd.grad(
+                [g for g, _ in used],
+                params,
+                [parts[p].reshape(p.shape) for _, p in used],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            return torch.cat(
+                [torch.zeros_like(p).reshape(-1) if h is None else h.reshape(-1) for h, p in zip(out, params)]
+            )
 
         return apply
 
@@ -107,7 +130,12 @@ class Hessian(Metric):
     def dense(self) -> Tensor:
         like = next(iter(self.parameters.values()))
         size = sum(p.numel() for p in self.parameters.values())
-        ensure_fits(size**2 * like.element_size(), f"the dense {size}×{size} Hessian", "flat(v) for products, or top(k) and spectrum() for eigenvalues", like)
+        ensure_fits(
+            size**2 * like.element_size(),
+            f"the dense {size}×{size} Hessian",
+            "flat(v) for products, or top(k) and spectrum() for eigenvalues",
+            like,
+        )
         apply = self.product()
         out = torch.stack([apply(e) for e in torch.eye(size, dtype=like.dtype, device=like.device)])
         return (out + out.mT) / 2
@@ -130,7 +158,8 @@ class Hessian(Metric):
         return values[order], [self.flat_to_vector(basis @ vectors[:, i]) for i in order]
 
     def spectrum(self, steps: int = 50, probes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Nodes and weights (each (probes·steps,), sorted by node) of the spectral density: Σ weights · h(nodes) ≈ tr h(ĝ)/P."""
+        """Nodes and weights (each (probes·steps,), sorted by node) of the spectral density: Σ weights · h(nodes) ≈ "
+        "tr h(ĝ)/P."""
         size = sum(p.numel() for p in self.parameters.values())
         if steps < 1 or probes < 1:
             raise ValueError(f"steps and probes must be at least 1, got {steps} and {probes}")
@@ -171,7 +200,8 @@ class Hessian(Metric):
 
 
 def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Diagonal (k,), off-diagonal (k − 1,) and orthonormal basis (P, k) of a symmetric map on a Krylov space; k < steps where the space is invariant."""
+    """Diagonal (k,), off-diagonal (k − 1,) and orthonormal basis (P, k) of a symmetric map on a Krylov space; k < "
+    "steps where the space is invariant."""
     q = start / start.norm()
     basis, diagonal, off = [q], [], []
     scale = 0.0
@@ -187,7 +217,11 @@ def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor
             break
         off.append(beta)
         basis.append(w / beta)
-    return torch.stack(diagonal), torch.stack(off) if off else diagonal[0].new_zeros(0), torch.stack(basis, dim=1)
+    return (
+        torch.stack(diagonal),
+        torch.stack(off) if off else diagonal[0].new_zeros(0),
+        torch.stack(basis, dim=1),
+    )
 
 
 def tridiagonal(diagonal: Tensor, off: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Differential operators of a network at one point, by forward Laplacian.
 
-A term of a PDE sees the network as a function u of one point x, shape (d,). The operators here differentiate it
-in forward mode: next to every intermediate value z they carry its jet
+A term of a PDE sees the network as a function u of one point x, shape (d,). The operators here differentiate it in
+forward mode: next to every intermediate value z they carry its jet
 
     (z, ∂₁z, …, ∂_d z, Σᵢ wᵢ ∂ᵢ²z)
 
 through the network (forward Laplacian: Li et al. 2023, https://arxiv.org/abs/2307.08214; it is the Taylor mode of
-second order with the second coefficients collapsed to their sum). A linear layer maps each component; an elementwise
-function f maps ∂ᵢz to f′(z) ∂ᵢz and Σ wᵢ∂ᵢ²z to f′(z) Σ wᵢ∂ᵢ²z + f″(z) Σ wᵢ(∂ᵢz)². One pass costs d + 2 evaluations,
-where nested forward mode takes 4d. Where an operation has no rule here the whole network is differentiated by forward over reverse
-mode: slower, same numbers.
+second order with the second coefficients collapsed to their sum). A linear layer maps each component; an
+elementwise function f maps ∂ᵢz to f′(z) ∂ᵢz and Σ wᵢ∂ᵢ²z to f′(z) Σ wᵢ∂ᵢ²z + f″(z) Σ wᵢ(∂ᵢz)². One pass costs d + 2
+evaluations, where nested forward mode takes 4d. Where an operation has no rule here the whole network is
+differentiated by forward over reverse mode: slower, same numbers.
 
 Everything composes with ``torch.func`` transforms (vmap over points, derivatives with respect to parameters).
 """
@@ -72,14 +72,14 @@ def gradient(u: Field, x: Tensor) -> Tensor:
     """∇u at one point x of shape (d,): (d,) for a scalar field, (d, …) in general."""
     check_point(x)
     eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-    return vmap(lambda v: jvp(u, (x,), (v,))[1])(eye)
+    return vmap(lambda v: pushed(u, x, v)[1])(eye)
 
 
 def value_and_gradient(u: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     """u (…) and ∇u (d, …) at one point x of shape (d,), in one pass."""
     check_point(x)
     eye = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
-    value, slope = vmap(lambda v: jvp(u, (x,), (v,)), out_dims=(0, 0))(eye)
+    value, slope = vmap(lambda v: pushed(u, x, v), out_dims=(0, 0))(eye)
     return value[0], slope
 
 
@@ -106,6 +106,11 @@ def time_derivative(u: Field, x: Tensor, axis: int = 0) -> Tensor:
     return jvp(u, (x,), (direction,))[1]
 
 
+def pushed(u: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Any, Any]:
+    """u(x) and its derivative along v."""
+    return jvp(u, (x,), (v,))  # type: ignore[return-value]
+
+
 def check_point(x: Tensor) -> None:
     """One floating-point point of shape (d,).
 
@@ -114,9 +119,15 @@ def check_point(x: Tensor) -> None:
         TypeError: not floating point.
     """
     if x.ndim != 1:
-        raise ValueError(f"operators take one point of shape (d,), got shape {tuple(x.shape)}; the batch is mapped over by the metric (or torch.func.vmap)")
+        raise ValueError(
+            f"operators take one point of shape (d,), got shape {tuple(x.shape)}; the batch is mapped over by the "
+            "metric (or torch.func.vmap)"
+        )
     if not x.is_floating_point():
-        raise TypeError(f"operators differentiate with respect to the point, which must be floating point, got {x.dtype}; cast it with .double()")
+        raise TypeError(
+            f"operators differentiate with respect to the point, which must be floating point, got {x.dtype}; cast it "
+            "with .double()"
+        )
 
 
 def _nested(u: Field, x: Tensor, w: Tensor) -> Derivatives:
@@ -171,7 +182,9 @@ class Jet:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Jet:
-        return self.like(self.data[(slice(None), *(index if isinstance(index, tuple) else (index,)))])
+        inner = index if isinstance(index, tuple) else (index,)
+        whole = (slice(None), *inner)
+        return self.like(self.data[whole])
 
     def __add__(self, other: Any) -> Jet:
         return _add(None, self, other)
@@ -215,7 +228,9 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Jet:
     jet, constant = (a, alpha * b) if isinstance(a, Jet) else (b.like(alpha * b.data), a)
     value = jet.data[:1] + constant  # a constant moves the value alone
     rest = jet.data[1:]
-    return jet.like(torch.cat([value, rest.expand(-1, *value.shape[1:]) if rest.ndim == value.ndim else _no("broadcast")]))
+    return jet.like(
+        torch.cat([value, rest.expand(-1, *value.shape[1:]) if rest.ndim == value.ndim else _no("broadcast")])
+    )
 
 
 def _broadcast_add(a: Jet, b: Jet, alpha: float) -> Jet:
@@ -284,7 +299,7 @@ def _elementwise(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
         f2 = -f0
     else:
         one = torch.ones_like(value)
-        (f0, f1), (_, f2) = jvp(lambda y: jvp(lambda s: func(s, *args, **kwargs), (y,), (one,)), (value,), (one,))
+        (f0, f1), (_, f2) = pushed(lambda y: pushed(lambda s: func(s, *args, **kwargs), y, one), value, one)
     return z.like(torch.cat([f0[None], f1 * first, (f1 * lap + f2 * z.square_sum(first, first))[None]]))
 
 
@@ -299,7 +314,7 @@ def _piecewise_linear(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
 
 def _along_features(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
     """Linear maps that act alike on each component, on an axis counted from the end (or moved past the jet axis)."""
-    axes = args[0] if args else kwargs.get("dim", None)
+    axes = args[0] if args else kwargs.get("dim")
     rest = {k: v for k, v in kwargs.items() if k != "dim"}
     axes = tuple(range(z.ndim)) if axes is None else (axes,) if isinstance(axes, int) else tuple(axes)
     return z.like(func(z.data, tuple(a + 1 if a >= 0 else a for a in axes), *args[1:], **rest))
@@ -324,7 +339,10 @@ def _flatten(func: Any, z: Jet, *_: Any) -> Jet:
 
 def _join(func: Any, parts: Sequence[Any], dim: int = 0) -> Jet:
     jet = next(p for p in parts if isinstance(p, Jet))
-    data = [p.data if isinstance(p, Jet) else torch.cat([p[None], p.new_zeros(jet.data.shape[0] - 1, *p.shape)]) for p in parts]
+    data = [
+        p.data if isinstance(p, Jet) else torch.cat([p[None], p.new_zeros(jet.data.shape[0] - 1, *p.shape)])
+        for p in parts
+    ]
     return jet.like(func(data, dim + 1 if dim >= 0 else dim))
 
 
@@ -348,12 +366,55 @@ def _no(what: str) -> Any:
 
 TANH = {torch.tanh, Tensor.tanh, F.tanh}
 SIN = {torch.sin, Tensor.sin}
-_SMOOTH = ("cos exp log sqrt rsqrt reciprocal sigmoid sinh cosh atan asinh erf log1p expm1 pow square").split()
+_SMOOTH = (
+    "cos",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "sigmoid",
+    "sinh",
+    "cosh",
+    "atan",
+    "asinh",
+    "erf",
+    "log1p",
+    "expm1",
+    "pow",
+)
 RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([*TANH, *SIN], _elementwise),
     **dict.fromkeys([getattr(torch, n) for n in _SMOOTH] + [getattr(Tensor, n) for n in _SMOOTH], _elementwise),
-    **dict.fromkeys([F.silu, F.gelu, F.softplus, F.elu, F.celu, F.mish, F.sigmoid, F.logsigmoid, F.tanhshrink, F.softsign], _elementwise),
-    **dict.fromkeys([F.relu, torch.relu, Tensor.relu, F.leaky_relu, F.relu6, F.hardtanh, torch.abs, Tensor.abs, F.hardswish], _piecewise_linear),
+    **dict.fromkeys(
+        [
+            F.silu,
+            F.gelu,
+            F.softplus,
+            F.elu,
+            F.celu,
+            F.mish,
+            F.sigmoid,
+            F.logsigmoid,
+            F.tanhshrink,
+            F.softsign,
+        ],
+        _elementwise,
+    ),
+    **dict.fromkeys(
+        [
+            F.relu,
+            torch.relu,
+            Tensor.relu,
+            F.leaky_relu,
+            F.relu6,
+            F.hardtanh,
+            torch.abs,
+            Tensor.abs,
+            F.hardswish,
+        ],
+        _piecewise_linear,
+    ),
     **dict.fromkeys([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__], _add),
     **dict.fromkeys([torch.sub, Tensor.sub, Tensor.__sub__], _subtract),
     **dict.fromkeys([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _multiply),

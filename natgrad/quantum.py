@@ -4,9 +4,10 @@ For ψ(s; θ) with O(s) = ∂ log ψ(s)/∂θ and expectations over |ψ|²,
 
     ĝ = Re Cov(O*, O),      dE = 2 Re Cov(O*, E_loc),
 
-the Fubini–Study metric on real parameters and the gradient of the energy E = ⟨E_loc⟩ (Sorella 1998; Stokes et al. 2020,
-https://arxiv.org/abs/1909.02108). Rows √w (O − ⟨O⟩), real and imaginary parts stacked, give ĝ = JᵀJ and dE = Jᵀc with c = 2√w (E_loc − E); the kernel
-form of the solve then costs O(N²P) (minSR: Chen & Heyl 2024, https://arxiv.org/abs/2302.01941).
+the Fubini–Study metric on real parameters and the gradient of the energy E = ⟨E_loc⟩ (Sorella 1998; Stokes et al.
+2020, https://arxiv.org/abs/1909.02108). Rows √w (O − ⟨O⟩), real and imaginary parts stacked, give ĝ = JᵀJ and dE =
+Jᵀc with c = 2√w (E_loc − E); the kernel form of the solve then costs O(N²P) (minSR: Chen & Heyl 2024,
+https://arxiv.org/abs/2302.01941).
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ class QuantumGeometry(RootMetric):
         solver: "auto" | "dense" | "kernel" | "cg".
         chunk: states differentiated at once; None takes all.
 
-    A batch is ``{"states": (N, …), "weights": (N,), "local_energy": (N,)}``. Samples of |ψ|² need no weights; for a sum over
-    all states the weights are |ψ|². Weights are normalised to sum to 1. `observe` returns the energy.
+    A batch is ``{"states": (N, …), "weights": (N,), "local_energy": (N,)}``. Samples of |ψ|² need no weights; for a sum
+    over all states the weights are |ψ|². Weights are normalised to sum to 1. `observe` returns the energy.
 
     Raises:
-        TypeError, ValueError: at `observe`, a batch that does not fit or is not finite, log ψ that is not a scalar or does not
+        TypeError, ValueError: at `observe`, a batch that does not fit or is not finite, log ψ that is not a scalar or
+        does not
             depend on the parameters.
     """
 
@@ -75,7 +77,9 @@ class QuantumGeometry(RootMetric):
             out = functional_call(self.model, params, (s,))
             if not isinstance(out, Tensor) or out.numel() != 1:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise ValueError(f"log_psi must return a scalar for one state, got {got} for a state of shape {tuple(s.shape)}")
+                raise ValueError(
+                    f"log_psi must return a scalar for one state, got {got} for a state of shape {tuple(s.shape)}"
+                )
             out = out.reshape(())
             return torch.stack([out.real, out.imag]) if out.is_complex() else out[None]
 
@@ -86,7 +90,9 @@ class QuantumGeometry(RootMetric):
         except RuntimeError as error:
             if states.is_floating_point():
                 raise
-            raise TypeError(f"log_psi does not take {states.dtype} states; cast them with .to({next(iter(live.values())).dtype})") from error
+            raise TypeError(
+                f"log_psi does not take {states.dtype} states; cast them with .to({next(iter(live.values())).dtype})"
+            ) from error
         if not depends:
             raise ValueError("log_psi does not depend on its parameters")
         with torch.no_grad():
@@ -94,17 +100,27 @@ class QuantumGeometry(RootMetric):
         return torch.cat([part[n].reshape(*part[n].shape[:2], -1) for n in self.point], dim=2)
 
     def _check(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        if not isinstance(batch, Mapping) or not {"states", "local_energy"} <= set(batch) <= {"states", "weights", "local_energy"}:
+        if not isinstance(batch, Mapping) or not {"states", "local_energy"} <= set(batch) <= {
+            "states",
+            "weights",
+            "local_energy",
+        }:
             got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise TypeError(f'a batch is {{"states": (N, …), "local_energy": (N,), "weights": (N,)}}, weights optional, got {got}')
+            raise TypeError(
+                f'a batch is {{"states": (N, …), "local_energy": (N,), "weights": (N,)}}, weights optional, got {got}'
+            )
         states, local, like = batch["states"], batch["local_energy"], next(iter(self.parameters.values()))
-        weights = batch.get("weights", torch.full((len(states),), 1 / len(states), dtype=like.dtype, device=like.device))
+        weights = batch.get(
+            "weights", torch.full((len(states),), 1 / len(states), dtype=like.dtype, device=like.device)
+        )
         for name, t in (("local_energy", local), ("weights", weights)):
             if t.shape != (len(states),):
                 raise ValueError(f"{name} must have shape ({len(states)},), one entry a state, got {tuple(t.shape)}")
             if not bool(torch.isfinite(t).all()):
                 bad = (~torch.isfinite(t)).nonzero()[:, 0]
-                raise ValueError(f"{name} is not finite at {len(bad)} of {len(states)} states, the first is state {int(bad[0])}")
+                raise ValueError(
+                    f"{name} is not finite at {len(bad)} of {len(states)} states, the first is state {int(bad[0])}"
+                )
         if bool((weights < 0).any()) or not float(weights.sum()) > 0:
             raise ValueError("weights must be non-negative with a positive sum: probabilities |ψ|² of the states")
         dtype = like.dtype.to_complex() if local.is_complex() else like.dtype

@@ -1,8 +1,9 @@
 """The residuals of a physics-informed loss, as one stacked vector r(θ) with its derivatives.
 
-loss = Σ_terms weight · ½ mean over points of ‖r‖². With rows scaled by √(weight / points) the loss is ½ rᵀr, df = Jᵀr and
-the Gauss–Newton metric is JᵀJ. Rows are laid out by term, then point, then component; columns by parameter, flattened.
-Jacobians come from reverse mode at each point, mapped over chunks of points so that memory stays bounded.
+loss = Σ_terms weight · ½ mean over points of ‖r‖². With rows scaled by √(weight / points) the loss is ½ rᵀr, df =
+Jᵀr and the Gauss–Newton metric is JᵀJ. Rows are laid out by term, then point, then component; columns by parameter,
+flattened. Jacobians come from reverse mode at each point, mapped over chunks of points so that memory stays
+bounded.
 """
 
 from __future__ import annotations
@@ -35,9 +36,18 @@ class Residuals:
         TypeError, ValueError: a term is not callable, or a weight is negative or names no term.
     """
 
-    def __init__(self, model: nn.Module, terms: Mapping[str, Term], weights: Mapping[str, float] | None, chunk: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Mapping[str, Term],
+        weights: Mapping[str, float] | None,
+        chunk: int | None,
+    ) -> None:
         if not isinstance(terms, Mapping) or not terms or not all(callable(t) for t in terms.values()):
-            raise TypeError('terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance {"interior": pde, "boundary": bc}')
+            raise TypeError(
+                'terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance '
+                '{"interior": pde, "boundary": bc}'
+            )
         weights = dict(weights or {})
         if unknown := [n for n in weights if n not in terms]:
             raise ValueError(f"weights name terms that do not exist: {unknown}; the terms are {list(terms)}")
@@ -74,14 +84,21 @@ class Residuals:
             r = self.terms[name](self.field(live), *(d[0] for d in data))
         if not isinstance(r, Tensor) or not r.is_floating_point():
             got = f"{type(r).__name__}" if not isinstance(r, Tensor) else f"a tensor of {r.dtype}"
-            raise TypeError(f"term {name!r} must return the residual at one point as a real floating-point tensor, got {got}")
+            raise TypeError(
+                f"term {name!r} must return the residual at one point as a real floating-point tensor, got {got}"
+            )
         if r.ndim > 1:
             raise ValueError(
-                f"term {name!r} returned shape {tuple(r.shape)}; at ONE point a residual has shape () or (components,). "
-                f"The point it got has shape {tuple(data[0].shape[1:])}, each further entry {[tuple(d.shape[1:]) for d in data[1:]]}"
+                f"term {name!r} returned shape {tuple(r.shape)}; at ONE point a residual has shape () or "
+                "(components,). "
+                f"The point it got has shape {tuple(data[0].shape[1:])}, each further entry "
+                f"{[tuple(d.shape[1:]) for d in data[1:]]}"
             )
         if not r.requires_grad:
-            raise ValueError(f"the residual of term {name!r} does not depend on the parameters: it must call u, and not under no_grad or after detach()")
+            raise ValueError(
+                f"the residual of term {name!r} does not depend on the parameters: it must call u, and not under "
+                "no_grad or after detach()"
+            )
         return r.numel()
 
     @property
@@ -99,7 +116,9 @@ class Residuals:
         """r(θ), shape (N,)."""
         parts = []
         for name, data in self.batch.items():
-            r = vmap(lambda *at, term=self.terms[name]: term(self.field(params), *at))(*data)  # (points,) or (points, k)
+            r = vmap(lambda *at, term=self.terms[name]: term(self.field(params), *at))(
+                *data
+            )  # (points,) or (points, k)
             parts.append(r.reshape(-1) * self._scale(name))
         return torch.cat(parts)
 
@@ -150,7 +169,10 @@ class Residuals:
             bad = (~torch.isfinite(part)).any(1).nonzero()[:, 0]
             if len(bad):
                 shown = ", ".join(f"{int(i)} at {[round(float(c), 6) for c in x[i].reshape(-1)]}" for i in bad[:3])
-                raise ValueError(f"term {name!r}: the residual is not finite at {len(bad)} of {len(x)} points: point {shown}{' …' if len(bad) > 3 else ''}")
+                raise ValueError(
+                    f"term {name!r}: the residual is not finite at {len(bad)} of {len(x)} points: point "
+                    f"{shown}{' …' if len(bad) > 3 else ''}"
+                )
 
     def _scale(self, name: str) -> float:
         return math.sqrt(self.weights[name] / len(self.batch[name][0]))
@@ -160,11 +182,15 @@ def check_batch(batch: Batch, terms: list[str], like: Tensor) -> dict[str, tuple
     """``{term: (points, *data)}`` in the order of the terms.
 
     Raises:
-        TypeError, ValueError: something is missing, left over, empty, of another length, an integer, or of another dtype
+        TypeError, ValueError: something is missing, left over, empty, of another length, an integer, or of another
+        dtype
             than the parameters.
     """
     if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch is a dict {{term: points}} or {{term: (points, *data)}} for the terms {terms}, got {type(batch).__name__}")
+        raise TypeError(
+            f"a batch is a dict {{term: points}} or {{term: (points, *data)}} for the terms {terms}, got "
+            f"{type(batch).__name__}"
+        )
     missing, extra = [n for n in terms if n not in batch], [n for n in batch if n not in terms]
     if missing or extra:
         raise ValueError(f"the batch does not fit the terms {terms}: missing {missing}, unknown {extra}")
@@ -172,15 +198,26 @@ def check_batch(batch: Batch, terms: list[str], like: Tensor) -> dict[str, tuple
     for name in terms:
         data = (batch[name],) if isinstance(batch[name], Tensor) else tuple(batch[name])
         if not data or not all(isinstance(d, Tensor) and d.ndim >= 1 for d in data):
-            raise TypeError(f"the batch of term {name!r} must hold tensors with points along the first axis, got {[type(d).__name__ for d in data]}")
+            raise TypeError(
+                f"the batch of term {name!r} must hold tensors with points along the first axis, got "
+                f"{[type(d).__name__ for d in data]}"
+            )
         if not data[0].is_floating_point():
-            raise TypeError(f"the points of term {name!r} are {data[0].dtype}; points are differentiated, so they must be floating point: cast with .to({like.dtype})")
+            raise TypeError(
+                f"the points of term {name!r} are {data[0].dtype}; points are differentiated, so they must be "
+                f"floating point: cast with .to({like.dtype})"
+            )
         for d in data:
             if d.is_floating_point() and d.dtype != like.dtype:
-                raise TypeError(f"the batch of term {name!r} holds {d.dtype} but the parameters are {like.dtype}; cast one of them")
+                raise TypeError(
+                    f"the batch of term {name!r} holds {d.dtype} but the parameters are {like.dtype}; cast one of them"
+                )
             if d.device != like.device:
                 raise ValueError(f"the batch of term {name!r} is on {d.device} but the parameters are on {like.device}")
         if len({len(d) for d in data}) != 1 or len(data[0]) == 0:
-            raise ValueError(f"the batch of term {name!r} must hold the same positive number of points everywhere, got {[len(d) for d in data]}")
+            raise ValueError(
+                f"the batch of term {name!r} must hold the same positive number of points everywhere, got "
+                f"{[len(d) for d in data]}"
+            )
         out[name] = data
     return out

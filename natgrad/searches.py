@@ -1,7 +1,7 @@
 """Step rules that look before they leap: line searches, adaptive damping, quadratic models, momentum, trust regions.
 
-All serve any metric whose `direction` is known (metrics that make their own gradient) or any df through `sharp`. Those that try
-points need `Metric.loss_at`.
+All serve any metric whose `direction` is known (metrics that make their own gradient) or any df through `sharp`.
+Those that try points need `Metric.loss_at`.
 
 | rule | step | needs the loss |
 |---|---|---|
@@ -25,7 +25,6 @@ from torch import Tensor
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule, one_value
 
-
 # how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
 FIXED = (10.0, 2**-8, 2**-3)
 FRESH = (10.0, 2**-3, 1.0)
@@ -45,19 +44,22 @@ class SearchRule(StepRule):
         )
 
     def note(self, metric: Metric, **info: Any) -> None:
-        self.info = {**info, **({"solver": metric.chosen} if getattr(metric, "chosen", "") else {})}
+        chosen = getattr(metric, "chosen", "")  # metrics with several solvers say which one served
+        self.info = {**info, "solver": chosen} if chosen else info
 
 
 class GridSearch(SearchRule):
     """Δθ = αv + ½α²a with the best α among η 2⁻ᵏ, v = −(ĝ + λI)⁻¹df, a the metric's geodesic acceleration.
 
-    The straight path a = 0 is searched too, and the better one taken. A search starts at the last length and climbs down
-    the loss along the grid. Where no length lowers the loss, the damping grows (for this step alone); where none of that
-    helps, the parameters stay, and ``info["accepted"]`` is False.
+    The straight path a = 0 is searched too, and the better one taken. A search starts at the last length and climbs
+    down
+    the loss along the grid. Where no length lowers the loss, the damping grows (for this step alone); where none of
+    that helps, the parameters stay, and ``info["accepted"]`` is False.
 
-    The damping grows where steps get short and falls again, down to the given one, where they get long. On a fixed batch it grows
-    tenfold at η/256 or less and falls at η/8 or more: short steps are normal there. Where the batch changes from step to step, a step must be
-    good for other points than it was made from, and the damping grows at η/8 or less and falls at η.
+    The damping grows where steps get short and falls again, down to the given one, where they get long. On a fixed
+    batch it grows tenfold at η/256 or less and falls at η/8 or more: short steps are normal there. Where the batch
+    changes from step to step, a step must be good for other points than it was made from, and the damping grows at η/8
+    or less and falls at η.
 
     Args:
         damping: the smallest λ, absolute.
@@ -68,7 +70,14 @@ class GridSearch(SearchRule):
 
     damping_meaning = "absolute: (ĝ + λI)⁻¹; grows from the given one where steps are short"
 
-    def __init__(self, lr: float = 1.0, damping: float = 1e-10, halvings: int = 30, geodesic: bool = True, adapt: bool = True) -> None:
+    def __init__(
+        self,
+        lr: float = 1.0,
+        damping: float = 1e-10,
+        halvings: int = 30,
+        geodesic: bool = True,
+        adapt: bool = True,
+    ) -> None:
         super().__init__()
         self.lr, self.damping = lr, damping
         self.halvings, self.geodesic, self.adapt = halvings, geodesic, adapt
@@ -86,7 +95,15 @@ class GridSearch(SearchRule):
                 step, loss, path, length = found
                 if self.adapt:
                     self._follow(length / lr, metric)
-                self.note(metric, damping=damping * 100**attempt, length=length, path=path, loss=start, loss_after=loss, accepted=True)
+                self.note(
+                    metric,
+                    damping=damping * 100**attempt,
+                    length=length,
+                    path=path,
+                    loss=start,
+                    loss_after=loss,
+                    accepted=True,
+                )
                 return step
         self.note(metric, damping=damping, length=0.0, path="none", loss=start, loss_after=start, accepted=False)
         return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
@@ -100,14 +117,20 @@ class GridSearch(SearchRule):
         elif share >= long:
             self._growth = max(self._growth / factor, 1.0)
 
-    def _search(self, metric: Metric, damping: float, lr: float, start: float) -> tuple[Vector, float, str, float] | None:
+    def _search(
+        self, metric: Metric, damping: float, lr: float, start: float
+    ) -> tuple[Vector, float, str, float] | None:
         v = {n: -d for n, d in metric.direction(damping).items()}
         paths: dict[str, Vector | None] = {"straight": None}
         if self.geodesic and (a := metric.acceleration(v, damping)) is not None:
             paths["curved"] = a
         best: tuple[Vector, float, str, float] | None = None
         for path, a in paths.items():
-            k, loss = lowest(lambda k, a=a: finite_loss(metric, along(v, a, lr * 0.5**k)), self._last[path], self.halvings, start)
+
+            def after(k: int, a: Vector | None = a) -> float:
+                return finite_loss(metric, along(v, a, lr * 0.5**k))
+
+            k, loss = lowest(after, self._last[path], self.halvings, start)
             if loss < (start if best is None else best[1]):
                 best = (along(v, a, lr * 0.5**k), loss, path, lr * 0.5**k)
             if loss < start:
@@ -148,13 +171,20 @@ class Armijo(SearchRule):
 class LevenbergMarquardt(SearchRule):
     """Full steps with a damping that follows the gain ratio ρ = (actual decrease) / (decrease of the quadratic model).
 
-    λ falls by `factor` where ρ > 0.75 and grows by it where ρ < 0.25; a step with ρ ≤ 0 is not taken but tried again with more
-    damping, `tries` times (Nocedal & Wright, section 10.3).
+    λ falls by `factor` where ρ > 0.75 and grows by it where ρ < 0.25; a step with ρ ≤ 0 is not taken but tried again
+    with more damping, `tries` times (Nocedal & Wright, section 10.3).
     """
 
     damping_meaning = "absolute: (ĝ + λI)⁻¹, λ adapted by the gain ratio from the given start"
 
-    def __init__(self, lr: float = 1.0, damping: float = 1e-3, factor: float = 3.0, tries: int = 12, smallest: float = 1e-14) -> None:
+    def __init__(
+        self,
+        lr: float = 1.0,
+        damping: float = 1e-3,
+        factor: float = 3.0,
+        tries: int = 12,
+        smallest: float = 1e-14,
+    ) -> None:
         super().__init__()
         self.lr, self.damping = lr, damping
         self.factor, self.tries, self.smallest = factor, tries, smallest
@@ -176,9 +206,25 @@ class LevenbergMarquardt(SearchRule):
             else:
                 self._damping = damping
             if ratio > 0:
-                self.note(metric, damping=self._damping, ratio=ratio, tries=attempt, loss=start, loss_after=loss, accepted=True)
+                self.note(
+                    metric,
+                    damping=self._damping,
+                    ratio=ratio,
+                    tries=attempt,
+                    loss=start,
+                    loss_after=loss,
+                    accepted=True,
+                )
                 return step
-        self.note(metric, damping=self._damping, ratio=ratio, tries=self.tries, loss=start, loss_after=start, accepted=False)
+        self.note(
+            metric,
+            damping=self._damping,
+            ratio=ratio,
+            tries=self.tries,
+            loss=start,
+            loss_after=start,
+            accepted=False,
+        )
         return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,8 +237,8 @@ class LevenbergMarquardt(SearchRule):
 class QuadraticModel(SearchRule):
     """Δθ = αd + βδ, d = −(ĝ + λI)⁻¹df and δ the last step, with α and β that minimise ⟨df, Δ⟩ + ½⟨(ĝ + λI)Δ, Δ⟩.
 
-    Products with the metric are exact (Martens & Grosse 2015, section 7, https://arxiv.org/abs/1503.05671). The model is trusted in
-    full, so this is for large or fixed batches. η scales the step.
+    Products with the metric are exact (Martens & Grosse 2015, section 7, https://arxiv.org/abs/1503.05671). The model
+    is trusted in full, so this is for large or fixed batches. η scales the step.
     """
 
     def __init__(self, lr: float = 1.0, damping: float = 1e-3) -> None:
@@ -206,13 +252,21 @@ class QuadraticModel(SearchRule):
         if self._last:
             basis.append(self._last)
         lowered = [metric.flat(b) for b in basis]
-        model = torch.stack([torch.stack([dot(f, b) + damping * dot(a, b) for b in basis]) for f, a in zip(lowered, basis)])
+        model = torch.stack(
+            [torch.stack([dot(f, b) + damping * dot(a, b) for b in basis]) for f, a in zip(lowered, basis)]
+        )
         slope = torch.stack([dot(df, b) for b in basis])
         weights = -(torch.linalg.pinv((model + model.mT) / 2, hermitian=True) @ slope)  # singular where δ ∥ d
         step = {n: lr * sum_vectors(weights, [b[n] for b in basis]) for n in metric.parameters}
         self._last = step
         predicted = float(slope @ weights + 0.5 * weights @ (model @ weights))
-        self.note(metric, damping=damping, length=float(weights[0]), momentum=float(weights[1:].sum()), predicted=predicted)
+        self.note(
+            metric,
+            damping=damping,
+            length=float(weights[0]),
+            momentum=float(weights[1:].sum()),
+            predicted=predicted,
+        )
         return step
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,7 +277,8 @@ class QuadraticModel(SearchRule):
 
 
 class Spring(SearchRule):
-    """SPRING: φ = argmin ½⟨ĝφ, φ⟩ − ⟨df, φ⟩ + ½λ‖φ − μφ_last‖², Δθ = −ηφ (Goldshlager, Abrahamsen & Lin 2024, https://arxiv.org/abs/2401.10190).
+    """SPRING: φ = argmin ½⟨ĝφ, φ⟩ − ⟨df, φ⟩ + ½λ‖φ − μφ_last‖², Δθ = −ηφ (Goldshlager, Abrahamsen & Lin 2024,
+    https://arxiv.org/abs/2401.10190).
 
     Primal form φ = (ĝ + λI)⁻¹(df + λμφ_last); metrics with rows take φ = μφ_last + Jᵀ(JJᵀ + λI)⁻¹(c − μJφ_last).
 
@@ -232,7 +287,9 @@ class Spring(SearchRule):
         radius: the longest ‖Δθ‖ (Euclidean); None is unbounded.
     """
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.95, damping: float = 1e-3, radius: float | None = None) -> None:
+    def __init__(
+        self, lr: float = 0.1, momentum: float = 0.95, damping: float = 1e-3, radius: float | None = None
+    ) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
         self._last: Vector = {}
@@ -257,10 +314,11 @@ class Spring(SearchRule):
 class TrustRegion(SearchRule):
     """Δθ = −η (ĝ + λI)⁻¹df, shortened to ‖Δ‖ ≤ radius in the norm of ĝ + εI, with a radius that follows the loss.
 
-    At tiny λ the direction is long where ĝ is nearly singular, and neither its length nor its sense can be trusted there; ε bounds it. The
-    gain ratio ρ = (decrease seen at the next observation) / (decrease of the quadratic model) doubles the radius where ρ > 0.75 and the
-    bound was met, up to the given one, and quarters it where ρ < 0.25; a step that raised the loss by more than the model promised to lower it (ρ < −1) is
-    undone. Where the metric does not know the loss the radius stays.
+    At tiny λ the direction is long where ĝ is nearly singular, and neither its length nor its sense can be trusted
+    there; ε bounds it. The gain ratio ρ = (decrease seen at the next observation) / (decrease of the quadratic model)
+    doubles the radius where ρ > 0.75 and the
+    bound was met, up to the given one, and quarters it where ρ < 0.25; a step that raised the loss by more than the
+    model promised to lower it (ρ < −1) is undone. Where the metric does not know the loss the radius stays.
 
     Args:
         radius: the largest ‖Δ‖.
@@ -272,7 +330,9 @@ class TrustRegion(SearchRule):
         self.lr, self.damping, self.radius, self.floor = lr, damping, radius, floor
         self._radius = radius
         self._last: Vector = {}
-        self._promise: tuple[float, float, bool] | None = None  # loss before the last step, predicted decrease, bound met
+        self._promise: tuple[float, float, bool] | None = (
+            None  # loss before the last step, predicted decrease, bound met
+        )
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         lr, _, damping = self.options(options)
@@ -288,12 +348,23 @@ class TrustRegion(SearchRule):
         square, plain, slope = dot(lowered, direction), dot(direction, direction), dot(df, direction)
         norm = math.sqrt(max(float(square + max(damping, self.floor) * plain), 0.0))
         if not math.isfinite(norm):
-            raise ValueError(f"the direction is not finite at damping {damping:g}; take a larger damping or look at the batch for inf and NaN")
+            raise ValueError(
+                f"the direction is not finite at damping {damping:g}; take a larger damping or look at the batch for "
+                "inf and NaN"
+            )
         length = min(lr, self._radius / max(norm, 1e-300))
         predicted = length * float(slope) - 0.5 * length**2 * float(square)
         self._last = {n: -length * d for n, d in direction.items()}
         self._promise = None if loss is None else (float(loss), predicted, length < lr)
-        self.note(metric, damping=damping, length=length, norm=norm * length, radius=self._radius, ratio=ratio, undone=False)
+        self.note(
+            metric,
+            damping=damping,
+            length=length,
+            norm=norm * length,
+            radius=self._radius,
+            ratio=ratio,
+            undone=False,
+        )
         return dict(self._last)
 
     def _follow(self, loss: Tensor | None) -> float | None:

@@ -3,14 +3,15 @@
 Each solver is made from `Rows` and a damping λ > 0 (factorise once) and has two verbs (apply many times):
 
 - ``sharp(g)``    (JᵀJ + λI)⁻¹ g for any covector g;
-- ``pull(c)``     (JᵀJ + λI)⁻¹ Jᵀc for a covector given through the rows. At small λ this is far better conditioned: Jᵀc → sharp
+- ``pull(c)``     (JᵀJ + λI)⁻¹ Jᵀc for a covector given through the rows. At small λ this is far better conditioned: Jᵀc
+→ sharp
   loses the components of c along small singular values to cancellation.
 
-`Dense` never forms JᵀJ: it triangularises [√λ I; J] by a QR decomposition over chunks of rows, so that RᵀR = JᵀJ + λI with
-the condition number of J instead of its square, and applies R by the corrected seminormal equations (Björck 1987,
-https://doi.org/10.1016/0024-3795(87)90101-7). `Kernel` uses Woodbury's identity, δ = Jᵀ(JJᵀ + λI)⁻¹c, with N×N matrices. `ConjugateGradient`
-only takes products with J; its preconditioner is a randomised Nyström approximation (Frangella, Tropp, Udell 2021,
-https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1).
+`Dense` never forms JᵀJ: it triangularises [√λ I; J] by a QR decomposition over chunks of rows, so that RᵀR = JᵀJ +
+λI with the condition number of J instead of its square, and applies R by the corrected seminormal equations (Björck
+1987, https://doi.org/10.1016/0024-3795(87)90101-7). `Kernel` uses Woodbury's identity, δ = Jᵀ(JJᵀ + λI)⁻¹c, with
+N×N matrices. `ConjugateGradient` only takes products with J; its preconditioner is a randomised Nyström
+approximation (Frangella, Tropp, Udell 2021, https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ JITTER_TRIES = 6  # each ten times the last
 CG_TOLERANCE = 1e-12  # of the residual norm, relative to the right-hand side
 NYSTROM_RANK = 100
 KEPT_BYTES = 2**29  # a Jacobian up to this size is kept by `Dense` for products; a larger one is passed over in chunks
-NOT_FINITE = "the metric is not finite: a Jacobian holds inf or NaN; take shorter steps, or look at the network's values"
+NOT_FINITE = (
+    "the metric is not finite: a Jacobian holds inf or NaN; take shorter steps, or look at the network's values"
+)
 DENSE_PARAMETERS = 5000  # up to here O(P³) is quicker than iterating
 
 
@@ -97,7 +100,12 @@ class Dense:
 
     def __init__(self, rows: Rows, damping: float) -> None:
         n = rows.parameters
-        ensure_fits(2 * n * n * rows.like.element_size(), f"the dense {n}×{n} factor of the metric", 'solver="cg" or "kfac"', rows.like)
+        ensure_fits(
+            2 * n * n * rows.like.element_size(),
+            f"the dense {n}×{n} factor of the metric",
+            'solver="cg" or "kfac"',
+            rows.like,
+        )
         if rows.count * n * rows.like.element_size() <= KEPT_BYTES:
             rows = Rows.of(rows.matrix())
         self.rows, self.damping = rows, damping
@@ -131,8 +139,18 @@ class Kernel:
 
     def __init__(self, rows: Rows, damping: float) -> None:
         n, size = rows.count, rows.like.element_size()
-        ensure_fits(2 * n * n * size, f"the {n}×{n} kernel matrix", 'solver="dense", "cg" or "kfac", or fewer points', rows.like)
-        ensure_fits(n * rows.parameters * size, f"the {n}×{rows.parameters} Jacobian", 'solver="cg" or "kfac", or fewer points', rows.like)
+        ensure_fits(
+            2 * n * n * size,
+            f"the {n}×{n} kernel matrix",
+            'solver="dense", "cg" or "kfac", or fewer points',
+            rows.like,
+        )
+        ensure_fits(
+            n * rows.parameters * size,
+            f"the {n}×{rows.parameters} Jacobian",
+            'solver="cg" or "kfac", or fewer points',
+            rows.like,
+        )
         self.damping, self.parameters = damping, rows.parameters
         self.jacobian = rows.matrix()
         self.kernel = gram(self.jacobian)
@@ -167,7 +185,12 @@ class ConjugateGradient:
     def __init__(self, rows: Rows, damping: float, rank: int = NYSTROM_RANK, tolerance: float = CG_TOLERANCE) -> None:
         self.rows, self.damping, self.tolerance = rows, damping, tolerance
         self.iterations = 0  # of the last solve
-        self.basis, self.values = nystrom(lambda v: rows.vjp(rows.jvp(v)), rows.parameters, min(rank, rows.count, rows.parameters), rows.like)
+        self.basis, self.values = nystrom(
+            lambda v: rows.vjp(rows.jvp(v)),
+            rows.parameters,
+            min(rank, rows.count, rows.parameters),
+            rows.like,
+        )
 
     def product(self, v: Tensor) -> Tensor:
         return self.rows.vjp(self.rows.jvp(v)) + self.damping * v
@@ -216,7 +239,10 @@ def conjugate_gradient(
         if not float(curvature) > 0:
             if float(curvature) != float(curvature):
                 raise ValueError("conjugate gradients met NaN: the metric or the right-hand side is not finite")
-            raise ValueError(f"the damped metric is not positive definite (curvature {float(curvature):.3g} along a search direction); take a larger damping")
+            raise ValueError(
+                f"the damped metric is not positive definite (curvature {float(curvature):.3g} along a search "
+                "direction); take a larger damping"
+            )
         alpha = rz / curvature
         x = x + alpha * p
         r = r - alpha * ap
@@ -225,7 +251,11 @@ def conjugate_gradient(
         p, rz = z + (rz_new / rz) * p, rz_new
     reached = float((b - product(x)).norm()) / max(float(b.norm()), 1e-300)
     if reached > 100 * tolerance:
-        warnings.warn(f"conjugate gradients stopped after {limit} iterations at relative residual {reached:.1e}; a larger damping or solver=\"kernel\" | \"dense\" solves exactly", stacklevel=2)
+        warnings.warn(
+            f'conjugate gradients stopped after {limit} iterations at relative residual {reached:.1e}; a larger '
+            'damping or solver="kernel" | "dense" solves exactly',
+            stacklevel=2,
+        )
     return x, limit
 
 
@@ -252,7 +282,8 @@ def gram(jacobian: Tensor, blocks: int = 8) -> Tensor:
 
 
 def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of matrix + damping·I; where rounding makes that indefinite, a little more damping, then a warning.
+    """Cholesky factor of matrix + damping·I; where rounding makes that indefinite, a little more damping, then a
+    warning.
 
     Raises:
         ValueError: the matrix is not finite, or is indefinite beyond rounding.
@@ -291,7 +322,9 @@ def ensure_fits(needed: int, what: str, instead: str, like: Tensor) -> None:
     """
     free = free_bytes(like.device)
     if needed > free:
-        raise MemoryError(f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) and {free:,} are free; take {instead}")
+        raise MemoryError(
+            f"{what} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) and {free:,} are free; take {instead}"
+        )
 
 
 def free_bytes(device: torch.device) -> int:

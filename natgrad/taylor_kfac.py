@@ -1,16 +1,19 @@
 """Kronecker-factored Gauss–Newton blocks of PDE residuals, through the Taylor coefficients of the differential operator.
 
-Under the forward Laplacian a linear layer maps S = d + 2 components (value, first derivatives, Laplacian) with one weight, as it maps
-positions in weight sharing. With a_s the inputs (a one for the bias beside the value) and g_s the derivatives of the residual with respect to the
-outputs, the residual's derivative is Σ_s g_s a_sᵀ, and the expand approximation of its second moment is
+Under the forward Laplacian a linear layer maps S = d + 2 components (value, first derivatives, Laplacian) with one
+weight, as it maps positions in weight sharing. With a_s the inputs (a one for the bias beside the value) and g_s
+the derivatives of the residual with respect to the outputs, the residual's derivative is Σ_s g_s a_sᵀ, and the
+expand approximation of its second moment is
 
     B ⊗ A,    A = Σ_{n,s} a aᵀ / (N S),    B = Σ_{n,s} g gᵀ / N
 
-(Dangel, Müller & Zeinhofer 2024, https://arxiv.org/abs/2405.15603, section 3). Components that the residual does not depend on are left
-out of A and S, so one component on a linear network is exact. Blocks of terms add: X ↦ Σ_t B_t X A_t on the (out, in + 1) matrix of a layer.
+(Dangel, Müller & Zeinhofer 2024, https://arxiv.org/abs/2405.15603, section 3). Components that the residual does
+not depend on are left out of A and S, so one component on a linear network is exact. Blocks of terms add: X ↦ Σ_t
+B_t X A_t on the (out, in + 1) matrix of a layer.
 
-(Σ_t B_t X A_t + λX) = G is solved exactly through eigenbases for one term. The sum of two terms is diagonal in their generalised eigenbasis, but λI is not:
-there the basis, with λ split over the second term's factors, preconditions conjugate gradients on the sum with λI itself.
+(Σ_t B_t X A_t + λX) = G is solved exactly through eigenbases for one term. The sum of two terms is diagonal in
+their generalised eigenbasis, but λI is not: there the basis, with λ split over the second term's factors,
+preconditions conjugate gradients on the sum with λI itself.
 """
 
 from __future__ import annotations
@@ -70,7 +73,11 @@ class TermFactors:
     def __init__(self, residuals: Residuals, name: str, params: Vector) -> None:
         data, term = residuals.batch[name], residuals.terms[name]
         weights = {n for n, p in params.items() if p.ndim == 2}
-        names = {id(params[w]): (w, b if (b := w.removesuffix("weight") + "bias") in params else None) for w in weights if w.endswith("weight")}
+        names = {
+            id(params[w]): (w, b if (b := w.removesuffix("weight") + "bias") in params else None)
+            for w in weights
+            if w.endswith("weight")
+        }
 
         def trace(shifts: list[Tensor] | None, *at: Tensor) -> tuple[Tensor, LinearTap]:
             tap = LinearTap(names, shifts)
@@ -90,23 +97,42 @@ class TermFactors:
             return r, tap.inputs
 
         try:
-            g, a = vmap(jacrev(residual, has_aux=True), (None, *(0,) * len(data)))(zeros, *data)  # g (N, k, S, out), a (N, S, in + 1)
+            g, a = vmap(jacrev(residual, has_aux=True), (None, *(0,) * len(data)))(
+                zeros, *data
+            )  # g (N, k, S, out), a (N, S, in + 1)
         except RuntimeError as error:  # an input of a layer belongs to a transform inside the term and cannot leave it
             raise ValueError(UNSEEN.format(name, list(params))) from error
-        self._check_seen(name, residuals, params, term, [t[:1] for t in g], [t[:1] for t in a], tuple(d[:1] for d in data))
+        self._check_seen(
+            name, residuals, params, term, [t[:1] for t in g], [t[:1] for t in a], tuple(d[:1] for d in data)
+        )
         weight, n = residuals.weights[name], len(data[0])
         self.factors: dict[tuple[str, str | None], tuple[Tensor, Tensor]] = {}
         for layer in dict.fromkeys(self.layers):
             calls = [i for i, other in enumerate(self.layers) if other == layer]
-            active = [(g[i].reshape(n, -1, *g[i].shape[2:])[:, :, s], a[i][:, s]) for i in calls for s in range(a[i].shape[1]) if bool(g[i][:, :, s].any())]
+            active = [
+                (g[i].reshape(n, -1, *g[i].shape[2:])[:, :, s], a[i][:, s])
+                for i in calls
+                for s in range(a[i].shape[1])
+                if bool(g[i][:, :, s].any())
+            ]
             if not active:
                 continue
             left = torch.stack([torch.einsum("nko,nkp->op", gs, gs) for gs, _ in active]).sum(0) * (weight / n)
             right = torch.stack([a_s.mT @ a_s for _, a_s in active]).sum(0) / (n * len(active))
             self.factors[layer] = (right, left)
 
-    def _check_seen(self, name: str, residuals: Residuals, params: Vector, term: Term, g: list[Tensor], a: list[Tensor], at: tuple[Tensor, ...]) -> None:
-        """Σ g aᵀ at one point is the residual's derivative there, unless a derivative went another way than through the operators.
+    def _check_seen(
+        self,
+        name: str,
+        residuals: Residuals,
+        params: Vector,
+        term: Term,
+        g: list[Tensor],
+        a: list[Tensor],
+        at: tuple[Tensor, ...],
+    ) -> None:
+        """Σ g aᵀ at one point is the residual's derivative there, unless a derivative went another way than through the
+        operators.
 
         Raises:
             ValueError: it is not.
@@ -130,7 +156,9 @@ class KroneckerTerms:
     def __init__(self, residuals: Residuals, params: Vector) -> None:
         self.shapes = {n: p.shape for n, p in params.items()}
         terms = [TermFactors(residuals, name, params).factors for name in residuals.batch]
-        self.blocks = {layer: [t[layer] for t in terms if layer in t] for layer in dict.fromkeys(k for t in terms for k in t)}
+        self.blocks = {
+            layer: [t[layer] for t in terms if layer in t] for layer in dict.fromkeys(k for t in terms for k in t)
+        }
 
     def product(self, v: Tensor) -> Tensor:
         return self._by_layer(v, lambda x, factors: torch.stack([b @ x @ a for a, b in factors]).sum(0))
@@ -167,12 +195,21 @@ class Kronecker:
     def _outside(self, g: Tensor) -> Tensor:
         """Entries of parameters that no term depends on."""
         covered = {n for layer in self.terms.blocks for n in layer if n is not None}
-        return torch.cat([torch.full((s.numel(),), n not in covered, dtype=torch.bool, device=g.device) for n, s in self.terms.shapes.items()])
+        return torch.cat(
+            [
+                torch.full((s.numel(),), n not in covered, dtype=torch.bool, device=g.device)
+                for n, s in self.terms.shapes.items()
+            ]
+        )
 
     def sharp(self, g: Tensor) -> Tensor:
-        if all(len(f) == 1 for f in self.terms.blocks.values()) and all(bias is not None for _, bias in self.terms.blocks):
+        if all(len(f) == 1 for f in self.terms.blocks.values()) and all(
+            bias is not None for _, bias in self.terms.blocks
+        ):
             return self._precondition(g)  # exact
-        x, self.iterations = conjugate_gradient(lambda v: self.terms.product(v) + self.damping * v, g, self._precondition, TOLERANCE)
+        x, self.iterations = conjugate_gradient(
+            lambda v: self.terms.product(v) + self.damping * v, g, self._precondition, TOLERANCE
+        )
         return x
 
     def pull(self, c: Tensor) -> Tensor:
@@ -183,7 +220,8 @@ class Kronecker:
 
 
 def simultaneous(factors: list[tuple[Tensor, Tensor]], damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U_A, U_B and s with (Σ B ⊗ A + λI)⁻¹ G ≈ U_B (s ∘ U_Bᵀ G U_A) U_Aᵀ: exact for one term, for the two largest of several up to how λ is split."""
+    """U_A, U_B and s with (Σ B ⊗ A + λI)⁻¹ G ≈ U_B (s ∘ U_Bᵀ G U_A) U_Aᵀ: exact for one term, for the two largest of "
+    "several up to how λ is split."""
     factors = sorted(factors, key=lambda f: -float(f[0].trace() * f[1].trace()))
     (a1, b1) = factors[0]
     if len(factors) == 1:

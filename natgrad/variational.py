@@ -4,8 +4,9 @@ The metric is the second derivative of E in function space, pulled back: with z 
 
     ĝ = Σ_n w_n (∂z_n/∂θ)ᵀ F_zz (∂z_n/∂θ),      dE = Σ_n w_n (∂z_n/∂θ)ᵀ F_z.
 
-For F = ½|∇u|² + h(u) − f u this is ∫ ∇v·∇w + h″(u) v w (Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163, section 3). F_zz is taken by
-automatic differentiation and its negative eigenvalues, which a non-convex h can give, count as zero.
+For F = ½|∇u|² + h(u) − f u this is ∫ ∇v·∇w + h″(u) v w (Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163,
+section 3). F_zz is taken by automatic differentiation and its negative eigenvalues, which a non-convex h can give,
+count as zero.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Energy(RootMetric):
 
     Args:
         model: the network; called with one point of shape (d,).
-        densities: ``{name: F}``, ``F(u, du, x, *data) → ()`` at ONE point: u the network's value, () for one output, else
+        densities: ``{name: F}``, ``F(u, du, x, *data) → ()`` at ONE point: u the network's value, () for one output,
+            else
             (outputs,); du its gradient, (d,) for one output, else (d, outputs).
         solver: "auto" | "dense" | "kernel" | "cg".
         chunk: points differentiated at once; None bounds the memory by itself.
@@ -43,14 +45,23 @@ class Energy(RootMetric):
         energy = NaturalGradient(metric).step({"interior": (x, w, f)})
 
     Raises:
-        TypeError, ValueError: densities that are not callables, no such solver; at `observe`, a batch that does not fit, a
+        TypeError, ValueError: densities that are not callables, no such solver; at `observe`, a batch that does not
+        fit, a
             density that is not a scalar, does not depend on the network or is not finite.
     """
 
-    def __init__(self, model: nn.Module, densities: Mapping[str, Density], solver: str = "auto", chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        densities: Mapping[str, Density],
+        solver: str = "auto",
+        chunk: int | None = None,
+    ) -> None:
         super().__init__(named(model), solver)
         if not isinstance(densities, Mapping) or not densities or not all(callable(f) for f in densities.values()):
-            raise TypeError("densities must be a dict {name: F} of callables F(u, du, x, *data) → energy density at one point")
+            raise TypeError(
+                "densities must be a dict {name: F} of callables F(u, du, x, *data) → energy density at one point"
+            )
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
         self.model, self.densities, self.chunk = model, dict(densities), chunk
@@ -66,11 +77,18 @@ class Energy(RootMetric):
         with torch.no_grad():
             for name, (x, *rest) in self.batch.items():
                 if not rest or rest[0].shape != (len(x),):
-                    raise ValueError(f"the batch of term {name!r} must be (points, quadrature weights, *data) with weights of shape ({len(x)},)")
+                    raise ValueError(
+                        f"the batch of term {name!r} must be (points, quadrature weights, *data) with weights of "
+                        f"shape ({len(x)},)"
+                    )
                 energy.append(self._second_order(name))
         self.rows = Rows(
-            sum(r.shape[0] * r.shape[1] for r in self._roots.values()), sum(p.numel() for p in self.point.values()),
-            self._chunks, self._jvp, self._vjp, energy[0],
+            sum(r.shape[0] * r.shape[1] for r in self._roots.values()),
+            sum(p.numel() for p in self.point.values()),
+            self._chunks,
+            self._jvp,
+            self._vjp,
+            energy[0],
         )
         self.loss = torch.stack(energy).sum()
         return self.loss
@@ -105,7 +123,10 @@ class Energy(RootMetric):
         density = self.densities[name](u, du, x, *data)
         if not isinstance(density, Tensor) or density.numel() != 1:
             got = tuple(density.shape) if isinstance(density, Tensor) else type(density).__name__
-            raise ValueError(f"density {name!r} must return a scalar tensor at one point, got {got}; u has shape {tuple(u.shape)}, du {tuple(du.shape)}")
+            raise ValueError(
+                f"density {name!r} must return a scalar tensor at one point, got {got}; u has shape {tuple(u.shape)}, "
+                f"du {tuple(du.shape)}"
+            )
         return density.reshape(())
 
     def _density(self, name: str, z: Tensor) -> Tensor:
@@ -119,14 +140,19 @@ class Energy(RootMetric):
         density = self._density(name, z)
         if not bool(torch.isfinite(density).all()):
             bad = (~torch.isfinite(density)).nonzero()[:, 0]
-            raise ValueError(f"density {name!r} is not finite at {len(bad)} of {len(x)} points: point {int(bad[0])} at {x[bad[0]].tolist()}")
+            raise ValueError(
+                f"density {name!r} is not finite at {len(bad)} of {len(x)} points: point {int(bad[0])} at "
+                f"{x[bad[0]].tolist()}"
+            )
 
         def at(z: Tensor, x: Tensor, *data: Tensor) -> Tensor:
             return self._density_at(name, z, x, *data)
 
         slope, curvature = vmap(grad(at))(z, x, *data), vmap(hessian(at))(z, x, *data)
         if not bool(slope.any()) and not bool(curvature.any()):
-            raise ValueError(f"density {name!r} does not depend on u or du: it has no gradient with respect to the network")
+            raise ValueError(
+                f"density {name!r} does not depend on u or du: it has no gradient with respect to the network"
+            )
         values, vectors = torch.linalg.eigh(curvature * w[:, None, None])
         self._roots[name] = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT  # (points, m, m), RᵀR = w F_zz
         self._slopes[name] = w[:, None] * slope
@@ -151,7 +177,9 @@ class Energy(RootMetric):
 
     def _vjp(self, c: Tensor) -> Tensor:
         parts = c.split([r.shape[0] * r.shape[1] for r in self._roots.values()])
-        pulled = {n: (r.mT @ part.reshape(*r.shape[:2], 1))[:, :, 0] for (n, r), part in zip(self._roots.items(), parts)}
+        pulled = {
+            n: (r.mT @ part.reshape(*r.shape[:2], 1))[:, :, 0] for (n, r), part in zip(self._roots.items(), parts)
+        }
         return self.vector_to_flat(self._pull(pulled))
 
     def _pull(self, covectors: Mapping[str, Tensor]) -> Vector:

@@ -1,5 +1,6 @@
 """GaussNewton, Energy, combinations: against dense torch.func oracles in float64."""
 
+import itertools
 import math
 import warnings
 
@@ -19,7 +20,7 @@ torch.set_num_threads(1)
 def tanh_net(*widths, seed=0):
     torch.manual_seed(seed)
     layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(a, b)] + [nn.Tanh()] * (i < len(widths) - 2)
     return nn.Sequential(*layers).double()
 
@@ -31,7 +32,10 @@ WEIGHTS = {"boundary": 3.0}
 def batch(n=9, m=5, seed=1):
     g = torch.Generator().manual_seed(seed)
     points = torch.rand(n, 2, generator=g, dtype=torch.float64)
-    return {"interior": (points, points.sum(1)), "boundary": torch.rand(m, 2, generator=g, dtype=torch.float64)}
+    return {
+        "interior": (points, points.sum(1)),
+        "boundary": torch.rand(m, 2, generator=g, dtype=torch.float64),
+    }
 
 
 def oracle(net, data):
@@ -41,7 +45,9 @@ def oracle(net, data):
     xb = data["boundary"]
 
     def residuals(p):
-        u = lambda y: functional_call(net, p, (y,))[0]
+        def u(y):
+            return functional_call(net, p, (y,))[0]
+
         inside = vmap(lambda y, s: torch.trace(torch.func.hessian(u)(y)) + s)(x, f)
         return torch.cat([inside / math.sqrt(len(x)), math.sqrt(3.0 / len(xb)) * vmap(u)(xb)])
 
@@ -76,7 +82,11 @@ def test_loss_gradient_and_metric_are_those_of_the_stacked_residuals(problem):
     assert metric.loss_at({}) == pytest.approx(float(loss), rel=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"solver": s} for s in ("dense", "kernel", "cg")] + [{"solver": "dense", "chunk": 2}, {"solver": "kernel", "chunk": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"solver": s} for s in ("dense", "kernel", "cg")]
+    + [{"solver": "dense", "chunk": 2}, {"solver": "kernel", "chunk": 3}],
+)
 @pytest.mark.parametrize("relative", [1.0, 1e-2, 1e-4])
 def test_solvers_agree_with_a_dense_solve(problem, options, relative):
     net, data, r, jac = problem
@@ -84,7 +94,13 @@ def test_solvers_agree_with_a_dense_solve(problem, options, relative):
     full = jac.mT @ jac
     damping = relative * float(torch.linalg.matrix_norm(full, 2))
     shifted = full + damping * torch.eye(len(full), dtype=torch.float64)
-    for got, right in ((metric.direction(damping), jac.mT @ r), (metric.sharp(metric.flat_to_vector(torch.cos(torch.arange(len(full)).double())), damping), torch.cos(torch.arange(len(full)).double()))):
+    for got, right in (
+        (metric.direction(damping), jac.mT @ r),
+        (
+            metric.sharp(metric.flat_to_vector(torch.cos(torch.arange(len(full)).double())), damping),
+            torch.cos(torch.arange(len(full)).double()),
+        ),
+    ):
         expected = torch.linalg.solve(shifted, right)
         assert float((metric.vector_to_flat(got) - expected).norm() / expected.norm()) < 1e-8
 
@@ -117,7 +133,9 @@ def test_tiny_damping_leaves_no_more_residual_than_least_squares(solver):
     best = torch.linalg.lstsq(stacked, target[:, None], driver="gelsd").solution[:, 0]
     left, floor = (stacked @ delta - target).norm(), (stacked @ best - target).norm()
     assert float(left) <= float(floor) * (1 + 1e-6)
-    cancelled = metric.vector_to_flat(ng.Metric.direction(metric, damping))  # sharp(gradient): what the kernel form avoids
+    cancelled = metric.vector_to_flat(
+        ng.Metric.direction(metric, damping)
+    )  # sharp(gradient): what the kernel form avoids
     assert float((stacked @ cancelled - target).norm()) >= float(left) * (1 - 1e-9)
 
 
@@ -129,7 +147,10 @@ def test_taylor_slopes_of_gradient_and_metric(problem):
     v = {n: torch.randn(p.shape, generator=g, dtype=torch.float64) for n, p in metric.parameters.items()}
     first = sum(float((metric.gradient()[n] * v[n]).sum()) for n in v)
     params = metric.point
-    along = lambda t: metric.residuals.values({n: p + t * v[n] for n, p in params.items()})
+
+    def along(t):
+        return metric.residuals.values({n: p + t * v[n] for n, p in params.items()})
+
     bend = torch.func.jacfwd(torch.func.jacfwd(along))(torch.zeros((), dtype=torch.float64))
     second = float(metric.inner(v, v)) + float(r @ bend)
     ts = [2.0**-k for k in range(5, 9)]
@@ -144,7 +165,10 @@ def test_acceleration_is_the_geodesic_one(problem):
     net, data, _, jac = problem
     metric, _ = metric_of(net, data, solver="dense")
     v = {n: 0.01 * torch.ones_like(p) for n, p in metric.parameters.items()}
-    along = lambda t: metric.residuals.values({n: p + t * v[n] for n, p in metric.point.items()})
+
+    def along(t):
+        return metric.residuals.values({n: p + t * v[n] for n, p in metric.point.items()})
+
     bend = torch.func.jacfwd(torch.func.jacfwd(along))(torch.zeros((), dtype=torch.float64))
     shifted = jac.mT @ jac + 0.1 * torch.eye(jac.shape[1], dtype=torch.float64)
     expected = -torch.linalg.solve(shifted, jac.mT @ bend)
@@ -158,7 +182,9 @@ def test_several_components_weigh_by_point(problem):
     metric = ng.GaussNewton(net, {"fit": lambda u, x: u(x) - 1})
     loss = metric.observe({"fit": x})
     torch.testing.assert_close(loss, 0.5 * (net(x) - 1).square().sum(1).mean().detach())
-    jac = jacrev(lambda p: vmap(lambda y: functional_call(net, p, (y,)))(x).reshape(-1))({n: p.detach() for n, p in net.named_parameters()})
+    jac = jacrev(lambda p: vmap(lambda y: functional_call(net, p, (y,)))(x).reshape(-1))(
+        {n: p.detach() for n, p in net.named_parameters()}
+    )
     jac = torch.cat([j.reshape(21, -1) for j in jac.values()], dim=1) / math.sqrt(7)
     torch.testing.assert_close(metric.dense(), jac.mT @ jac)
 
@@ -190,11 +216,20 @@ def test_observe_twice_forgets_the_first_batch_and_frozen_parameters_stay():
 def test_the_optimizer_converges_on_a_small_poisson_problem():
     net = tanh_net(2, 16, 1, seed=1)
     x = torch.rand(80, 2, dtype=torch.float64)
-    data = {"interior": (x, 2 * math.pi**2 * torch.sin(math.pi * x).prod(1)), "boundary": torch.tensor([[0.0, t / 9] for t in range(10)] + [[1.0, t / 9] for t in range(10)] + [[t / 9, 0.0] for t in range(10)] + [[t / 9, 1.0] for t in range(10)], dtype=torch.float64)}
+    data = {
+        "interior": (x, 2 * math.pi**2 * torch.sin(math.pi * x).prod(1)),
+        "boundary": torch.tensor(
+            [[0.0, t / 9] for t in range(10)]
+            + [[1.0, t / 9] for t in range(10)]
+            + [[t / 9, 0.0] for t in range(10)]
+            + [[t / 9, 1.0] for t in range(10)],
+            dtype=torch.float64,
+        ),
+    }
     metric = ng.GaussNewton(net, TERMS)
     opt = ng.NaturalGradient(metric)
     losses = [float(opt.step(data)) for _ in range(70)]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:]))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))
     assert losses[-1] < 1e-4 * losses[0]
     assert opt.info["solver"].startswith("dense")
 
@@ -223,7 +258,9 @@ def test_kfac_is_exact_on_linear_networks(names):
         expected = torch.linalg.solve(shifted, kfac.vector_to_flat(kfac.gradient()))
         got = kfac.vector_to_flat(kfac.direction(damping))
         assert float((got - expected).norm() / expected.norm()) < 1e-7
-    torch.testing.assert_close(kfac.logdet(0.1), torch.logdet(kfac.dense() + 0.1 * torch.eye(len(shifted), dtype=torch.float64)))
+    torch.testing.assert_close(
+        kfac.logdet(0.1), torch.logdet(kfac.dense() + 0.1 * torch.eye(len(shifted), dtype=torch.float64))
+    )
 
 
 def test_kfac_of_a_laplacian_has_the_factors_of_the_paper():
@@ -232,7 +269,13 @@ def test_kfac_of_a_laplacian_has_the_factors_of_the_paper():
     metric, _ = metric_of(net, data, solver="kfac")
     a, _ = metric._kronecker_terms().blocks["0.weight", "0.bias"][0]
     x = data["interior"][0]
-    rows = torch.cat([torch.cat([x, torch.ones(9, 1).double()], 1), torch.eye(2, 3).double().repeat(9, 1), torch.zeros(9, 3).double()])
+    rows = torch.cat(
+        [
+            torch.cat([x, torch.ones(9, 1).double()], 1),
+            torch.eye(2, 3).double().repeat(9, 1),
+            torch.zeros(9, 3).double(),
+        ]
+    )
     torch.testing.assert_close(a, rows.mT @ rows / len(rows))
     with_kfac = ng.NaturalGradient(metric)
     losses = [float(with_kfac.step(data)) for _ in range(30)]
@@ -241,7 +284,10 @@ def test_kfac_of_a_laplacian_has_the_factors_of_the_paper():
 
 def test_kfac_refuses_what_it_cannot_see():
     net, data = tanh_net(2, 6, 1), batch()
-    hidden = {"interior": lambda u, x, f: torch.trace(torch.func.hessian(lambda y: u(y)[0])(x)) + f, "boundary": TERMS["boundary"]}
+    hidden = {
+        "interior": lambda u, x, f: torch.trace(torch.func.hessian(lambda y: u(y)[0])(x)) + f,
+        "boundary": TERMS["boundary"],
+    }
     metric = ng.GaussNewton(net, hidden, solver="kfac")
     metric.observe(data)
     with pytest.raises(ValueError, match=r"cannot see how the residual of term 'interior'.*operators"):
@@ -267,22 +313,44 @@ def test_energy_metric_is_the_second_variation():
     energy = metric.observe(data)
     params = {n: p.detach() for n, p in net.named_parameters()}
     x, w, f = data["interior"]
-    u = lambda p, y: functional_call(net, p, (y,))[0]
-    slope = lambda p, y: torch.func.grad(u, argnums=1)(p, y)[0]
-    flat = lambda jac: torch.cat([jac[n].reshape(len(x), -1) for n in params], dim=1)
+
+    def u(p, y):
+        return functional_call(net, p, (y,))[0]
+
+    def slope(p, y):
+        return torch.func.grad(u, argnums=1)(p, y)[0]
+
+    def flat(jac):
+        return torch.cat([jac[n].reshape(len(x), -1) for n in params], dim=1)
+
     du = flat(vmap(jacrev(u), (None, 0))(params, x))  # ∂u/∂θ
     ds = flat(vmap(jacrev(slope), (None, 0))(params, x))  # ∂u′/∂θ
     value = vmap(u, (None, 0))(params, x)
     expected = ds.mT @ (w[:, None] * ds) + du.mT @ (w[:, None] * 3 * value[:, None] ** 2 * du)
     torch.testing.assert_close(metric.dense(), expected)
-    total = lambda p: (w * (0.5 * vmap(slope, (None, 0))(p, x) ** 2 + 0.25 * vmap(u, (None, 0))(p, x) ** 4 - f * vmap(u, (None, 0))(p, x))).sum()
+
+    def total(p):
+        return (
+            w
+            * (
+                0.5 * vmap(slope, (None, 0))(p, x) ** 2
+                + 0.25 * vmap(u, (None, 0))(p, x) ** 4
+                - f * vmap(u, (None, 0))(p, x)
+            )
+        ).sum()
+
     torch.testing.assert_close(energy, total(params))
     torch.testing.assert_close(metric.gradient(), torch.func.grad(total)(params))
     for solver in ("dense", "kernel", "cg"):
         other = ng.Energy(net, DENSITY, solver=solver, chunk=7)
         other.observe(data)
         shifted = expected + 1e-2 * torch.eye(len(expected), dtype=torch.float64)
-        torch.testing.assert_close(other.vector_to_flat(other.direction(1e-2)), torch.linalg.solve(shifted, metric.vector_to_flat(metric.gradient())), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            other.vector_to_flat(other.direction(1e-2)),
+            torch.linalg.solve(shifted, metric.vector_to_flat(metric.gradient())),
+            rtol=1e-7,
+            atol=1e-9,
+        )
 
 
 def test_energy_of_several_outputs_and_a_quadratic_form():
@@ -301,17 +369,20 @@ def test_energy_converges():
     data = ritz(200)
     opt = ng.NaturalGradient(ng.Energy(net, DENSITY))
     energies = [float(opt.step(data)) for _ in range(25)]
-    assert all(b <= a + 1e-12 for a, b in zip(energies, energies[1:]))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(energies))
     assert energies[-2] - energies[-1] < 1e-6
 
 
-@pytest.mark.parametrize(("densities", "data", "error", "words"), [
-    ({"interior": lambda u, du, x, f: torch.cat([du, du])}, ritz(), ValueError, "must return a scalar"),
-    ({"interior": lambda u, du, x, f: f}, ritz(), ValueError, "does not depend on u"),
-    ({"interior": lambda u, du, x, f: u / 0}, ritz(), ValueError, "not finite at 30 of 30"),
-    (DENSITY, {"interior": ritz()["interior"][0]}, ValueError, "quadrature weights"),
-    ({}, ritz(), TypeError, "densities must be a dict"),
-])
+@pytest.mark.parametrize(
+    ("densities", "data", "error", "words"),
+    [
+        ({"interior": lambda u, du, x, f: torch.cat([du, du])}, ritz(), ValueError, "must return a scalar"),
+        ({"interior": lambda u, du, x, f: f}, ritz(), ValueError, "does not depend on u"),
+        ({"interior": lambda u, du, x, f: u / 0}, ritz(), ValueError, "not finite at 30 of 30"),
+        (DENSITY, {"interior": ritz()["interior"][0]}, ValueError, "quadrature weights"),
+        ({}, ritz(), TypeError, "densities must be a dict"),
+    ],
+)
 def test_energy_names_what_is_wrong(densities, data, error, words):
     with pytest.raises(error, match=words):
         ng.Energy(tanh_net(1, 4, 1), densities).observe(data)
@@ -322,7 +393,10 @@ def test_energy_names_what_is_wrong(densities, data, error, words):
 
 def test_sums_are_metrics_in_the_kernel_form_too():
     net = tanh_net(2, 6, 4, 1)
-    first, second = ng.GaussNewton(net, TERMS, solver="kernel"), ng.GaussNewton(net, TERMS, WEIGHTS, solver="kernel")
+    first, second = (
+        ng.GaussNewton(net, TERMS, solver="kernel"),
+        ng.GaussNewton(net, TERMS, WEIGHTS, solver="kernel"),
+    )
     total = first + 0.5 * second
     loss = total.observe(batch())
     expected = first.dense() + 0.5 * second.dense()
@@ -330,8 +404,15 @@ def test_sums_are_metrics_in_the_kernel_form_too():
     torch.testing.assert_close(loss, first.loss + 0.5 * second.loss)
     shifted = expected + 1e-2 * torch.eye(len(expected), dtype=torch.float64)
     df = total.vector_to_flat(total.gradient())
-    torch.testing.assert_close(total.vector_to_flat(total.direction(1e-2)), torch.linalg.solve(shifted, df), rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(total.vector_to_flat(total.sharp(total.gradient(), 1e-2)), torch.linalg.solve(shifted, df), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        total.vector_to_flat(total.direction(1e-2)), torch.linalg.solve(shifted, df), rtol=1e-8, atol=1e-10
+    )
+    torch.testing.assert_close(
+        total.vector_to_flat(total.sharp(total.gradient(), 1e-2)),
+        torch.linalg.solve(shifted, df),
+        rtol=1e-8,
+        atol=1e-10,
+    )
     torch.testing.assert_close(total.logdet(1e-2), torch.logdet(shifted))
     torch.testing.assert_close(total.vector_to_flat(total.diagonal()), expected.diagonal())
     before = float(loss)
@@ -345,7 +426,9 @@ def test_sum_with_a_metric_without_rows():
     gauss = ng.GaussNewton(net, TERMS)
     gauss.observe(batch())
     total = gauss + 0.25 * ng.Euclidean(net)
-    torch.testing.assert_close(total.sharp(gauss.gradient(), 0.75), gauss.sharp(gauss.gradient(), 1.0), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        total.sharp(gauss.gradient(), 0.75), gauss.sharp(gauss.gradient(), 1.0), rtol=1e-7, atol=1e-10
+    )
     with pytest.raises(ValueError, match="positive number, got -1"):
         -1.0 * gauss
     with pytest.raises(TypeError, match="metrics add to metrics"):
@@ -359,18 +442,41 @@ def test_sum_with_a_metric_without_rows():
 X = torch.rand(6, 2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("term", "data", "error", "words"), [
-    (lambda u, x: u(x).reshape(1, 1), X, ValueError, r"returned shape \(1, 1\); at ONE point a residual has shape \(\) or"),
-    (lambda u, x: 3.0, X, TypeError, "must return the residual at one point"),
-    (lambda u, x: x.sum(), X, ValueError, "'interior' does not depend on the parameters"),
-    (lambda u, x: u(x).detach(), X, ValueError, "does not depend on the parameters"),
-    (lambda u, x: u(x) / torch.where(x[0] > X[:, 0].median(), 0.0, 1.0), X, ValueError, r"'interior': the residual is not finite at 3 of 6 points: point \d at \[0\."),
-    (lambda u, x: u(x), torch.randint(0, 2, (6, 2)), TypeError, r"int64; points are differentiated.*\.to\(torch.float64\)"),
-    (lambda u, x: u(x), X.float(), TypeError, "float32 but the parameters are torch.float64"),
-    (lambda u, x, f: u(x), (X, X[:3, 0]), ValueError, r"same positive number of points everywhere, got \[6, 3\]"),
-    (lambda u, x: u(x), X[:0], ValueError, "positive number of points"),
-    (lambda u, x: u(x), [1.0, 2.0], TypeError, "must hold tensors"),
-])
+@pytest.mark.parametrize(
+    ("term", "data", "error", "words"),
+    [
+        (
+            lambda u, x: u(x).reshape(1, 1),
+            X,
+            ValueError,
+            r"returned shape \(1, 1\); at ONE point a residual has shape \(\) or",
+        ),
+        (lambda u, x: 3.0, X, TypeError, "must return the residual at one point"),
+        (lambda u, x: x.sum(), X, ValueError, "'interior' does not depend on the parameters"),
+        (lambda u, x: u(x).detach(), X, ValueError, "does not depend on the parameters"),
+        (
+            lambda u, x: u(x) / torch.where(x[0] > X[:, 0].median(), 0.0, 1.0),
+            X,
+            ValueError,
+            r"'interior': the residual is not finite at 3 of 6 points: point \d at \[0\.",
+        ),
+        (
+            lambda u, x: u(x),
+            torch.randint(0, 2, (6, 2)),
+            TypeError,
+            r"int64; points are differentiated.*\.to\(torch.float64\)",
+        ),
+        (lambda u, x: u(x), X.float(), TypeError, "float32 but the parameters are torch.float64"),
+        (
+            lambda u, x, f: u(x),
+            (X, X[:3, 0]),
+            ValueError,
+            r"same positive number of points everywhere, got \[6, 3\]",
+        ),
+        (lambda u, x: u(x), X[:0], ValueError, "positive number of points"),
+        (lambda u, x: u(x), [1.0, 2.0], TypeError, "must hold tensors"),
+    ],
+)
 def test_bad_terms_and_batches_are_named(term, data, error, words):
     net = tanh_net(2, 4, 1)
     before = {n: p.clone() for n, p in net.named_parameters()}
@@ -380,17 +486,32 @@ def test_bad_terms_and_batches_are_named(term, data, error, words):
     assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
 
 
-@pytest.mark.parametrize(("make", "error", "words"), [
-    (lambda net: ng.GaussNewton(net, {}), TypeError, "terms must be a dict"),
-    (lambda net: ng.GaussNewton(net, TERMS, {"rand": 1.0}), ValueError, r"do not exist: \['rand'\]"),
-    (lambda net: ng.GaussNewton(net, TERMS, {"boundary": -1.0}), ValueError, "non-negative"),
-    (lambda net: ng.GaussNewton(net, TERMS, solver="qr"), ValueError, "solver must be one of 'auto', 'dense'"),
-    (lambda net: ng.GaussNewton(net, TERMS, chunk=0), ValueError, "at least 1"),
-    (lambda net: ng.GaussNewton(net, TERMS).observe({"interior": X}), ValueError, r"missing \['boundary'\]"),
-    (lambda net: ng.GaussNewton(net, TERMS).observe(X), TypeError, "a batch is a dict"),
-    (lambda net: ng.GaussNewton(net, TERMS).dense(), RuntimeError, "has seen no batch yet"),
-    (lambda net: metric_of(net, batch())[0].sharp(metric_of(net, batch())[0].gradient(), 0.0), ValueError, "damping must be a positive"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda net: ng.GaussNewton(net, {}), TypeError, "terms must be a dict"),
+        (lambda net: ng.GaussNewton(net, TERMS, {"rand": 1.0}), ValueError, r"do not exist: \['rand'\]"),
+        (lambda net: ng.GaussNewton(net, TERMS, {"boundary": -1.0}), ValueError, "non-negative"),
+        (
+            lambda net: ng.GaussNewton(net, TERMS, solver="qr"),
+            ValueError,
+            "solver must be one of 'auto', 'dense'",
+        ),
+        (lambda net: ng.GaussNewton(net, TERMS, chunk=0), ValueError, "at least 1"),
+        (
+            lambda net: ng.GaussNewton(net, TERMS).observe({"interior": X}),
+            ValueError,
+            r"missing \['boundary'\]",
+        ),
+        (lambda net: ng.GaussNewton(net, TERMS).observe(X), TypeError, "a batch is a dict"),
+        (lambda net: ng.GaussNewton(net, TERMS).dense(), RuntimeError, "has seen no batch yet"),
+        (
+            lambda net: metric_of(net, batch())[0].sharp(metric_of(net, batch())[0].gradient(), 0.0),
+            ValueError,
+            "damping must be a positive",
+        ),
+    ],
+)
 def test_construction_errors(make, error, words):
     with pytest.raises(error, match=words):
         make(tanh_net(2, 4, 1))

@@ -74,14 +74,18 @@ def test_lanczos_against_eigh(problem):
     expected = eigenvalues[eigenvalues.abs().argsort(descending=True)[:4]]
     torch.testing.assert_close(values, expected)
     for value, vector in zip(values, vectors):
-        torch.testing.assert_close(h.vector_to_flat(h.flat(vector)), value * h.vector_to_flat(vector), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            h.vector_to_flat(h.flat(vector)), value * h.vector_to_flat(vector), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_lanczos_stops_at_an_invariant_space():
     matrix = torch.diag(torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64))
     diagonal, off, basis = lanczos(matrix.mv, torch.ones(4, dtype=torch.float64), 4)
     assert basis.shape == (4, 2)
-    torch.testing.assert_close(torch.linalg.eigvalsh(tridiagonal(diagonal, off)), torch.tensor([1.0, 3.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(tridiagonal(diagonal, off)), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    )
 
 
 def test_newton_steps_on_a_batch():
@@ -101,16 +105,27 @@ def test_linear_losses_and_unused_parameters():
     torch.testing.assert_close(h.diagonal(), torch.tensor([6.0, 6, 6, 0, 0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("make", "error", "words"), [
-    (lambda w: ng.Hessian(3, [w]), TypeError, "must be a callable"),
-    (lambda w: ng.Hessian(lambda a, b: a, [w]), TypeError, r"got a function of \['a', 'b'\]"),
-    (lambda w: ng.Hessian(lambda: w * 2, [w]).dense(), ValueError, r"scalar tensor, got \(3,\)"),
-    (lambda w: ng.Hessian(lambda: torch.ones(()), [w]).dense(), ValueError, "does not depend on the parameters"),
-    (lambda w: ng.Hessian(lambda: (w * math.nan).sum(), [w]).dense(), ValueError, "the loss is nan"),
-    (lambda w: ng.Hessian(lambda batch: w.sum(), [w]).dense(), RuntimeError, "has seen none"),
-    (lambda w: ng.Hessian(lambda: (w**2).sum(), [w]).top(9), ValueError, "between 1 and the 3 parameters, got 9"),
-    (lambda w: ng.Hessian(lambda: (w**2).sum(), [w]).gradient(), RuntimeError, "has seen no batch yet"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda w: ng.Hessian(3, [w]), TypeError, "must be a callable"),
+        (lambda w: ng.Hessian(lambda a, b: a, [w]), TypeError, r"got a function of \['a', 'b'\]"),
+        (lambda w: ng.Hessian(lambda: w * 2, [w]).dense(), ValueError, r"scalar tensor, got \(3,\)"),
+        (
+            lambda w: ng.Hessian(lambda: torch.ones(()), [w]).dense(),
+            ValueError,
+            "does not depend on the parameters",
+        ),
+        (lambda w: ng.Hessian(lambda: (w * math.nan).sum(), [w]).dense(), ValueError, "the loss is nan"),
+        (lambda w: ng.Hessian(lambda batch: w.sum(), [w]).dense(), RuntimeError, "has seen none"),
+        (
+            lambda w: ng.Hessian(lambda: (w**2).sum(), [w]).top(9),
+            ValueError,
+            "between 1 and the 3 parameters, got 9",
+        ),
+        (lambda w: ng.Hessian(lambda: (w**2).sum(), [w]).gradient(), RuntimeError, "has seen no batch yet"),
+    ],
+)
 def test_errors(make, error, words):
     with pytest.raises(error, match=words):
         make(nn.Parameter(torch.ones(3)))

@@ -26,20 +26,35 @@ class ComplexPsi(nn.Module):
 
 def covariances(model, states, weights, local):
     params = {n: p.detach() for n, p in model.named_parameters()}
-    part = lambda f: jacrev(lambda p: vmap(lambda s: f(functional_call(model, p, (s,)).reshape(())))(states))(params)
-    stack = lambda jac: torch.cat([j.reshape(len(states), -1) for j in jac.values()], dim=1)
+
+    def part(f):
+        return jacrev(lambda p: vmap(lambda s: f(functional_call(model, p, (s,)).reshape(())))(states))(params)
+
+    def stack(jac):
+        return torch.cat([j.reshape(len(states), -1) for j in jac.values()], dim=1)
+
     complex_psi = model(states).is_complex()
-    o = torch.complex(stack(part(lambda z: z.real)), stack(part(lambda z: z.imag))) if complex_psi else stack(part(lambda z: z)).to(torch.complex128)
+    o = (
+        torch.complex(stack(part(lambda z: z.real)), stack(part(lambda z: z.imag)))
+        if complex_psi
+        else stack(part(lambda z: z)).to(torch.complex128)
+    )
     centred = o - (weights[:, None] * o).sum(0)
     e = local - (weights * local).sum()
-    return (centred.conj().mT @ (weights[:, None] * centred)).real, 2 * (centred.conj().mT @ (weights * e).to(o.dtype)).real
+    return (centred.conj().mT @ (weights[:, None] * centred)).real, 2 * (
+        centred.conj().mT @ (weights * e).to(o.dtype)
+    ).real
 
 
 @pytest.mark.parametrize("kind", ["complex", "real"])
 @pytest.mark.parametrize("solver", ["dense", "kernel", "cg"])
 def test_metric_gradient_and_solves(kind, solver):
     torch.manual_seed(0)
-    model = ComplexPsi().double() if kind == "complex" else nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    model = (
+        ComplexPsi().double()
+        if kind == "complex"
+        else nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    )
     states = all_states(4)
     weights = torch.rand(16, dtype=torch.float64)
     weights = weights / weights.sum()
@@ -52,7 +67,9 @@ def test_metric_gradient_and_solves(kind, solver):
     torch.testing.assert_close(metric.vector_to_flat(metric.gradient()), de)
     expected = torch.linalg.solve(g + 1e-2 * torch.eye(len(g), dtype=torch.float64), de)
     torch.testing.assert_close(metric.vector_to_flat(metric.direction(1e-2)), expected, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(metric.vector_to_flat(metric.sharp(metric.gradient(), 1e-2)), expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        metric.vector_to_flat(metric.sharp(metric.gradient(), 1e-2)), expected, rtol=1e-7, atol=1e-9
+    )
 
 
 def test_gradient_is_that_of_the_energy():
@@ -63,13 +80,21 @@ def test_gradient_is_that_of_the_energy():
     def energy(params):
         psi = functional_call(model, params, (states,)).exp()
         bits = torch.arange(16)
-        h_psi = -(states * states.roll(-1, 1)).sum(1) * psi - torch.stack([psi[bits ^ (1 << i)] for i in range(4)]).sum(0)
+        h_psi = -(states * states.roll(-1, 1)).sum(1) * psi - torch.stack([psi[bits ^ (1 << i)] for i in range(4)]).sum(
+            0
+        )
         return (psi @ h_psi) / (psi @ psi)
 
     params = {n: p.detach() for n, p in model.named_parameters()}
     log_psi = model(states).detach()
     metric = ng.QuantumGeometry(model)
-    value = metric.observe({"states": states, "weights": (2 * log_psi).exp(), "local_energy": local_energy(model, states, log_psi).detach()})
+    value = metric.observe(
+        {
+            "states": states,
+            "weights": (2 * log_psi).exp(),
+            "local_energy": local_energy(model, states, log_psi).detach(),
+        }
+    )
     torch.testing.assert_close(value, energy(params))
     torch.testing.assert_close(metric.gradient(), torch.func.grad(energy)(params))
 
@@ -111,14 +136,33 @@ def test_small_damping_neither_diverges_nor_gives_nan(damping):
 STATES = all_states(3)
 
 
-@pytest.mark.parametrize(("batch", "error", "words"), [
-    ({"states": STATES}, TypeError, r"got \['states'\]"),
-    (STATES, TypeError, "got Tensor"),
-    ({"states": STATES, "local_energy": torch.zeros(7)}, ValueError, r"local_energy must have shape \(8,\)"),
-    ({"states": STATES, "local_energy": torch.full((8,), math.nan)}, ValueError, "local_energy is not finite at 8 of 8 states"),
-    ({"states": STATES, "local_energy": torch.zeros(8), "weights": -torch.ones(8)}, ValueError, "non-negative"),
-    ({"states": STATES.long(), "local_energy": torch.zeros(8)}, TypeError, r"does not take torch.int64 states; cast them with .to\(torch.float64\)"),
-])
+@pytest.mark.parametrize(
+    ("batch", "error", "words"),
+    [
+        ({"states": STATES}, TypeError, r"got \['states'\]"),
+        (STATES, TypeError, "got Tensor"),
+        (
+            {"states": STATES, "local_energy": torch.zeros(7)},
+            ValueError,
+            r"local_energy must have shape \(8,\)",
+        ),
+        (
+            {"states": STATES, "local_energy": torch.full((8,), math.nan)},
+            ValueError,
+            "local_energy is not finite at 8 of 8 states",
+        ),
+        (
+            {"states": STATES, "local_energy": torch.zeros(8), "weights": -torch.ones(8)},
+            ValueError,
+            "non-negative",
+        ),
+        (
+            {"states": STATES.long(), "local_energy": torch.zeros(8)},
+            TypeError,
+            r"does not take torch.int64 states; cast them with .to\(torch.float64\)",
+        ),
+    ],
+)
 def test_bad_batches(batch, error, words):
     with pytest.raises(error, match=words):
         ng.QuantumGeometry(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()).observe(batch)

@@ -23,7 +23,11 @@ def invoke(*words):
 
 def test_first_losses_are_the_published_ones():
     """Same seeds and draws as the published curves."""
-    expected = {("poisson2d", "small"): 48.92347435, ("poisson2d", "large"): 46.92645720, ("poisson5d", "small"): 121.7103353}
+    expected = {
+        ("poisson2d", "small"): 48.92347435,
+        ("poisson2d", "large"): 46.92645720,
+        ("poisson5d", "small"): 121.7103353,
+    }
     for (name, network), loss in expected.items():
         problem = PROBLEMS[name]
         setting = problem.prepare(problem.networks[network], 1)
@@ -51,11 +55,19 @@ def test_every_problem_steps_downhill_and_draws(name, tmp_path):
 
 def test_exact_solutions_solve_their_equations():
     x = torch.rand(5, 2, dtype=torch.float64)
-    lap = lambda u, x: torch.stack([torch.func.hessian(lambda y: u(y[None])[0])(p).trace() for p in x])
+
+    def lap(u, x):
+        return torch.stack([torch.func.hessian(lambda y: u(y[None])[0])(p).trace() for p in x])
+
     torch.testing.assert_close(lap(sine_product, x), -2 * math.pi**2 * sine_product(x))
-    torch.testing.assert_close(lap(pair_products, torch.rand(3, 10, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        lap(pair_products, torch.rand(3, 10, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64)
+    )
     at = torch.tensor([0.3, 0.4], dtype=torch.float64)
-    u = lambda p: exact_solution(p[None])[0]
+
+    def u(p):
+        return exact_solution(p[None])[0]
+
     (u_t, u_x), u_xx = torch.func.jacrev(u)(at), torch.func.hessian(u)(at)[1, 1]
     assert abs(float(u_t + u(at) * u_x - VISCOSITY * u_xx)) < 1e-6
     start = torch.tensor([[0.0, 0.25]], dtype=torch.float64)
@@ -68,21 +80,27 @@ def test_resume_goes_on_where_it_stopped(tmp_path):
         for i, n in enumerate(steps):
             result = invoke(*words, "--out", str(tmp_path / folder), "--steps", n, *["--resume"] * bool(i))
             assert result.exit_code == 0, result.output
-    read = lambda folder: [r.split(",")[2:] for r in (tmp_path / folder / "log.csv").read_text().splitlines()]
+
+    def read(folder):
+        return [r.split(",")[2:] for r in (tmp_path / folder / "log.csv").read_text().splitlines()]
+
     assert read("whole") == read("parts")
     other = invoke(*words, "--out", str(tmp_path / "parts"), "--seed", "2", "--resume")
     assert other.exit_code == 2
     assert "seed was 1, is 2" in " ".join(other.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["poison2d"], "there is no problem 'poison2d'; the problems are poisson2d, poisson5d"),
-    (["poisson2d", "--solver", "qr"], "solver must be one of 'auto'"),
-    (["poisson2d", "--network", "big"], "'big' is neither one of small, large nor widths"),
-    (["poisson2d", "--network", "3-5-1"], "looks like 2-64-1, got 3-5-1"),
-    (["poisson2d", "--resume", "--out", "nowhere"], "there is no checkpoint"),
-    (["poisson2d", "--seconds=-1"], "Invalid value for '--seconds'"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["poison2d"], "there is no problem 'poison2d'; the problems are poisson2d, poisson5d"),
+        (["poisson2d", "--solver", "qr"], "solver must be one of 'auto'"),
+        (["poisson2d", "--network", "big"], "'big' is neither one of small, large nor widths"),
+        (["poisson2d", "--network", "3-5-1"], "looks like 2-64-1, got 3-5-1"),
+        (["poisson2d", "--resume", "--out", "nowhere"], "there is no checkpoint"),
+        (["poisson2d", "--seconds=-1"], "Invalid value for '--seconds'"),
+    ],
+)
 def test_wrong_words_are_answered(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke(*words)

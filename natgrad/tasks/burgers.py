@@ -1,6 +1,7 @@
 """u_t + u u_x = ν u_xx on t ∈ [0, 1], x ∈ [−1, 1], u(0, x) = −sin πx, u = 0 at x = ±1, ν = 0.01/π (Raissi, Perdikaris & Karniadakis 2019, section 3.1.1).
 
-The exact solution comes from the Cole–Hopf transform, u = −2ν φ_x/φ, as a quotient of integrals by Gauss–Hermite quadrature (Basdevant et al. 1986).
+The exact solution comes from the Cole–Hopf transform, u = −2ν φ_x/φ, as a quotient of integrals by Gauss–Hermite
+quadrature (Basdevant et al. 1986).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from natgrad.function_space import GaussNewton
 from natgrad.operators import Field, derivatives
+from natgrad.residuals import Term
 from natgrad.tasks.pictures import field_picture
 from natgrad.tasks.problem import Problem, Setting, tanh_network
 
@@ -44,9 +46,16 @@ def prepare(widths: tuple[int, ...], seed: int) -> Setting:
     start = torch.stack([torch.zeros(BOUNDARY), torch.linspace(-1, 1, BOUNDARY)], dim=1).double()
     sides = torch.stack([torch.rand(BOUNDARY), torch.randint(0, 2, (BOUNDARY,)) * 2.0 - 1.0], dim=1).double()
     edge = torch.cat([start, sides])
-    batch = {"equation": interior, "edge": (edge, torch.where(edge[:, 0] == 0, -torch.sin(math.pi * edge[:, 1]), 0.0))}
-    terms = {"equation": equation, "edge": lambda u, at, g: u(at) - g}
-    t, x = torch.meshgrid(torch.linspace(0, 1, 101, dtype=torch.float64), torch.linspace(-1, 1, 201, dtype=torch.float64), indexing="ij")
+    batch = {
+        "equation": interior,
+        "edge": (edge, torch.where(edge[:, 0] == 0, -torch.sin(math.pi * edge[:, 1]), 0.0)),
+    }
+    terms: dict[str, Term] = {"equation": equation, "edge": lambda u, at, g: u(at) - g}
+    t, x = torch.meshgrid(
+        torch.linspace(0, 1, 101, dtype=torch.float64),
+        torch.linspace(-1, 1, 201, dtype=torch.float64),
+        indexing="ij",
+    )
     grid = torch.stack([t.reshape(-1), x.reshape(-1)], dim=1)
     exact = exact_solution(grid)
 
@@ -60,10 +69,30 @@ def prepare(widths: tuple[int, ...], seed: int) -> Setting:
         box, labels = (0.0, 1.0, -1.0, 1.0), ("t", "x")
         return [
             field_picture(u.reshape(t.shape).mT, box, "u", labels, folder / "solution.png"),
-            field_picture((u - exact).reshape(t.shape).mT, box, "u − exact solution", labels, folder / "error_field.png", True),
+            field_picture(
+                (u - exact).reshape(t.shape).mT,
+                box,
+                "u − exact solution",
+                labels,
+                folder / "error_field.png",
+                True,
+            ),
         ]
 
-    return Setting(model, lambda solver: GaussNewton(model, terms, solver=solver), lambda step: batch, error, "relative L2 error", draw)
+    return Setting(
+        model,
+        lambda solver: GaussNewton(model, terms, solver=solver),
+        lambda step: batch,
+        error,
+        "relative L2 error",
+        draw,
+    )
 
 
-problem = Problem("burgers", "u_t + u u_x = ν u_xx, ν = 0.01/π", {"small": (2, 20, 20, 20, 1), "large": (2, 40, 40, 40, 1)}, prepare, seconds=120)
+problem = Problem(
+    "burgers",
+    "u_t + u u_x = ν u_xx, ν = 0.01/π",
+    {"small": (2, 20, 20, 20, 1), "large": (2, 40, 40, 40, 1)},
+    prepare,
+    seconds=120,
+)

@@ -4,5 +4,13 @@ from natgrad.tasks import burgers, deep_ritz, ising, poisson
 from natgrad.tasks.problem import Problem
 
 PROBLEMS: dict[str, Problem] = {
-    p.name: p for p in (poisson.poisson2d, poisson.poisson5d, poisson.poisson10d, burgers.problem, deep_ritz.problem, ising.problem)
+    p.name: p
+    for p in (
+        poisson.poisson2d,
+        poisson.poisson5d,
+        poisson.poisson10d,
+        burgers.problem,
+        deep_ritz.problem,
+        ising.problem,
+    )
 }

@@ -36,7 +36,21 @@ def prepare(widths: tuple[int, ...], seed: int) -> Setting:
         with torch.no_grad():
             return line_pictures(x, model(x[:, None])[:, 0], exact, ("x", "u"), folder)
 
-    return Setting(model, lambda solver: Energy(model, densities, solver=solver), lambda step: batch, error, "relative L2 error", draw)
+    return Setting(
+        model,
+        lambda solver: Energy(model, densities, solver=solver),
+        lambda step: batch,
+        error,
+        "relative L2 error",
+        draw,
+    )
 
 
-problem = Problem("deep-ritz", "−u″ + u³ = f on (−1, 1), natural boundary, by its energy", {"small": (1, 32, 1)}, prepare, seconds=30, loss_name="energy")
+problem = Problem(
+    "deep-ritz",
+    "−u″ + u³ = f on (−1, 1), natural boundary, by its energy",
+    {"small": (1, 32, 1)},
+    prepare,
+    seconds=30,
+    loss_name="energy",
+)

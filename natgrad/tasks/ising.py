@@ -1,7 +1,7 @@
 """Ground state of the transverse-field Ising chain H = −Σ σᶻᵢσᶻᵢ₊₁ − h Σ σˣᵢ at h = 1, periodic, over all 2ᴸ states.
 
-The wave function is a restricted Boltzmann machine with real weights (Carleo & Troyer 2017, https://arxiv.org/abs/1606.02318). The exact energy at the
-critical point is −2 / sin(π / 2L) for even L.
+The wave function is a restricted Boltzmann machine with real weights (Carleo & Troyer 2017,
+https://arxiv.org/abs/1606.02318). The exact energy at the critical point is −2 / sin(π / 2L) for even L.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def prepare(widths: tuple[int, ...], seed: int) -> Setting:
         with torch.no_grad():
             log_psi = model(states)
             weights = torch.softmax(2 * log_psi, 0)
-            return {"states": states, "weights": weights, "local_energy": local_energy(model, states, log_psi)}
+            return {
+                "states": states,
+                "weights": weights,
+                "local_energy": local_energy(model, states, log_psi),
+            }
 
     def error() -> float:
         now = batch()
@@ -74,7 +78,14 @@ def prepare(widths: tuple[int, ...], seed: int) -> Setting:
         reference = torch.stack([(ground * states[:, 0] * states[:, r]).sum() for r in distance.tolist()])
         return line_pictures(distance, network, reference, ("distance r", "⟨σᶻ₀σᶻᵣ⟩"), folder)
 
-    return Setting(model, lambda solver: QuantumGeometry(model, solver=solver), batch, error, "relative energy error", draw)
+    return Setting(
+        model,
+        lambda solver: QuantumGeometry(model, solver=solver),
+        batch,
+        error,
+        "relative energy error",
+        draw,
+    )
 
 
 def exact_probability(states: Tensor) -> Tensor:
@@ -91,6 +102,16 @@ def exact_probability(states: Tensor) -> Tensor:
 
 
 problem = Problem(
-    "ising-chain", "ground state of the Ising chain −Σ σᶻσᶻ − Σ σˣ, periodic, all states summed", {"rbm": (10, 10), "wide": (10, 30)}, prepare,
-    {"rbm": [Published("natural gradient, fixed step", 5.5e-5, None, 100), Published("Adam", 1.0e-4, None, 500)]}, seconds=20, loss_name="energy",
+    "ising-chain",
+    "ground state of the Ising chain −Σ σᶻσᶻ − Σ σˣ, periodic, all states summed",
+    {"rbm": (10, 10), "wide": (10, 30)},
+    prepare,
+    {
+        "rbm": [
+            Published("natural gradient, fixed step", 5.5e-5, None, 100),
+            Published("Adam", 1.0e-4, None, 500),
+        ]
+    },
+    seconds=20,
+    loss_name="energy",
 )

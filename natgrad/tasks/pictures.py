@@ -12,7 +12,14 @@ from torch import Tensor, nn
 SIDE = 101  # grid points a side
 
 
-def field_picture(values: Tensor, extent: tuple[float, float, float, float], title: str, labels: tuple[str, str], path: Path, diverging: bool = False) -> Path:
+def field_picture(
+    values: Tensor,
+    extent: tuple[float, float, float, float],
+    title: str,
+    labels: tuple[str, str],
+    path: Path,
+    diverging: bool = False,
+) -> Path:
     """An image of values (vertical, horizontal) with a colour bar."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -26,7 +33,8 @@ def field_picture(values: Tensor, extent: tuple[float, float, float, float], tit
 
 
 def box_pictures(model: nn.Module, solution: Callable[[Tensor], Tensor], d: int, folder: Path) -> list[Path]:
-    """u and u − u_exact over the first two coordinates of the unit cube, the others at ½ (off the planes where the solution has symmetric zeros)."""
+    """u and u − u_exact over the first two coordinates of the unit cube, the others at ½ (off the planes where the "
+    "solution has symmetric zeros)."""
     line = torch.linspace(0, 1, SIDE, dtype=torch.float64)
     x2, x1 = torch.meshgrid(line, line, indexing="ij")
     x = torch.full((SIDE * SIDE, d), 0.5, dtype=torch.float64)
@@ -37,14 +45,24 @@ def box_pictures(model: nn.Module, solution: Callable[[Tensor], Tensor], d: int,
     box, labels = (0.0, 1.0, 0.0, 1.0), ("x₁", "x₂")
     return [
         field_picture(u.reshape(SIDE, SIDE), box, f"u{where}", labels, folder / "solution.png"),
-        field_picture((u - solution(x)).reshape(SIDE, SIDE), box, f"u − exact solution{where}", labels, folder / "error_field.png", True),
+        field_picture(
+            (u - solution(x)).reshape(SIDE, SIDE),
+            box,
+            f"u − exact solution{where}",
+            labels,
+            folder / "error_field.png",
+            True,
+        ),
     ]
 
 
 def line_pictures(x: Tensor, u: Tensor, exact: Tensor, labels: tuple[str, str], folder: Path) -> list[Path]:
     """u and u − exact along a line."""
     paths = []
-    for name, title, curves in (("solution", "solution", {"network": u, "exact": exact}), ("error_field", "network − exact", {"": u - exact})):
+    for name, title, curves in (
+        ("solution", "solution", {"network": u, "exact": exact}),
+        ("error_field", "network − exact", {"": u - exact}),
+    ):
         figure = Figure(figsize=(5, 4), layout="constrained")
         axes = figure.add_subplot()
         for (label, y), style in zip(curves.items(), ("-", "--")):
@@ -57,7 +75,14 @@ def line_pictures(x: Tensor, u: Tensor, exact: Tensor, labels: tuple[str, str], 
     return paths
 
 
-def curve_picture(steps: list[int], seconds: list[float], errors: list[float], error_name: str, published: dict[str, tuple[float, float | None]], path: Path) -> Path:
+def curve_picture(
+    steps: list[int],
+    seconds: list[float],
+    errors: list[float],
+    error_name: str,
+    published: dict[str, tuple[float, float | None]],
+    path: Path,
+) -> Path:
     """The error against CPU seconds, others' final errors as horizontal lines."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.add_subplot()

@@ -1,11 +1,12 @@
 """What a problem of ``natgrad solve`` is.
 
-A new problem is one file in this folder with a ``problem`` of type `Problem`: networks, a metric, batches, and the error
-against the exact solution where it is known. `PROBLEMS` in `natgrad.tasks.catalogue` lists it.
+A new problem is one file in this folder with a ``problem`` of type `Problem`: networks, a metric, batches, and the
+error against the exact solution where it is known. `PROBLEMS` in `natgrad.tasks.catalogue` lists it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def tanh_network(widths: tuple[int, ...], seed: int) -> nn.Sequential:
     """Linear layers and tanh between them, drawn in float32 from the seed, in float64."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(a, b), nn.Tanh()] if i < len(widths) - 2 else [nn.Linear(a, b)]
     return nn.Sequential(*layers).double()
 
