@@ -1,4 +1,4 @@
-"""Kronecker-factored Gauss–Newton blocks of PDE residuals, through the Taylor coefficients of the differential operator.
+"""Kronecker factors of PDE residuals, through the Taylor coefficients of the differential operator.
 
 Under the forward Laplacian a linear layer maps S = d + 2 components (value, first derivatives, Laplacian) with one
 weight, as it maps positions in weight sharing. With a_s the inputs (a one for the bias beside the value) and g_s

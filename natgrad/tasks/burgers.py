@@ -1,7 +1,7 @@
-"""u_t + u u_x = ν u_xx on t ∈ [0, 1], x ∈ [−1, 1], u(0, x) = −sin πx, u = 0 at x = ±1, ν = 0.01/π (Raissi, Perdikaris & Karniadakis 2019, section 3.1.1).
+"""Burgers' equation u_t + u u_x = ν u_xx on t ∈ [0, 1], x ∈ [−1, 1], u(0, x) = −sin πx, u(t, ±1) = 0, ν = 0.01/π.
 
-The exact solution comes from the Cole–Hopf transform, u = −2ν φ_x/φ, as a quotient of integrals by Gauss–Hermite
-quadrature (Basdevant et al. 1986).
+The setting of Raissi, Perdikaris & Karniadakis 2019 (section 3.1.1). The exact solution comes from the Cole–Hopf
+transform, u = −2ν φ_x/φ, as a quotient of integrals by Gauss–Hermite quadrature (Basdevant et al. 1986).
 """
 
 from __future__ import annotations

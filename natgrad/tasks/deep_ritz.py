@@ -1,4 +1,4 @@
-"""−u″ + u³ = f on (−1, 1) with natural boundary conditions, as the minimum of E(u) = ∫ ½u′² + ¼u⁴ − f u (Müller & Zeinhofer 2023, section 4).
+"""−u″ + u³ = f on (−1, 1), natural boundary, as the minimum of E(u) = ∫ ½u′² + ¼u⁴ − f u (Müller & Zeinhofer 2023).
 
 The exact solution is u = cos πx; the integral is a trapezoid rule with 20,000 points.
 """
