@@ -1,0 +1,36 @@
+"""Files that are whole or not there: written beside, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from natgrad.tasks.task import CommandError
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Call `write` with a hidden neighbour of `path` and rename that to `path` when it is complete."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """The folder, made where it is not there, once a file could be written in it.
+
+    Raises:
+        CommandError: it cannot be made or written to. Asked before training, so that no result is lost.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "writable", lambda p: p.write_bytes(b""))
+        (path / "writable").unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CommandError(f"--out {path} cannot be written ({reason}); name a folder that can") from error
+    return path
