@@ -9,6 +9,7 @@ import difflib
 import math
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,9 @@ def root(
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = DEFAULT_TASK,
+    task: Annotated[
+        str, typer.Argument(help=f"{'; '.join(f'{t.name}: {t.summary}' for t in TASKS.values())}.")
+    ] = DEFAULT_TASK,
     optimizers: Annotated[
         str, typer.Option(help=f"Names with commas between, from {', '.join(CONTENDERS)}.")
     ] = ",".join(CONTENDERS),
@@ -95,11 +98,11 @@ def run_comparison(comparison: Comparison, plain: bool) -> None:
     torch.set_num_threads(1)  # CPU seconds then mean work done, not threads that wait for each other
     terminal = sys.stdout.isatty()
     console = Console() if terminal else Console(width=132, color_system=None)
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+    say = partial(console.print, highlight=False, soft_wrap=True)
     say(f"{comparison.task.name} on {comparison.data.source}")
-    say(
-        f"{len(comparison.planned())} runs of {comparison.budget}; the loss is the {comparison.task.measured}"
-    )
+    for name in comparison.optimizers:
+        say(f"{name}: {comparison.describe(name)}")
+    say(f"{len(comparison.planned())} runs of {comparison.budget}; loss: {comparison.task.measured}")
     interrupted = False
     try:
         comparison.execute(Bars(console) if terminal and not plain else Lines(console))
@@ -165,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         # typer's own parse errors; their class is click's or typer's, depending on the version of typer
         if not hasattr(error, "format_message"):
             raise
-        typer.echo(f"natgrad: {error.format_message()} Try 'natgrad train --help'.", err=True)
+        message = str(error.format_message()).strip().rstrip(".")
+        if message:  # empty where no command was given and the help has been shown
+            typer.echo(f"natgrad: {message}. Try 'natgrad --help' or 'natgrad train --help'.", err=True)
         return BAD_INPUT
     return code if isinstance(code, int) else 0

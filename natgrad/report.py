@@ -41,7 +41,7 @@ def comparison_table(runs: Sequence[Run], leader: str, edges: Sequence[str] = ()
     for heading in ("optimizer", "rate", "steps", "CPU s", "train loss", "test loss"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right", no_wrap=True)
     if rivals:
-        table.add_column(f"{leader} reaches its train loss in", no_wrap=True)
+        table.add_column(f"{leader} reaches its train loss in")
     for run in chosen:
         rate = "default" if run.rate is None else f"{run.rate:g}" + ("*" if run.optimizer in edges else "")
         last = run.last

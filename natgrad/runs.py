@@ -60,7 +60,7 @@ def best(runs: Sequence[Run]) -> list[Run]:
 
 
 def first_at(run: Run, target: float) -> Point | None:
-    """The first evaluation with a training loss at or below the target, an upper bound of when it got there."""
+    """The first evaluation with a training loss at or below the target: an upper bound of the arrival."""
     return next((p for p in run.points if p.train <= target), None)
 
 

@@ -1,15 +1,15 @@
-"""`natgrad train`: every optimizer on one task, from one start on the same batches, and the files it leaves."""
+"""`natgrad train`: every optimizer on one task, from one start on the same batches, and the files left."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import natgrad
@@ -58,6 +58,14 @@ class Comparison:
             for rate in (self.task.rates[name] if CONTENDERS[name].swept else (None,))
         ]
 
+    def describe(self, name: str) -> str:
+        """What is run under this name, in words."""
+        contender = CONTENDERS[name]
+        if not contender.swept:
+            return contender.summary
+        rates = ", ".join(f"{rate:g}" for rate in self.task.rates[name])
+        return f"{contender.summary}, best of the rates {rates} with a cosine to zero"
+
     def execute(self, display: Display) -> None:
         """Do every run; whatever is finished is on disk when the next one starts."""
         self._warm_up()
@@ -77,7 +85,7 @@ class Comparison:
         return train(self.task, self.data, model, contender, run, budget, self.seed, display.show)
 
     def _warm_up(self) -> None:
-        """Two steps of each optimizer on throwaway models: what PyTorch loads on first use is on nobody's clock."""
+        """Two steps of each optimizer, thrown away: what PyTorch loads on first use is on nobody's clock."""
         for run in {run.optimizer: run for run in self.planned()}.values():
             throwaway = Run(run.optimizer, run.rate)
             contender = CONTENDERS[run.optimizer]
@@ -101,6 +109,7 @@ class Comparison:
         """log.jsonl: a line about the comparison, then one for each evaluation of each run."""
         header = {
             "task": self.task.name,
+            "optimizers": {name: self.describe(name) for name in self.optimizers},
             "data": self.data.source,
             "measured": self.task.measured,
             "budget": str(self.budget),
@@ -126,11 +135,11 @@ class Comparison:
     def _keep(self, model: nn.Module, setup: Setup) -> None:
         """model.safetensors, and metric.safetensors where the optimizer has a metric."""
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-        self._write("model.safetensors", lambda path: save_file(weights, path))
+        self._write("model.safetensors", lambda path: path.write_bytes(save(weights)))
         if setup.metric is not None:
             self._write("metric.safetensors", setup.metric.save)
 
-    def _write(self, name: str, write: object) -> None:
-        path = write_whole(self.out / name, write)  # type: ignore[arg-type]
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        path = write_whole(self.out / name, write)
         if path not in self.written:
             self.written.append(path)

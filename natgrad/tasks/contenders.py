@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad.metric import Metric
 
 
 @dataclass
@@ -17,7 +16,7 @@ class Setup:
     """An optimizer ready to train, and the metric behind it where it has one to save."""
 
     optimizer: torch.optim.Optimizer
-    metric: Metric | None = None
+    metric: ng.Fisher | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Contender:
         make: (model, criterion, learning rate) → `Setup`; the rate is None where `swept` is false.
         swept: whether it is tried at each of the task's rates, with a cosine schedule over the budget, or
             once, with no option set and no schedule.
-        summary: one line that says exactly what is run.
+        summary: what is run, in words.
     """
 
     make: Callable[[nn.Module, nn.Module, float | None], Setup]
@@ -53,12 +52,12 @@ def sgd(model: nn.Module, criterion: nn.Module, rate: float | None) -> Setup:
 
 CONTENDERS = {
     "natgrad": Contender(
-        natural_gradient, swept=False, summary="natgrad.NaturalGradient(natgrad.Fisher(…)), nothing set"
+        natural_gradient, swept=False, summary="natgrad.NaturalGradient(natgrad.Fisher(…)), no option set"
     ),
-    "adamw": Contender(adamw, swept=True, summary="torch.optim.AdamW, best of the sweep, cosine to the end"),
+    "adamw": Contender(adamw, swept=True, summary="torch.optim.AdamW"),
     "sgd": Contender(
         sgd,
         swept=True,
-        summary="torch.optim.SGD with Nesterov momentum 0.9, best of the sweep, cosine to the end",
+        summary="torch.optim.SGD with Nesterov momentum 0.9",
     ),
 }

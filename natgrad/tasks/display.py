@@ -37,7 +37,7 @@ def status(run: Run) -> str:
 
 
 class Bars:
-    """A bar for each run. Drawn only when told to: a thread of the display would run on the training's clock."""
+    """A bar for each run, drawn only when told to: a thread of its own would run on the training's clock."""
 
     def __init__(self, console: Console) -> None:
         columns = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,9 +29,9 @@ def writable_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "writable", lambda p: p.write_bytes(b""))
-        (path / "writable").unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = "it is a file" if path.is_file() else error.strerror or str(error)
         raise CommandError(f"--out {path} cannot be written ({reason}); name a folder that can") from error
     return path

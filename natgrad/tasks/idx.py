@@ -1,4 +1,4 @@
-"""The IDX file format of MNIST: two zero bytes, a type, the number of dimensions, big-endian sizes, the data."""
+"""MNIST's IDX file format: two zero bytes, a type, the number of dimensions, big-endian sizes, the data."""
 
 from __future__ import annotations
 

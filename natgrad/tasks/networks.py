@@ -13,7 +13,7 @@ INITIALISATIONS = ("default", "xavier")
 def perceptron(
     sizes: Sequence[int], activation: Callable[[], nn.Module], linear: Sequence[int] = ()
 ) -> nn.Sequential:
-    """Linear layers of the given sizes, an activation after each but the last and those numbered in `linear`."""
+    """Linear layers of the given sizes, activations after all but the last and those in `linear`."""
     layers: list[nn.Module] = []
     last = len(sizes) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):

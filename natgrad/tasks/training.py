@@ -1,4 +1,4 @@
-"""The training loop of the command line: the one every PyTorch user has, and a clock that evaluations stop."""
+"""The training loop of the command line, and a clock that evaluations stop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from natgrad.runs import Point, Run
 from natgrad.tasks.contenders import Contender, Setup
 from natgrad.tasks.task import Data, Task
 
-EVALUATED = (
-    2000  # training examples in an evaluation, the first ones, so that a large data set does not cost minutes
-)
-GROWTH = 1.1  # an evaluation when the budget used has grown by a tenth, from a 250th of the whole on
+EVALUATED = 1500  # training examples in an evaluation, the first ones: large data sets then cost no minutes
+GROWTH = 1.1  # an evaluation when the budget used has grown by a tenth or by a 40th of the whole
 REDRAW = 0.2  # wall seconds between two looks at the display
 
 
@@ -85,8 +83,8 @@ def train(
 ) -> Setup:
     """Train `model` until the budget is spent, appending to ``run.points`` as it goes.
 
-    An interrupted run so keeps what it had. `show` is called with the fraction of the budget that is spent, off
-    the clock.
+    An interrupted run so keeps what it had. `show` is called with the fraction of the budget that is spent,
+    off the clock.
     """
     criterion = task.criterion()
     stream = batches(data, task.batch_size, seed)
@@ -100,7 +98,7 @@ def train(
             clock.pause()
             losses = evaluate(task, model, data)
             run.points.append(Point(step, round(clock.seconds(), 4), *losses, rate=float(groups[0]["lr"])))
-            due = max(0.004, used * GROWTH)
+            due = max(0.004, min(used * GROWTH, used + 0.025))
             show(run, min(used, 1.0))
             clock.resume()
         elif time.monotonic() - shown > REDRAW:
