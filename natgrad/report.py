@@ -23,7 +23,7 @@ INK, FAINT = "#222222", "#8A8A8A"
 
 def times(ratio: float) -> str:
     """A ratio with two figures: 8.1×, 17×."""
-    return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+    return f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×"
 
 
 def comparison_table(runs: Sequence[Run], leader: str, edges: Sequence[str] = ()) -> Table:
@@ -70,11 +70,10 @@ def race_text(result: Race | None) -> str:
         return "rival diverged"
     if result.leader is None or result.time_ratio is None or result.step_ratio is None:
         return "not reached"
-    there = result.leader
-    return (
-        f"{there.cpu_seconds:.2f} s ({times(result.time_ratio)} sooner), "
-        f"{there.step} steps ({times(result.step_ratio)} fewer)"
-    )
+    there, time, steps = result.leader, result.time_ratio, result.step_ratio
+    sooner = f"{times(time)} sooner" if time >= 1 else f"{times(1 / time)} later"
+    fewer = f"{times(steps)} fewer" if steps >= 1 else f"{times(1 / steps)} more"
+    return f"{there.cpu_seconds:.2f} s ({sooner}), {there.step} steps ({fewer})"
 
 
 def draw_curves(path: Path, runs: Sequence[Run], leader: str, title: str, measured: str) -> None:
@@ -176,7 +175,7 @@ def mark_race(axes: Axes, chosen: Sequence[Run], leader: str) -> None:
     axes.annotate(
         text,
         ((start + end) / 2, level),
-        xytext=(0, 6),
+        xytext=(0, -15),
         textcoords="offset points",
         ha="center",
         fontsize=9.5,
