@@ -65,9 +65,7 @@ def train(
     init: Annotated[
         str, typer.Option(help=f"{' or '.join(INITIALISATIONS)}: PyTorch's own initialisation, or Glorot's.")
     ] = "default",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
     data_dir: Annotated[
         Path | None, typer.Option(envvar="NATGRAD_DATA", help="Folder with the data of mnist-autoencoder.")
     ] = None,
@@ -98,7 +96,7 @@ def run_comparison(comparison: Comparison, plain: bool) -> None:
     torch.set_num_threads(1)  # CPU seconds then mean work done, not threads that wait for each other
     terminal = sys.stdout.isatty()
     console = Console() if terminal else Console(width=132, color_system=None)
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, soft_wrap=not terminal)  # files keep long lines whole
     say(f"{comparison.task.name} on {comparison.data.source}")
     for name in comparison.optimizers:
         say(f"{name}: {comparison.describe(name)}")
@@ -145,9 +143,7 @@ def read_budget(seconds: float | None, steps: int | None, default: float) -> Bud
         CommandError: both are given, or one that is not positive.
     """
     if seconds is not None and steps is not None:
-        raise CommandError(
-            "--seconds and --steps are both given; a run ends by one of them, leave the other out"
-        )
+        raise CommandError("--seconds and --steps are both given; a run ends by one of them, leave the other out")
     if steps is not None:
         if steps < 1:
             raise CommandError(f"--steps {steps} is no budget; give a whole number from 1 on")

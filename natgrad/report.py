@@ -111,9 +111,7 @@ def draw_curves(path: Path, runs: Sequence[Run], leader: str, title: str, measur
     mark_race(right, chosen, leader)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        right.legend(
-            handles[::-1], labels[::-1], frameon=False, fontsize=10, loc="upper right", labelcolor=INK
-        )
+        right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=10, loc="upper right", labelcolor=INK)
     figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
     figure.savefig(path, format="png")
 

@@ -37,21 +37,14 @@ def test_a_small_comparison_writes_everything(tmp_path: Path, capsys: pytest.Cap
     header, *records = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
     assert header["task"] == "digits-autoencoder"
     curves = {(r["optimizer"], r["rate_given"]) for r in records}
-    assert curves == {("natgrad", None)} | {
-        (n, r) for n in RIVALS for r in TASKS["digits-autoencoder"].rates[n]
-    }
+    assert curves == {("natgrad", None)} | {(n, r) for n in RIVALS for r in TASKS["digits-autoencoder"].rates[n]}
     assert len({r["train"] for r in records if r["step"] == 0}) == 1  # one start for all
     model = TASKS["digits-autoencoder"].build(0, "default")
     model.load_state_dict(load_file(out / "model.safetensors"))
 
 
 def test_the_metric_that_was_written_loads(tmp_path: Path) -> None:
-    assert (
-        main(
-            ["train", "digits-classifier", "--optimizers", "natgrad", "--steps", "2", "--out", str(tmp_path)]
-        )
-        == 0
-    )
+    assert main(["train", "digits-classifier", "--optimizers", "natgrad", "--steps", "2", "--out", str(tmp_path)]) == 0
     task = TASKS["digits-classifier"]
     model = task.build(0, "default")
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))

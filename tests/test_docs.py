@@ -11,9 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if "```python" in page.read_text()
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()
 ]
 NEEDS: dict[str, str] = {}  # page name → optional package, without which it is skipped
 

@@ -89,9 +89,7 @@ def test_imports_go_down(module: Path) -> None:
     for name in imported(ROOT / module):
         parts = name.split(".")
         if len(parts) == 1 or parts[1] not in LEVELS:
-            assert LEVELS[own] >= 4, (
-                f"{module} imports {name}: only tasks and the command line use the public names"
-            )
+            assert LEVELS[own] >= 4, f"{module} imports {name}: only tasks and the command line use the public names"
         elif parts[1] == own == "tasks":
             inner = module.stem
             assert inner in TASK_LEVELS, f"{module} has no level: add it to TASK_LEVELS"

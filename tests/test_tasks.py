@@ -43,9 +43,7 @@ def test_a_few_steps_lower_the_loss(name: str, contender: str) -> None:
     data = task.load(None)
     rate = task.rates[contender][1] if CONTENDERS[contender].swept else None
     run = Run(contender, rate)
-    train(
-        task, data, task.build(0, "default"), CONTENDERS[contender], run, Budget(None, 8), 0, lambda *_: None
-    )
+    train(task, data, task.build(0, "default"), CONTENDERS[contender], run, Budget(None, 8), 0, lambda *_: None)
     assert run.complete
     assert run.last.step == 8
     assert run.last.train < run.points[0].train

@@ -90,9 +90,7 @@ class Comparison:
             throwaway = Run(run.optimizer, run.rate)
             contender = CONTENDERS[run.optimizer]
             model = self.task.build(self.seed, self.init)
-            train(
-                self.task, self.data, model, contender, throwaway, Budget(None, 2), self.seed, lambda *_: None
-            )
+            train(self.task, self.data, model, contender, throwaway, Budget(None, 2), self.seed, lambda *_: None)
 
     def edges(self) -> list[str]:
         """Optimizers whose best rate is the first or last of their sweep: a wider one might find a better."""
@@ -128,9 +126,7 @@ class Comparison:
         """curves.png."""
         size = sum(p.numel() for p in self.task.build(self.seed, self.init).parameters())
         title = f"{self.task.name}: {size:,} parameters, batches of {self.task.batch_size}, seed {self.seed}"
-        self._write(
-            "curves.png", lambda path: draw_curves(path, self.runs, self.leader, title, self.task.measured)
-        )
+        self._write("curves.png", lambda path: draw_curves(path, self.runs, self.leader, title, self.task.measured))
 
     def _keep(self, model: nn.Module, setup: Setup) -> None:
         """model.safetensors, and metric.safetensors where the optimizer has a metric."""

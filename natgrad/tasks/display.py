@@ -33,7 +33,7 @@ class Display(Protocol):
 def status(run: Run) -> str:
     """The last evaluation in words."""
     p = run.last
-    return f"step {p.step:<5d} {p.cpu_seconds:5.1f} s  loss {p.train:<8.4g} test {p.test:<8.4g}"
+    return f"step {p.step:<5d} {p.cpu_seconds:4.1f} s  loss {p.train:<6.4g}"
 
 
 class Bars:
@@ -42,7 +42,7 @@ class Bars:
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description:<14}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[status]}"),
         )
         self._progress = Progress(*columns, console=console, auto_refresh=False)
@@ -62,7 +62,7 @@ class Bars:
         self._progress.refresh()
 
     def show(self, run: Run, used: float) -> None:
-        text = f"{status(run)} rate {run.last.rate:.3g}"
+        text = f"{status(run)} rate {run.last.rate:.2g}"
         self._progress.update(self._bars[id(run)], completed=used, status=text, refresh=True)
 
     def end(self, run: Run) -> None:
@@ -90,4 +90,4 @@ class Lines:
         pass
 
     def end(self, run: Run) -> None:
-        self._console.print(f"{run.label:<14} {status(run)}", highlight=False)
+        self._console.print(f"{run.label:<14} {status(run)} test {run.last.test:.4g}", highlight=False)

@@ -27,17 +27,13 @@ def load(directory: Path | None) -> Data:
     """
     wanted = f"{TEST}[.gz] and, for all 60,000 training images, {TRAIN}[.gz]"
     if directory is None:
-        raise CommandError(
-            f"mnist-autoencoder reads {wanted}; name their folder with --data-dir or NATGRAD_DATA"
-        )
+        raise CommandError(f"mnist-autoencoder reads {wanted}; name their folder with --data-dir or NATGRAD_DATA")
     if not directory.is_dir():
         raise CommandError(f"--data-dir {directory} is not a folder; give the one that holds {wanted}")
     try:
         test_path, train_path = idx.find(directory, TEST), idx.find(directory, TRAIN)
     except OSError as error:
-        raise CommandError(
-            f"--data-dir {directory} cannot be read ({error.strerror}); allow reading it"
-        ) from error
+        raise CommandError(f"--data-dir {directory} cannot be read ({error.strerror}); allow reading it") from error
     if test_path is None:
         raise CommandError(f"--data-dir {directory} lacks {TEST}[.gz]; mnist-autoencoder reads {wanted}")
     test = read_images(test_path)
@@ -58,9 +54,7 @@ def read_images(path: Path) -> Tensor:
     """
     raw = idx.read(path)
     if raw.dim() != 3 or raw.shape[1:] != (28, 28) or len(raw) <= HELD_OUT:
-        raise CommandError(
-            f"{path} has shape {tuple(raw.shape)}; over {HELD_OUT} images of 28 × 28 are needed"
-        )
+        raise CommandError(f"{path} has shape {tuple(raw.shape)}; over {HELD_OUT} images of 28 × 28 are needed")
     return raw.flatten(1).float() / 255
 
 

@@ -10,9 +10,7 @@ from torch import nn
 INITIALISATIONS = ("default", "xavier")
 
 
-def perceptron(
-    sizes: Sequence[int], activation: Callable[[], nn.Module], linear: Sequence[int] = ()
-) -> nn.Sequential:
+def perceptron(sizes: Sequence[int], activation: Callable[[], nn.Module], linear: Sequence[int] = ()) -> nn.Sequential:
     """Linear layers of the given sizes, activations after all but the last and those in `linear`."""
     layers: list[nn.Module] = []
     last = len(sizes) - 2
