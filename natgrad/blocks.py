@@ -160,6 +160,11 @@ class Block:
         return [p for layer in self.layers for p in layer.pieces]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics."""
+        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
+
+    @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(p.name for p in self.pieces))
 
