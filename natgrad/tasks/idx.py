@@ -8,7 +8,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,4 +47,4 @@ def read(path: Path) -> Tensor:
     if len(data) != math.prod(shape):
         promised = math.prod(shape)
         raise CommandError(f"{path} is truncated ({len(data)} bytes of {promised}); download the file again")
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(shape).copy())
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape)
