@@ -75,10 +75,10 @@ class Comparison:
                 model = self.task.build(self.seed, self.init)
                 display.begin(run)
                 setup = self._train(model, run, self.budget, display)
-                display.end(run)
                 if run.optimizer == self.leader and run in best(self.runs):
                     self._keep(model, setup)
                 self.write_log()
+                display.end(run)  # last: who reads that a run is over finds its files
 
     def _train(self, model: nn.Module, run: Run, budget: Budget, display: Display) -> Setup:
         contender = CONTENDERS[run.optimizer]
