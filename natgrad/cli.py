@@ -31,7 +31,9 @@ from natgrad.tasks.training import Budget
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes: the shell's conventions for misuse and for Ctrl-C
 DEFAULT_TASK = "digits-autoencoder"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 
 
 def version(asked: bool) -> None:
@@ -96,7 +98,7 @@ def run_comparison(comparison: Comparison, plain: bool) -> None:
     torch.set_num_threads(1)  # CPU seconds then mean work done, not threads that wait for each other
     terminal = sys.stdout.isatty()
     console = Console() if terminal else Console(width=132, color_system=None)
-    say = partial(console.print, highlight=False, soft_wrap=not terminal)  # files keep long lines whole
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=not terminal)  # files keep long lines whole
     say(f"{comparison.task.name} on {comparison.data.source}")
     for name in comparison.optimizers:
         say(f"{name}: {comparison.describe(name)}")
@@ -162,6 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_INPUT
     except Exception as error:
         # typer's own parse errors; their class is click's or typer's, depending on the version of typer
+        if type(error).__name__ == "Abort":  # Ctrl-C before the runs or while results are written
+            typer.echo("natgrad: interrupted", err=True)
+            return INTERRUPTED
         if not hasattr(error, "format_message"):
             raise
         message = str(error.format_message()).strip().rstrip(".")

@@ -45,10 +45,11 @@ def comparison_table(runs: Sequence[Run], leader: str, edges: Sequence[str] = ()
     for run in chosen:
         rate = "default" if run.rate is None else f"{run.rate:g}" + ("*" if run.optimizer in edges else "")
         last = run.last
+        steps = str(last.step) if run.complete else f"{last.step}, cut short"
         row = [
             run.optimizer,
             rate,
-            str(last.step),
+            steps,
             f"{last.cpu_seconds:.2f}",
             number(last.train),
             number(last.test),

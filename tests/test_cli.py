@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import natgrad
 from natgrad.cli import main
-from natgrad.tasks import TASKS
+from natgrad.tasks import TASKS, CommandError
 from natgrad.tasks.contenders import CONTENDERS
 from natgrad.tasks.files import write_whole
 
@@ -151,7 +151,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
         beside.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CommandError, match="disk full"):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result"]

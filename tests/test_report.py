@@ -59,6 +59,7 @@ def test_the_table_says_reached_not_reached_and_diverged() -> None:
     assert "rival diverged" in text
     assert "1.00 s (2.0× later), 20 steps (2.0× more)" in text_of([LEADER, run("sgd", 0.1, [40.0, 16.0])])
     assert "not reached" in text_of([run("natgrad", None, [40.0, 39.0]), SLOW])
+    assert "20, cut short" in text_of([Run("sgd", 0.1, SLOW.points[:3])])
     assert "reaches" not in text_of([SLOW])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -17,6 +16,8 @@ HELD_OUT = 297  # 1,500 digits to train on
 
 def load_images() -> tuple[Tensor, Tensor]:
     """(1797, 64) grey values in [0, 1] and (1797,) labels, in scikit-learn's order."""
+    from sklearn.datasets import load_digits  # takes a second, which other tasks and --help need not wait for
+
     digits = load_digits()
     return torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
 

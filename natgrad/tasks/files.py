@@ -11,11 +11,19 @@ from natgrad.tasks.task import CommandError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Call `write` with a hidden neighbour of `path` and rename that to `path` when it is complete."""
+    """Call `write` with a hidden neighbour of `path` and rename that to `path` when it is complete.
+
+    Raises:
+        CommandError: it cannot be written; what stood at `path` before still does.
+    """
     beside = path.with_name(f".{path.name}.part")
     try:
         write(beside)
         os.replace(beside, path)
+    except OSError as error:
+        raise CommandError(
+            f"{path} cannot be written ({error.strerror or error}); make room or rights there"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
     return path
