@@ -50,5 +50,5 @@ TASK = Task(
     measured="reconstruction loss (nats per image)",
     batch_size=512,
     seconds=5.0,
-    rates={"adamw": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.1, 0.3, 1.0, 3.0)},
+    rates={"adamw": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.3, 1.0, 3.0, 10.0)},
 )
