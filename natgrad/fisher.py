@@ -250,6 +250,7 @@ class Fisher(Metric):
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = [d for d in self._pending if self._usable(d)], []
+        self._watcher.forget()
         if draws:
             self._commit(draws, decay)
         return bool(draws)
@@ -275,9 +276,8 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
         self._pending = []
-        self._watcher.forget()
 
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep

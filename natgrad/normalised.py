@@ -143,9 +143,9 @@ class NormalisedStep(StepRule):
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: Vector = {n: torch.empty_like(metric.parameters[n]) for b in active for n in b.names}
+        out: Vector = {}
         for i, block in enumerate(active):
-            block.unpack(deltas[i], out)
+            out.update(block.named(deltas[i], metric.parameters))
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
@@ -181,16 +181,13 @@ class NormalisedStep(StepRule):
     ) -> list[Tensor]:
         """Increments in the coordinates of each block."""
         mine = [shared_options(b, options) for b in blocks]
-        fresh = [1 - o.momentum for o in mine]
-        for s in states:
+        ahead: list[Tensor] = []
+        for s, g, o in zip(states, grads, mine):
             s.steps += 1
-        momenta = [s.momentum for s in states]
-        torch._foreach_mul_(momenta, [o.momentum for o in mine])
-        fresh_grads = torch._foreach_mul(grads, fresh)
-        torch._foreach_add_(momenta, fresh_grads)
-        # β m̂ + (1 − β) g
-        ahead = torch._foreach_mul(momenta, [o.momentum / (1 - o.momentum**s.steps) for o, s in zip(mine, states)])
-        torch._foreach_add_(ahead, fresh_grads)
+            s.momentum.lerp_(g, 1 - o.momentum)
+            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
+            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
+            ahead.append(torch.add(s.momentum, g, alpha=lead))
         directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
