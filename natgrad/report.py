@@ -112,7 +112,16 @@ def draw_curves(path: Path, runs: Sequence[Run], leader: str, title: str, measur
     mark_race(right, chosen, leader)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        right.legend(handles[::-1], labels[::-1], frameon=False, fontsize=10, loc="upper right", labelcolor=INK)
+        right.legend(
+            handles[::-1],
+            labels[::-1],
+            frameon=True,
+            framealpha=0.9,
+            edgecolor="none",
+            fontsize=10,
+            loc="upper right",
+            labelcolor=INK,
+        )
     figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
     figure.savefig(path, format="png")
 
@@ -134,14 +143,19 @@ def decorate(axes: Axes, label: str) -> None:
 
 
 def set_loss_axis(axes: Axes, chosen: Sequence[Run]) -> None:
-    """A logarithmic axis from the lowest loss to the start, with plain numbers also within one decade."""
+    """A logarithmic axis from the start to the lowest loss, with plain numbers also within one decade.
+
+    It ends two decades below the second best: further down, a training loss says no more than that the data are fitted.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     losses = [p.train for run in chosen for p in run.points if math.isfinite(p.train) and p.train > 0]
     if not losses:
         return
     start = max(run.points[0].train for run in chosen)
-    low, high = min(losses), start if math.isfinite(start) and start > 0 else max(losses)
+    lows = sorted(min((p.train for p in run.points if math.isfinite(p.train)), default=math.inf) for run in chosen)
+    low = max(min(losses), lows[1] / 100) if len(lows) > 1 and math.isfinite(lows[1]) else min(losses)
+    high = start if math.isfinite(start) and start > 0 else max(losses)
     axes.set_yscale("log")
     axes.set_ylim(low / 1.05, max(high, low * 1.01) * 1.05)
     short = high / low < 30
