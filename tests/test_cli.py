@@ -126,7 +126,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_control_c_keeps_what_was_written(tmp_path: Path) -> None:
-    code = "import sys; from natgrad.cli import main; sys.exit(main(sys.argv[1:]))"
+    # a background job starts with SIGINT ignored, and its children too: CI may be one
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; from natgrad.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["train", "digits-classifier", "--optimizers", "adamw", "--seconds", "2", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(natgrad.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
