@@ -88,9 +88,16 @@ class Combination(Metric):
         stacked = self._stacked()
         return super().sample(damping, generator) if stacked is None else stacked.sample(damping, generator)
 
-    def advance(self) -> None:
+    def drive(self, driver: Any) -> None:
         for _, m in self.parts:
-            m.advance()
+            m.drive(driver)
+
+    def advance(self, decay: float) -> bool:
+        return any([m.advance(decay) for _, m in self.parts])
+
+    def discard_pending(self) -> None:
+        for _, m in self.parts:
+            m.discard_pending()
 
     def default_step(self) -> StepRule:
         return self.parts[0][1].default_step()

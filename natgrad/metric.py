@@ -9,10 +9,10 @@ Vectors of both kinds are dictionaries ``{name: tensor shaped like the parameter
 A metric of your own
 --------------------
 Derive from `Metric`, call ``super().__init__(parameters)`` and write `flat` and `sharp`; every other verb
-follows from these two (override the ones you can do faster). For `natgrad.NaturalGradient`, three more methods
+follows from these two (override the ones you can do faster). For `natgrad.NaturalGradient`, more methods
 have defaults that may be replaced:
 
-- `advance` is called once a step, before the direction is asked for (moving averages, refreshed factors);
+- `drive`, `advance` and `discard_pending`, for metrics that gather statistics while the model is trained;
 - `default_step` says which step rule serves the metric where the user names none;
 - `observe` and `gradient`, for metrics that make their own gradient: ``opt.step(batch)`` calls
   ``observe(batch)``, which returns the loss, and then reads `gradient`; `direction` may then be computed in a
@@ -49,12 +49,19 @@ class Metric:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters: dict[str, Tensor] = dict(parameters)
         if not self.parameters:
-            raise ValueError("the metric has no parameters: the model has none that requires grad, or `params` selects none")
+            raise ValueError(
+                "the metric has no parameters: the model has none that requires grad, or `params` selects none"
+            )
         for name, p in self.parameters.items():
             if p.is_complex():
-                raise ValueError(f"parameter {name!r} is complex ({p.dtype}); natgrad covers real parameters: hold Re and Im apart")
+                raise ValueError(
+                    f"parameter {name!r} is complex ({p.dtype}); natgrad covers real parameters: hold Re and Im apart"
+                )
             if p.is_meta:
-                raise ValueError(f"parameter {name!r} is on the meta device and has no values; materialise the model first (`to_empty`, then initialise)")
+                raise ValueError(
+                    f"parameter {name!r} is on the meta device and has no values; materialise the model first "
+                    f"(`to_empty`, then initialise)"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -129,7 +136,10 @@ class Metric:
         lower, info = torch.linalg.cholesky_ex(matrix)
         if int(info):
             smallest = float(torch.linalg.eigvalsh(matrix)[0])
-            raise ValueError(f"ĝ + {damping:g}·I is not positive definite (smallest eigenvalue {smallest:.3g}); take a larger damping")
+            raise ValueError(
+                f"ĝ + {damping:g}·I is not positive definite (smallest eigenvalue {smallest:.3g}); take a "
+                f"larger damping"
+            )
         return lower
 
     def __mul__(self, factor: float) -> Metric:
@@ -146,8 +156,42 @@ class Metric:
 
     # what the optimizer asks for -----------------------------------------------------------------------
 
-    def advance(self) -> None:
-        """Called by the optimizer once a step, before it asks for a direction."""
+    needs_refresh = False  # whether the optimizer must have seen statistics before its first step
+
+    def drive(self, driver: Any) -> None:
+        """Called once by the optimizer that will step along this metric."""
+
+    def advance(self, decay: float) -> bool:
+        """Called by the optimizer once a step, before it asks for a direction; whether the metric changed.
+
+        `decay` is the weight of the past in a moving average of statistics.
+        """
+        return False
+
+    def discard_pending(self) -> None:
+        """Drop statistics gathered since the last `advance`."""
+
+    def include(self, parameter: Tensor) -> str | None:
+        """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""
+        return None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Counters for ``opt.info``."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics to continue from: tensors, strings and numbers only. Empty where the metric keeps none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_dict`.
+
+        Raises:
+            ValueError: the state is of another metric.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the state given has the keys {list(state)}")
 
     def default_step(self) -> StepRule:
         """The step rule used where the user names none."""
@@ -156,7 +200,8 @@ class Metric:
         return FixedStep()
 
     def observe(self, batch: Any) -> Tensor:
-        """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own gradient).
+        """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own
+        gradient).
 
         Raises:
             TypeError: the metric takes its gradient from ``loss.backward()``.
@@ -205,7 +250,9 @@ class Metric:
         extra = [n for n in v if n not in self.parameters]
         if missing or extra:
             said = [f"missing {missing}"] * bool(missing) + [f"unknown {extra}"] * bool(extra)
-            raise ValueError(f"{what} does not fit the metric's parameters: {'; '.join(said)}. The names are {self.names}")
+            raise ValueError(
+                f"{what} does not fit the metric's parameters: {'; '.join(said)}. The names are {self.names}"
+            )
         for name, p in self.parameters.items():
             if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
                 got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
@@ -220,7 +267,10 @@ class Metric:
         """
         value = float(damping)
         if not math.isfinite(value) or value < 0 or (value == 0 and not self.positive_definite):
-            raise ValueError(f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got {damping!r}")
+            raise ValueError(
+                f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got "
+                f"{damping!r}"
+            )
         return value
 
     def vector_to_flat(self, v: Mapping[str, Tensor]) -> Tensor:

@@ -219,7 +219,6 @@ def save(
         "facts": json.dumps(facts),
         "model": setting.model.state_dict(),
         "optimizer": opt.state_dict(),
-        "rule": opt.rule.state_dict(),
         "random": torch.get_rng_state(),
         "log": [list(row) for row in log],
     }
@@ -247,7 +246,6 @@ def restore(
         )
     setting.model.load_state_dict(state["model"])
     opt.load_state_dict(state["optimizer"])
-    opt.rule.load_state_dict(state["rule"])
     torch.set_rng_state(state["random"])
     return [(int(s), float(t), float(l), float(e)) for s, t, l, e in state["log"]]
 

@@ -1,0 +1,272 @@
+"""Which parameter was used by which op on what: the calls of one forward pass.
+
+While a `Tape` is open, a `TorchFunctionMode` sees every torch function that runs. Ops that `natgrad.ops` has a rule for
+and whose weight or bias is a parameter of interest are noted: the detached input, and the *gradient edge* of the
+output, which later serves as an input of ``torch.autograd.grad``; in-place changes after the op do not move it.
+
+A coverage walk from the loss's side back through the graph, jumping over the noted ops, finds the uses that no rule
+has seen: it is how a parameter used by other means is found instead of silently missed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from natgrad.ops import RULES, Parsed, View, op_name
+
+Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
+
+# graph nodes that hand a parameter on unchanged, or only cast it: a weight behind them is still that parameter
+PASSING = (
+    "Alias",
+    "AsStrided",
+    "Chunk",
+    "Select",
+    "Slice",
+    "Split",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "View",
+)
+
+
+class CaptureError(RuntimeError):
+    """A parameter is used in a way that the metric cannot follow; the message names it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or a slice ``[start:stop]`` of its first dimension (packed projections)."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+    def of(self, tensors: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
+        t = tensors[self.name]
+        return t if self.rows is None else t.narrow(batch_dims, self.rows[0], self.rows[1] - self.rows[0])
+
+    def __str__(self) -> str:
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+
+@dataclass
+class Call:
+    """One use of one layer's parameters: out = op(x; weight, bias)."""
+
+    op: str
+    weight: Piece | None
+    bias: Piece | None
+    view: View
+    x: Tensor
+    out: Edge
+
+
+@dataclass
+class Uncaptured:
+    """A use of a parameter that no op rule has seen."""
+
+    name: str
+    used_by: str  # the graph node that used it
+
+
+@dataclass(eq=False)
+class Tape:
+    """The calls of one forward pass of the root module."""
+
+    names: Mapping[int, str]  # id of parameter → name
+    calls: list[Call] = field(default_factory=list)
+    behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
+    inputs: set[Edge] = field(default_factory=set)
+    data: int | None = None  # first dimension of the first tensor input
+    drawn: bool = False
+    at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
+    _stack: ExitStack | None = None
+
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Start noting calls."""
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
+        self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
+        self.data = next((t.shape[0] for t in tensors if t.dim()), None)
+        self._stack = ExitStack()
+        if "torch._dynamo" in sys.modules:  # a compiled model runs eagerly while it is watched
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(_Watch(self))
+
+    def close(self) -> None:
+        """Stop noting calls; harmless when not open."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    def note(self, func: Any, parsed: Parsed, out: Tensor) -> None:
+        """Keep a call if its weight or bias is a parameter of interest."""
+        weight, bias = self.piece(parsed.weight), self.piece(parsed.bias)
+        edge = edge_of(out)
+        if edge is None or (weight is None and bias is None):
+            return
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
+        rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
+        self.behind[edge] = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
+        self.calls.append(Call(op_name(func), weight, bias, parsed.view, parsed.x.detach(), edge))
+
+    def piece(self, w: Any) -> Piece | None:
+        """The parameter of interest that `w` is, a row slice or a cast of one; None for anything else."""
+        if not isinstance(w, Tensor) or not w.requires_grad:
+            return None
+        p = leaf_behind(w)
+        name = None if p is None else self.names.get(id(p))
+        if p is None or name is None:
+            return None
+        if w is p or (w.shape == p.shape and (same_place(w, p) or w.dtype != p.dtype)):
+            return Piece(name)
+        row = p[0].numel() if p.dim() and p.shape[0] else 0
+        if row and same_storage(w, p) and w.shape[1:] == p.shape[1:] and w.stride() == p.stride():
+            start, odd = divmod(int(w.storage_offset() - p.storage_offset()), row)
+            return None if odd else Piece(name, (start, start + w.shape[0]))
+        return None
+
+
+def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
+    """Walk back from `outputs`, jumping over noted ops.
+
+    Raises:
+        CaptureError: the graph holds a region that cannot be seen into (reentrant checkpointing, a compiled region).
+    """
+    behind = {e: b for tape in tapes for e, b in tape.behind.items()}
+    names = {i: n for tape in tapes for i, n in tape.names.items()}
+    reached: set[Edge] = set()
+    missed: dict[str, Uncaptured] = {}
+    seen: set[Edge] = set().union(*(tape.inputs for tape in tapes))
+    entered: set[Any] = set()
+    todo = [(e, "the output itself") for t in outputs if (e := edge_of(t)) is not None]
+    while todo:
+        edge, user = todo.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        if edge in behind:
+            reached.add(edge)
+            todo += [(e, user) for e in behind[edge]]
+            continue
+        node = edge[0]
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            missed.setdefault(name, Uncaptured(name, user))
+        refuse_opaque(node.name())
+        if node not in entered:
+            entered.add(node)
+            todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
+    return reached, list(missed.values())
+
+
+def refuse_opaque(node: str) -> None:
+    if node.startswith("CheckpointFunction"):
+        raise CaptureError(
+            "the model uses reentrant activation checkpointing, which hides the graph inside it; "
+            "use torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
+        )
+    if node.startswith("CompiledFunction"):
+        raise CaptureError(
+            "the model holds a compiled region that ran compiled while its calls were to be noted; "
+            "compile the whole model (torch.compile(model)) and pass that to Fisher"
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Hands every call of an op with a rule to the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        out = func(*args, **kwargs)
+        if rule is not None and torch.is_grad_enabled() and out.requires_grad and not in_backward():
+            parsed = rule(*args, **kwargs)
+            if parsed is not None:
+                self.tape.note(func, parsed, out)
+        return out
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    if not t.requires_grad:
+        return None
+    e = get_gradient_edge(t)
+    return e.node, e.output_nr
+
+
+def as_gradient_edge(e: Edge) -> GradientEdge:
+    return GradientEdge(*e)
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_transform() -> bool:
+    """Inside torch.func (vmap, grad, functional_call under a transform) there is no graph of ours to follow."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def leaf_behind(w: Tensor) -> Tensor | None:
+    """The leaf that `w` is a view or a cast of."""
+    node = w.grad_fn
+    if node is None:
+        return w
+    while not hasattr(node, "variable"):
+        if not node.name().startswith(PASSING):
+            return None
+        parents = [n for n, _ in node.next_functions if n is not None]
+        if len(parents) != 1:
+            return None
+        node = parents[0]
+    return node.variable
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
+
+
+Listener = Callable[..., None]
+
+
+class Hook:
+    """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
+
+    A hook that held its metric strongly would make models that cannot be copied, pickled or freed.
+    """
+
+    def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
+        import weakref
+
+        self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
+        self._module = weakref.ref(module) if module is not None else (lambda: None)
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        method = self._method()
+        if method is not None and self._module() is module:
+            method(*args)
+
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()

@@ -1,0 +1,506 @@
+"""The Fisher metric of a model under a criterion.
+
+F(θ) = E_x E_{y∼p(y|x;θ)} [∇log p ∇log pᵀ] = ∇²_θ' KL(p_θ ‖ p_θ') at θ' = θ, the expectation over x replaced by a mean
+over data (Amari 1998, Neural Computation 10(2), §2; Martens 2020, arXiv:1412.1193, §5). For cross-entropy, squared,
+BCE and Poisson losses "exact" and "dense" is the generalised Gauss–Newton matrix of ``criterion(model(x), y)``
+(Schraudolph 2002).
+
+A forward pass that is watched goes: `capture` notes the calls → where the criterion is called (or, if it is not, where
+the output is backpropagated) `passes` gives cotangents → one backward pass each gives the gradient at every call →
+blocks take their statistics → these count once the loss is backpropagated.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import metric_file
+from natgrad.blocks import Average, Block, KroneckerBlock
+from natgrad.capture import CaptureError, Tape
+from natgrad.coverage import Coverage, CoverageRow
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.likelihoods import read
+from natgrad.metric import Metric, Vector
+from natgrad.trees import describe
+from natgrad.watch import Watcher
+
+if TYPE_CHECKING:
+    from natgrad.steps import StepRule
+
+KINDS = ("exact", "sampled", "empirical")
+SHARINGS = ("expand", "reduce")
+WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)  # attribute names that wrappers add to parameter names
+
+
+class Fisher(Metric):
+    """The Fisher metric of `model` under `criterion`.
+
+    Args:
+        model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile`` or not.
+        criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`.
+        kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
+            labels; one outer product a datum).
+        structure: "dense", "block", "diagonal" or "kfac", or ``{name pattern: structure}`` (first match; else "kfac").
+        sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
+        samples: labels drawn for each datum with kind "sampled".
+        params: names or patterns of the parameters to take; None takes all that require grad.
+        output: callable from what the model returns to what the criterion takes, where that is not the same.
+        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
+        seed: of the labels drawn; the global random state is never touched.
+
+    Raises:
+        TypeError: the criterion cannot be read as −log p(y|f).
+        ValueError: an option that does not exist (the message lists those that do), or a model without a trainable
+            parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        *,
+        kind: str = "sampled",
+        structure: str | Mapping[str, str] = "kfac",
+        sharing: str | Mapping[str, str] = "expand",
+        samples: int = 1,
+        params: str | Iterable[str] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        targets: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
+        choose("kind", kind, KINDS)
+        self.reading = read(criterion)
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        self.model, self.criterion, self.kind = model, criterion, kind
+        self.module = unwrapped(model)
+        super().__init__(chosen_parameters(self.module, params))
+        self.structure, self.sharing, self.samples = structure, sharing, samples
+        self._output, self._targets = output, targets
+        self.curvature = Curvature(
+            self.module,
+            self.reading,
+            kind,
+            samples,
+            seed,
+            self.parameters,
+            by_pattern("structure", structure, tuple(BLOCKS), "kfac"),
+            by_pattern("sharing", sharing, SHARINGS, "expand"),
+        )
+        self.seen = 0  # data counted so far
+        self.dropped = 0  # draws whose statistics were not finite
+        self._driver: Any = None
+        self._pending: list[Draw] = []
+        self._watcher = Watcher(self, model, criterion)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks found so far, each over one layer or several."""
+        return self.curvature.blocks
+
+    # adding data ---------------------------------------------------------------------------------------
+
+    def update(self, inputs: Any, targets: Any = None) -> None:
+        """Add one batch. `inputs`: a tensor, or a tuple or dict of arguments of the model.
+
+        Leaves buffers, random state, train/eval mode and ``.grad`` as they were.
+
+        Raises:
+            RuntimeError: an optimizer drives this metric.
+            ValueError: the criterion cannot take the output, or labels are needed and missing.
+            CaptureError: a parameter is used in a way the metric cannot follow.
+        """
+        if self._driver is not None:
+            raise RuntimeError(
+                "this metric is driven by an optimizer, which adds the batches that are trained on; calling "
+                "update() as well would "
+                "count them twice. Make a second metric: ng.Fisher(model, criterion)"
+            )
+        args, kwargs = arguments(inputs)
+        if targets is None and self._targets is not None:
+            targets = self._targets(received(args, kwargs))
+        draw = self._draw_update(args, kwargs, targets)
+        self._commit([draw], decay=None)
+
+    def _draw_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Draw:
+        buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
+        devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
+        tape = Tape(self.parameter_names())
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            tape.open(args, kwargs)
+            try:
+                result = torch.func.functional_call(self.module, buffers, args, kwargs)
+            finally:
+                tape.close()
+            output = result if self._output is None else self._output(result)
+            self._check_output(output, targets)
+            draw = self.curvature.draw(output, targets, [tape], per_datum=True)
+        if draw is None:
+            raise CaptureError(
+                "the output does not depend on any parameter of the metric: it is detached, or the model was "
+                "run under no_grad "
+                "or ignores its parameters"
+            )
+        return draw
+
+    def _check_output(self, output: Any, targets: Any) -> None:
+        """Raise a ValueError if the criterion cannot take the output with these labels."""
+        self.reading.outputs(output)
+        if targets is None:
+            return
+        try:
+            with torch.no_grad():
+                self.reading.sum_loss(output, targets)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {error}. "
+                "If the training loop reshapes the output first, do the same in `output=`"
+            ) from error
+
+    def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
+        """Add every batch of a loader: ``inputs`` or ``(inputs, targets)`` each. Returns the metric.
+
+        Raises:
+            ValueError: the loader is empty.
+        """
+        from rich.progress import track
+
+        size = len(loader) if isinstance(loader, Sized) else None
+        batches = track(loader, description="metric", total=size, transient=True) if progress else loader
+        count = 0
+        for batch in batches:
+            inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+            self.update(inputs, targets)
+            count += 1
+        if count == 0:
+            raise ValueError("the loader is empty: the metric is a mean over data and needs at least one batch")
+        return self
+
+    def reset(self) -> None:
+        """Forget all statistics."""
+        for block in self.blocks:
+            block.statistics = {}
+            block.version += 1
+        self.seen, self._pending = 0, []
+
+    def _commit(self, draws: list[Draw], decay: float | None) -> None:
+        plain = self.reading.reduction == "sum"
+        merged: dict[Block, dict[str, Average]] = {}
+        for draw in draws:
+            for block, new in draw.statistics:
+                into = merged.setdefault(block, {})
+                for key, average in new.items():
+                    into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
+            self.seen += draw.data
+        for block, new in merged.items():
+            block.commit(new, decay, plain)
+
+    # what the watcher asks -----------------------------------------------------------------------------
+
+    def wants_statistics(self) -> bool:
+        return self._driver is not None and self._driver.refresh_due
+
+    def parameter_names(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.parameters.items()}
+
+    def draw_at_criterion(self, args: Any, kwargs: Any, tapes: list[Tape]) -> Draw | None:
+        output, targets = self.reading.split(*args, **kwargs)
+        return self.curvature.draw(output, targets, tapes, per_datum=False)
+
+    def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
+        output = output if self._output is None else self._output(output)
+        targets = None if self._targets is None else self._targets(received(*given))
+        return self.curvature.draw(output, targets, tapes, per_datum=False)
+
+    def count(self, draw: Draw) -> None:
+        self._pending.append(draw)
+
+    # what an optimizer asks ----------------------------------------------------------------------------
+
+    def include(self, parameter: Tensor) -> str | None:
+        for name, p in chosen_parameters(self.module, None).items():
+            if p is parameter:
+                self.parameters[name] = p
+                order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
+                ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
+                self.parameters.clear()  # in place: the curvature holds this dictionary too
+                self.parameters.update(ordered)
+                self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                return name
+        return None
+
+    def drive(self, driver: Any) -> None:
+        """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
+        self._driver = driver
+
+    needs_refresh = True
+
+    def advance(self, decay: float) -> bool:
+        """Fold what was backpropagated since the last call into the moving average; whether there was any."""
+        draws, self._pending = [d for d in self._pending if self._usable(d)], []
+        self._watcher.forget()
+        if draws:
+            self._commit(draws, decay)
+        return bool(draws)
+
+    def _usable(self, draw: Draw) -> bool:
+        """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
+        counted.
+        """
+        sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
+        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+            return True
+        if not self.dropped:
+            warnings.warn(
+                "the statistics of a batch hold NaN or Inf and are dropped; the metric stays as it was. Repeats are "
+                "counted in opt.info['dropped_statistics']",
+                stacklevel=2,
+            )
+        self.dropped += 1
+        return False
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"dropped_statistics": self.dropped, "data_seen": self.seen}
+
+    def discard_pending(self) -> None:
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its
+        place.
+        """
+        self._pending = []
+
+    def default_step(self) -> StepRule:
+        from natgrad.normalised import NormalisedStep
+
+        return NormalisedStep()
+
+    def precondition_(self, damping: float) -> None:
+        """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or no gradient is there.
+        """
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if not grads:
+            raise ValueError("no parameter has a gradient; call loss.backward() before precondition_")
+        full = {n: grads.get(n, torch.zeros_like(p)) for n, p in self.parameters.items()}
+        for n, v in self.sharp(full, damping).items():
+            if n in grads:
+                grads[n].copy_(v)
+
+    # the verbs -----------------------------------------------------------------------------------------
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        v = self.check(v, "v")
+        out = {n: torch.zeros_like(t) for n, t in v.items()}
+        for block in self._ready():
+            block.unpack(block.flat(block.pack(v).to(block.dtype)), out)
+        return out
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        damping = self.check_damping(damping)
+        df = self.check(df, "df")
+        out = {n: t / damping for n, t in df.items()}  # where the metric is zero
+        for block in self._ready():
+            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
+        return out
+
+    def dense(self) -> Tensor:
+        index = self._index()
+        size = sum(p.numel() for p in self.parameters.values())
+        out = self._like().new_zeros(size, size)
+        for block in self._ready():
+            where = block.pack(index)
+            eye = torch.eye(where.numel(), dtype=out.dtype, device=out.device).reshape(-1, *where.shape)
+            rows = where.flatten()
+            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows))
+        return out
+
+    def diagonal(self) -> Vector:
+        out = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        for block in self._ready():
+            block.unpack(block.diagonal(), out)
+        return out
+
+    def trace(self) -> Tensor:
+        return torch.stack([block.trace() for block in self._ready()]).sum()
+
+    def logdet(self, damping: float) -> Tensor:
+        damping = self.check_damping(damping)
+        blocks = self._ready()
+        rest = sum(p.numel() for p in self.parameters.values()) - sum(b.dimension for b in blocks)
+        zero = self._like().new_tensor(damping).log() * rest
+        return torch.stack([zero, *(block.logdet(damping) for block in blocks)]).sum()
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        damping = self.check_damping(damping)
+        like = self._like()
+        noise = {
+            n: torch.randn(p.shape, dtype=like.dtype, device=p.device, generator=generator)
+            for n, p in self.parameters.items()
+        }
+        out = {n: z * damping**-0.5 for n, z in noise.items()}
+        for block in self._ready():
+            block.unpack(block.sample(block.pack(noise).to(block.dtype), damping), out)
+        return out
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
+        inputs.
+
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …).
+
+        Raises:
+            ValueError: there is no such parameter, or its block is no Kronecker product.
+        """
+        if name not in self.parameters:
+            raise ValueError(f"no parameter {name!r} in this metric; the names are {self.names}")
+        found = [b for b in self._ready() if name in b.names]
+        kron = [b for b in found if isinstance(b, KroneckerBlock)]
+        if not kron:
+            structure = found[0].structure if found else "no curvature"
+            raise ValueError(
+                f"the block of {name!r} is {structure!r}, which has no Kronecker factors; use structure='kfac'"
+            )
+        if len(kron) > 1:
+            pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
+            raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
+        u, v = kron[0].u, kron[0].v
+        return (u[0], v[0]) if u.shape[0] == 1 else (u, v)
+
+    def _ready(self) -> list[Block]:
+        if not self.seen:
+            hint = (
+                "train a step first"
+                if self._driver is not None
+                else "call update(inputs, targets) or fit(loader) first"
+            )
+            raise RuntimeError(f"the metric has seen no data yet; {hint}")
+        return [b for b in self.blocks if b.statistics]
+
+    def _like(self) -> Tensor:
+        return next(iter(self.parameters.values())).detach()
+
+    def _index(self) -> dict[str, Tensor]:
+        """Position in `dense` of every entry of every parameter."""
+        size = sum(p.numel() for p in self.parameters.values())
+        return self.flat_to_vector(torch.arange(size, device=self._like().device))
+
+    # seeing and keeping --------------------------------------------------------------------------------
+
+    def coverage(self) -> Coverage:
+        """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
+        return Coverage(tuple(self._coverage_row(n) for n in self.parameters))
+
+    def _coverage_row(self, name: str) -> CoverageRow:
+        shape = tuple(self.parameters[name].shape)
+        held = [(b, layer) for b in self.blocks for layer in b.layers if name in layer.names]
+        if held:
+            blocks = list(dict.fromkeys(b for b, _ in held))
+            memory = sum(b.memory() for b in blocks)
+            ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
+            why = "no op rule covers its use" if ops == PER_DATUM else ""
+            sizes = ", ".join(b.sizes() for b in blocks if b.statistics)
+            return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
+        if (use := self.curvature.uncovered.get(name)) is not None:
+            why = f"no op rule covers its use (reached through {use.used_by}); optimizers train it by an Adam-like rule"
+            return CoverageRow(name, shape, "", "no curvature", "", 0, why)
+        return CoverageRow(
+            name,
+            shape,
+            "",
+            "not seen",
+            "",
+            0,
+            "no forward pass has used it yet" if not self.seen else "unused",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and what they belong to: tensors, strings and numbers only."""
+        return metric_file.state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over statistics.
+
+        Raises:
+            ValueError: they belong to another model or another kind of metric; the message names the differences.
+        """
+        metric_file.restore(self, state)
+
+    def save(self, path: Any) -> None:
+        """Write the statistics to a safetensors file, beside it first and then renamed."""
+        metric_file.save(self, path)
+
+    def load(self, path: Any) -> None:
+        """Read statistics that `save` wrote.
+
+        Raises:
+            ValueError: the file is cut short, no metric file, or of another model.
+        """
+        metric_file.load(self, path)
+
+
+def choose(what: str, value: Any, known: Iterable[str]) -> None:
+    """Raise a ValueError unless `value` is one of `known`."""
+    if value not in (known := tuple(known)):
+        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
+
+
+def by_pattern(what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str) -> Callable[[str], str]:
+    """Name → option, from one option or from {pattern: option}."""
+    rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
+    for value in rules.values():
+        choose(what, value, known)
+    return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def chosen_parameters(module: nn.Module, params: str | Iterable[str] | None) -> dict[str, Tensor]:
+    """Trainable parameters by clean name, those that match `params`."""
+    every = {".".join(s for s in n.split(".") if s not in WRAPPERS[1:]): p for n, p in module.named_parameters()}
+    trainable = {n: p for n, p in every.items() if p.requires_grad}
+    if params is None:
+        return dict(trainable)
+    patterns = [params] if isinstance(params, str) else list(params)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in trainable):
+            raise ValueError(f"params: no trainable parameter matches {pattern!r}; there are {list(trainable)}")
+    return {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of `update` → (args, kwargs) of the model."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def received(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What `targets=` is given: the only argument, the keyword arguments alone, or both."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    return kwargs if not args else (args, kwargs)

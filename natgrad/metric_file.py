@@ -1,0 +1,163 @@
+"""State of a Fisher metric: as a dictionary and as a safetensors file.
+
+Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the
+parameters, options, layers) is one JSON string, so that a file can be checked before anything is taken over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from natgrad.blocks import Average, Layer
+from natgrad.capture import Piece
+from natgrad.ops import VIEWS
+
+if TYPE_CHECKING:
+    from natgrad.fisher import Fisher
+
+FORMAT = 1
+
+
+def state_of(metric: Fisher) -> dict[str, Any]:
+    tensors: dict[str, Tensor] = {}
+    for i, block in enumerate(metric.blocks):
+        for key, average in block.statistics.items():
+            for source, total in average.sums.items():
+                tensors[f"{i}.{key}.{source}.sum"] = total
+                tensors[f"{i}.{key}.{source}.mass"] = average.masses[source]
+    generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
+    return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
+
+
+def about(metric: Fisher) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "parameters": {n: list(p.shape) for n, p in metric.parameters.items()},
+        "kind": metric.kind,
+        "criterion": metric.reading.name,
+        "reduction": metric.reading.reduction,
+        "seen": metric.seen,
+        "blocks": [
+            {
+                "structure": block.structure,
+                "sharing": getattr(block, "sharing", "expand"),
+                "layers": [layer_to_json(layer) for layer in block.layers],
+            }
+            for block in metric.blocks
+        ],
+    }
+
+
+def layer_to_json(layer: Layer) -> dict[str, Any]:
+    return {
+        "op": layer.op,
+        "view": [type(layer.view).__name__, fields_of(layer.view)],
+        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
+        "biases": [[b.name, b.rows] for b in layer.biases],
+    }
+
+
+def fields_of(view: Any) -> dict[str, Any]:
+    return {f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.init}
+
+
+def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Layer:
+    name, fields = data["view"]
+    view = VIEWS[name](**{k: tuples(v) for k, v in fields.items()})
+    weight = None if data["weight"] is None else piece(data["weight"])
+    return Layer(data["op"], view, weight, [piece(b) for b in data["biases"]], shapes)
+
+
+def piece(data: list[Any]) -> Piece:
+    return Piece(data[0], None if data[1] is None else tuple(data[1]))
+
+
+def tuples(value: Any) -> Any:
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
+    there = json.loads(state["about"])
+    refuse_differences(about(metric), there)
+    from natgrad.curvature import BLOCKS
+
+    shapes = metric.curvature.layers.shapes
+    blocks = []
+    for i, data in enumerate(there["blocks"]):
+        layers = [layer_from_json(d, shapes) for d in data["layers"]]
+        block = BLOCKS[data["structure"]](layers, data["sharing"])
+        block.structure = data["structure"]
+        for name, tensor in state["tensors"].items():
+            number, key, source, part = name.split(".")
+            if int(number) == i:
+                average = block.statistics.setdefault(key, Average())
+                (average.sums if part == "sum" else average.masses)[source] = tensor.to(metric._like().device)
+        blocks.append(block)
+    metric.curvature.blocks = blocks
+    metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
+    metric.seen = there["seen"]
+    for device, saved in state.get("generators", {}).items():
+        metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
+
+
+def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names what differs."""
+    if there.get("format") != FORMAT:
+        raise ValueError(
+            f"the metric's state has format {there.get('format')!r}; this version of natgrad reads format {FORMAT}"
+        )
+    said = []
+    mine, theirs = here["parameters"], there["parameters"]
+    if missing := [n for n in mine if n not in theirs]:
+        said.append(f"parameters that the state lacks: {missing}")
+    if extra := [n for n in theirs if n not in mine]:
+        said.append(f"parameters that this model lacks: {extra}")
+    said += [
+        f"{n} has shape {tuple(mine[n])} here and {tuple(theirs[n])} in the state"
+        for n in mine
+        if n in theirs and mine[n] != theirs[n]
+    ]
+    said += [
+        f"{k} is {here[k]!r} here and {there[k]!r} in the state"
+        for k in ("kind", "criterion", "reduction")
+        if here[k] != there[k]
+    ]
+    if said:
+        raise ValueError("the state belongs to another metric: " + "; ".join(said))
+
+
+def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
+    state = state_of(metric)
+    target = Path(path)
+    beside = target.with_name(target.name + ".partial")
+    tensors = {n: t.detach().contiguous().clone() for n, t in state["tensors"].items()}
+    tensors.update({f"generator.{d}": g for d, g in state["generators"].items()})
+    try:
+        save_file(tensors, beside, metadata={"natgrad": state["about"]})
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(metric: Fisher, path: str | os.PathLike[str]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 -- not a dictionary
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or is no safetensors file: {error}") from error
+    if "natgrad" not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but holds no natgrad metric")
+    generators = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith("generator.")}
+    rest = {n: t for n, t in tensors.items() if not n.startswith("generator.")}
+    restore(metric, {"about": metadata["natgrad"], "tensors": rest, "generators": generators})

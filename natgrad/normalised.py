@@ -1,0 +1,288 @@
+"""The default step rule of Fisher metrics: each block's natural direction, rescaled to a set update size.
+
+With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum and t the number of steps,
+
+    m ← β m + (1 − β) g,   m̂ = m / (1 − βᵗ),   u = β m̂ + (1 − β) g,
+    d = G̃ u Ã,             Δ = −η s d / (rms(d) √(fan_in + 1)).
+
+The metric gives the direction and η the length, which needs no tuning from model to model. s is one number for all
+blocks and follows the slope h = ⟨g_{t+1}, Δ_t⟩ that a *fresh* batch finds along the last step,
+
+    s ← s · exp(−κ clip(h / √EMA(h²), ±2)):
+
+while it points down s grows, once it points up s shrinks (the sign of the learning-rate derivative of Baydin et al.
+2018, arXiv:1703.04782, normalised). Damping is relative to the mean eigenvalue of each factor. Parameters without
+curvature follow Adam (Kingma & Ba 2015, arXiv:1412.6980) at a matching rate.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks import Block, Inverse, JointBlock
+from natgrad.kronecker import FactorisationError
+from natgrad.metric import Metric, Vector
+from natgrad.steps import Options, StepRule, one_value
+
+ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
+SLOPE_CLIP = 2.0
+SLOPE_DECAY = 0.95
+SCALE_RANGE = (0.01, 4.0)  # of s
+VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+MAX_FAILURES = 5  # factorisations of a block that may fail in a row
+
+
+@dataclass
+class BlockState:
+    """What the rule remembers of one block, in the block's coordinates."""
+
+    momentum: Tensor  # m
+    steps: int = 0  # t
+    direction: Tensor | None = None  # d of the last step
+    length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
+    inverse: Inverse | None = None
+    inverse_of: tuple[int, float] = (
+        -1,
+        0.0,
+    )  # (version of the statistics, damping) that `inverse` belongs to
+
+    failures: int = 0  # factorisations in a row that failed
+
+    def refresh(self, block: Block, damping: float) -> Inverse:
+        """The inverse for the block's present statistics; the last good one where it cannot be had.
+
+        Raises:
+            FactorisationError: it failed several times in a row, or there is no earlier one.
+        """
+        if self.inverse is None or self.inverse_of != (block.version, damping):
+            try:
+                self.inverse, self.failures = block.relative_inverse(damping), 0
+            except FactorisationError as error:
+                self.failures += 1
+                if self.inverse is None or self.failures >= MAX_FAILURES:
+                    raise FactorisationError(
+                        f"block of {block.names}: {error} ({self.failures} times in a row)"
+                    ) from error
+                if self.failures == 1:
+                    warnings.warn(
+                        f"block of {block.names}: {error}; the last good factor is kept. Repeats are counted in "
+                        "opt.info['kept_factors']",
+                        stacklevel=2,
+                    )
+            self.inverse_of = (block.version, damping)
+        return self.inverse
+
+
+@dataclass
+class AdamState:
+    first: Tensor
+    second: Tensor
+    steps: int = 0
+
+
+@dataclass
+class Slope:
+    """s, and the moving average of h² that it is judged by; scalar tensors, so that no step waits for the device."""
+
+    scale: Tensor
+    square: Tensor
+    weight: float = 0.0
+    ratio: Tensor | None = None  # fresh slope over the slope the step was taken at
+    taken: Tensor | None = None  # ⟨g_t, Δ_t⟩
+
+    def learn(self, h: Tensor, adapt: bool) -> None:
+        if self.taken is not None:
+            self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
+        if not adapt:
+            return
+        self.square = SLOPE_DECAY * self.square + (1 - SLOPE_DECAY) * h.square()
+        self.weight = SLOPE_DECAY * self.weight + 1 - SLOPE_DECAY
+        size = (self.square / self.weight).sqrt()
+        normal = torch.where(size > 0, h / size, torch.zeros_like(h)).clamp(-SLOPE_CLIP, SLOPE_CLIP)
+        self.scale = (self.scale * torch.exp(-ADAPT * normal)).clamp(*SCALE_RANGE)
+
+
+class NormalisedStep(StepRule):
+    """See the module docstring.
+
+    Args:
+        lr: η, the root mean square of an update times √(fan_in + 1).
+        momentum: β.
+        damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor.
+        adapt: whether s adapts; False keeps it at 1, for use with a learning-rate schedule of fixed horizon.
+    """
+
+    damping_meaning = (
+        "relative and factored: (U/t_U + √λI)⁻¹ ⊗ (V/t_V + √λI)⁻¹ with t the mean eigenvalue; λ times the mean "
+        "eigenvalue "
+        "in structures that do not factor"
+    )
+
+    def __init__(self, lr: float = 0.05, momentum: float = 0.9, damping: float = 0.1, adapt: bool = True) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.damping, self.adapt = lr, momentum, damping, adapt
+        self._blocks: dict[str, BlockState] = {}
+        self._adam: dict[str, AdamState] = {}
+        self._slope: Slope | None = None
+
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+        blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
+        active = [b for b in blocks if any(n in df for n in b.names)]
+        scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
+        if active:
+            grads = [packed_gradient(b, df, metric.parameters) for b in active]
+            states = [self._state(b, g) for b, g in zip(active, grads)]
+            self._learn_slope(states, grads)
+            scale = self._slope.scale if self._slope is not None else scale
+            deltas = self._deltas(active, states, grads, options, scale)
+        out: Vector = {}
+        for i, block in enumerate(active):
+            out.update(block.named(deltas[i], metric.parameters))
+        covered = {n for b in blocks for n in b.names}
+        for n, g in df.items():
+            if n not in covered:
+                out[n] = self._adam_step(n, g, options[n], scale)
+        self._tell(options, scale)
+        return {n: d for n, d in out.items() if n in df}
+
+    def _state(self, block: Block, g: Tensor) -> BlockState:
+        key = key_of(block)
+        if key not in self._blocks:
+            self._blocks[key] = BlockState(torch.zeros_like(g))
+        return self._blocks[key]
+
+    def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
+        """Let s learn from the slope that this batch finds along the last step."""
+        if self._slope is None:
+            self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
+        parts = [
+            dot(g, s.direction) * s.length
+            for s, g in zip(states, grads)
+            if s.direction is not None and s.length is not None and s.direction.shape == g.shape
+        ]
+        if parts:
+            self._slope.learn(-torch.stack(parts).sum(), self.adapt)
+
+    def _deltas(
+        self,
+        blocks: Sequence[Block],
+        states: Sequence[BlockState],
+        grads: list[Tensor],
+        options: Mapping[str, Options],
+        scale: Tensor,
+    ) -> list[Tensor]:
+        """Increments in the coordinates of each block."""
+        mine = [shared_options(b, options) for b in blocks]
+        ahead: list[Tensor] = []
+        for s, g, o in zip(states, grads, mine):
+            s.steps += 1
+            s.momentum.lerp_(g, 1 - o.momentum)
+            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
+            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
+            ahead.append(torch.add(s.momentum, g, alpha=lead))
+        directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
+        sizes = update_sizes(blocks, directions)
+        rates = sizes.new_tensor([o.lr for o in mine]) * scale
+        lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
+        for s, d, length in zip(states, directions, lengths.unbind()):
+            s.direction, s.length = d, length
+        assert self._slope is not None
+        self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
+        return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+
+    def _tell(self, options: Mapping[str, Options], scale: Tensor) -> None:
+        ratio = None if self._slope is None else self._slope.ratio
+        first = next(iter(options.values()))
+        self.info = {
+            "damping": first.damping,
+            "step_length": scale * first.lr,
+            "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
+            "kept_factors": sum(s.failures for s in self._blocks.values()),
+        }
+
+    def _adam_step(self, name: str, g: Tensor, option: Options, scale: Tensor) -> Tensor:
+        b1, b2 = ADAM_BETAS
+        state = self._adam.setdefault(name, AdamState(torch.zeros_like(g), torch.zeros_like(g)))
+        state.steps += 1
+        state.first.lerp_(g, 1 - b1)
+        state.second.mul_(b2).addcmul_(g, g, value=1 - b2)
+        denominator = (state.second / (1 - b2**state.steps)).sqrt_().add_(ADAM_EPS)
+        return state.first / denominator * (-option.lr * VECTOR_SHARE / (1 - b1**state.steps)) * scale
+
+    def state_dict(self) -> dict[str, Any]:
+        blocks = {
+            k: {"momentum": s.momentum, "steps": s.steps, "direction": s.direction, "length": s.length}
+            for k, s in self._blocks.items()
+        }
+        adam = {n: {"first": s.first, "second": s.second, "steps": s.steps} for n, s in self._adam.items()}
+        return {
+            "blocks": blocks,
+            "adam": adam,
+            "slope": None if self._slope is None else dict(vars(self._slope)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
+        self._adam = {n: AdamState(**s) for n, s in state["adam"].items()}
+        self._slope = None if state["slope"] is None else Slope(**state["slope"])
+
+
+def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
+    held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
+    return block.pack(held).to(block.dtype)
+
+
+def key_of(block: Block) -> str:
+    return str(block.layers[0].key)
+
+
+def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
+    """The options of a block's parameters, which must be one.
+
+    Raises:
+        ValueError: they lie in groups that differ.
+    """
+    mine = [options[n] for n in block.names if n in options]
+    where = f"step for the block of {block.names}"
+    return Options(
+        one_value({o.lr for o in mine}, f"lr in one {where}"),
+        one_value({o.momentum for o in mine}, f"momentum in one {where}"),
+        one_value({o.damping for o in mine}, f"damping in one {where}"),
+    )
+
+
+def update_sizes(blocks: Sequence[Block], directions: list[Tensor]) -> Tensor:
+    """The size of each block's direction that η is measured against: rms(d) √(fan_in + 1), over all layers of a
+    block.
+    """
+    norms = torch.stack(torch._foreach_norm(directions))
+    units = [unit(b.layers[0]) if len(b.layers) == 1 else 1.0 for b in blocks]
+    sizes = norms * norms.new_tensor([u / d.numel() ** 0.5 for u, d in zip(units, directions)])
+    joint = {i: joint_size(b, directions[i]) for i, b in enumerate(blocks) if len(b.layers) > 1}
+    return torch.stack([joint.get(i, size) for i, size in enumerate(sizes.unbind())]) if joint else sizes
+
+
+def joint_size(block: Block, d: Tensor) -> Tensor:
+    assert isinstance(block, JointBlock)
+    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
+    return (torch.stack(squares).sum() / d.numel()).sqrt()
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def unit(layer: Any) -> float:
+    """An update of rms η / unit is a natural size for this layer."""
+    if layer.weight is None or layer.view.elementwise:
+        return 1 / VECTOR_SHARE
+    return (layer.matrix_shape[-1] - len(layer.biases) + 1) ** 0.5

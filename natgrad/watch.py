@@ -1,0 +1,153 @@
+"""Hooks that watch a model and its criterion on the forward passes that refresh a metric.
+
+A pre-hook of the root module opens a tape, a hook after it closes the tape. The draw happens
+
+1. in a hook on the criterion, if the user calls that module: it sees the output and the labels as the loss sees them;
+2. else when the output is backpropagated, just before its own backward pass begins: with a functional loss, or a loss
+   computed inside the model.
+
+Statistics count once their output is backpropagated, and are dropped otherwise. The hooks hold the metric weakly, and
+what they leave on the graph holds statistics only, so no cycle keeps a graph alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Hook, Tape, in_backward, in_transform
+from natgrad.curvature import Draw
+from natgrad.trees import leaves_of
+
+LIVE_TAPES = 8  # forward passes that may wait for their loss at once
+
+
+class Watched(Protocol):
+    """What the watcher asks of a metric."""
+
+    def wants_statistics(self) -> bool: ...
+    def parameter_names(self) -> dict[int, str]: ...
+    def draw_at_criterion(self, args: Any, kwargs: Any, tapes: list[Tape]) -> Draw | None: ...
+    def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> Draw | None: ...
+    def count(self, draw: Draw) -> None: ...
+
+
+class Watcher:
+    """Opens tapes on the root's forward passes and asks the metric for draws."""
+
+    def __init__(self, metric: Watched, root: nn.Module, criterion: nn.Module) -> None:
+        self._metric = weakref.ref(metric)
+        self.root = root
+        self.tapes: list[Tape] = []
+        self._open: Tape | None = None
+        self._inside: list[tuple[Any, Any]] = []  # calls of the criterion inside the root's forward
+        self._handles = [
+            root.register_forward_pre_hook(Hook(self._before, root), with_kwargs=True),
+            root.register_forward_hook(Hook(self._after, root), with_kwargs=True, always_call=True),
+            criterion.register_forward_hook(Hook(self._criterion_called, criterion), with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of forward passes whose loss has not come."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+        self.tapes = []
+
+    # hooks ---------------------------------------------------------------------------------------------
+
+    def _before(self, args: Any, kwargs: Any) -> None:
+        metric = self._metric()
+        if in_backward() or in_transform():
+            return  # a recomputation of checkpointing, or a transform of torch.func
+        if self._open is not None:  # the last forward raised
+            self.forget()
+        if metric is None or not torch.is_grad_enabled() or not metric.wants_statistics():
+            self.tapes = []
+            return
+        # last, so that hooks of the user which rewrite the output have run
+        self.root._forward_hooks.move_to_end(self._handles[1].id)  # type: ignore[attr-defined]
+        self._inside = []
+        self._open = Tape(metric.parameter_names())
+        self._open.open(args, kwargs)
+
+    def _after(self, args: Any, kwargs: Any, output: Any) -> None:
+        tape, self._open = self._open, None
+        if tape is None:
+            return
+        tape.close()
+        metric = self._metric()
+        if output is None or metric is None or not tape.calls:  # None: forward raised
+            return
+        self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
+        inside, self._inside = self._inside, []
+        for call_args, call_kwargs in inside:
+            self._criterion_called(call_args, call_kwargs, None)
+        if not tape.drawn:
+            tape.at_output = (output, (args, kwargs))
+            fire = Once(self, tape)
+            for t in leaves_of(output):
+                if t.requires_grad:
+                    t.register_hook(fire)
+
+    def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
+        metric = self._metric()
+        if metric is None or in_backward() or in_transform():
+            return
+        if self._open is not None:
+            self._inside.append((args, kwargs))
+            return
+        if not self.tapes or not torch.is_grad_enabled():
+            return
+        draw = metric.draw_at_criterion(args, kwargs, self.tapes)
+        if draw is not None:
+            self._count_on_backward(draw, args, kwargs)
+
+    def _count_on_backward(self, draw: Draw, args: Any, kwargs: Any) -> None:
+        waiting = [draw]  # shared by the hooks: the first that fires takes it
+        metric, tapes = self._metric, weakref.WeakMethod(self.forget_drawn)
+
+        def count(_: Tensor) -> None:
+            owner = metric()
+            if waiting and owner is not None:
+                owner.count(waiting.pop())
+            if (forget := tapes()) is not None:
+                forget()
+
+        for t in leaves_of((args, kwargs)):
+            if t.requires_grad:
+                t.register_hook(count)
+
+    def forget_drawn(self) -> None:
+        """Their loss is being backpropagated: let the graph be freed."""
+        self.tapes = [t for t in self.tapes if not t.drawn]
+
+
+class Once:
+    """Draws at the output when it is backpropagated, unless the criterion has drawn before."""
+
+    def __init__(self, watcher: Watcher, tape: Tape) -> None:
+        # weak: the tape holds the graph, and the graph holds this hook
+        self._watcher, self._tape = weakref.ref(watcher), weakref.ref(tape)
+
+    def __call__(self, _: Tensor) -> None:
+        watcher, tape = self._watcher(), self._tape()
+        if watcher is None or tape is None or tape.drawn or tape not in watcher.tapes:
+            return
+        metric = watcher._metric()
+        if metric is None:
+            return
+        output, received = tape.at_output
+        with torch.enable_grad():
+            draw = metric.draw_at_output(output, received, [tape])
+        watcher.tapes = [t for t in watcher.tapes if t is not tape]
+        if draw is not None:
+            metric.count(draw)
