@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIDE = 101  # grid points a side
+
+
+def new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # slow to import, and only needed once something is drawn
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def field_picture(
@@ -21,7 +30,7 @@ def field_picture(
     diverging: bool = False,
 ) -> Path:
     """An image of values (vertical, horizontal) with a colour bar."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = new_figure(5, 4)
     axes = figure.add_subplot()
     limit = float(values.abs().max()) or 1.0
     scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if diverging else {"cmap": "viridis"}
@@ -63,7 +72,7 @@ def line_pictures(x: Tensor, u: Tensor, exact: Tensor, labels: tuple[str, str], 
         ("solution", "solution", {"network": u, "exact": exact}),
         ("error_field", "network − exact", {"": u - exact}),
     ):
-        figure = Figure(figsize=(5, 4), layout="constrained")
+        figure = new_figure(5, 4)
         axes = figure.add_subplot()
         for (label, y), style in zip(curves.items(), ("-", "--")):
             axes.plot(x.numpy(), y.numpy(), style, label=label)
@@ -84,7 +93,7 @@ def curve_picture(
     path: Path,
 ) -> Path:
     """The error against CPU seconds, others' final errors as horizontal lines."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = new_figure(6.5, 4.2)
     axes = figure.add_subplot()
     axes.loglog(seconds, errors, color="black", lw=1.6, label="natgrad")
     for i, (who, (error, after)) in enumerate(published.items()):
