@@ -1,8 +1,8 @@
-"""Function-space problems against their bars, one row each: ``python benchmarks/pinn.py [ROW …] [--csv published.csv]``.
+"""Function-space problems against their bars, a row each: ``python benchmarks/pinn.py [ROW …] [--csv curves.csv]``.
 
-Runs each problem with the defaults of ``natgrad solve`` on one thread until its bar in CPU seconds, and prints the error at the
-step and at the time that the bar names. With a csv of published curves (columns problem, network, optimizer, seconds,
-l2_error) the best published final error of the same problem and network stands beside.
+Runs each problem with the defaults of ``natgrad solve`` on one thread, and prints the error at the step and at the time
+that its bar names. With a csv of published curves (columns problem, network, optimizer, seconds, l2_error) the best
+published error of the same problem and network stands beside.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""CPU seconds a step of each solver against the number of rows N and of parameters P, with the exponent of a power-law fit.
+"""CPU seconds a step of each solver against the rows N and the parameters P, with the exponent of a power-law fit.
 
-``python benchmarks/solver_scaling.py [--quick]``: the 2-d Poisson problem on tanh networks 2-W-W-1, one thread, float64; a step is one
-linearisation and one direction at the given damping (no line search), the median of three.
+``python benchmarks/solver_scaling.py [--quick]``: the 2-d Poisson problem on tanh networks 2-W-W-1, one thread,
+float64; a step is one linearisation and one direction at the given damping (no line search), the median of three.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Residuals:
     ) -> None:
         if not isinstance(terms, Mapping) or not terms or not all(callable(t) for t in terms.values()):
             raise TypeError(
-                'terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance '
+                "terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance "
                 '{"interior": pde, "boundary": bc}'
             )
         weights = dict(weights or {})

@@ -251,7 +251,8 @@ class QuadraticModel(SearchRule):
         basis = [{n: -d for n, d in descent(metric, df, damping).items()}]
         if self._last:
             basis.append(self._last)
-        lowered = [metric.flat(b) for b in basis]
+        product = getattr(metric, "exact_flat", metric.flat)  # a direction may be approximate, its length need not be
+        lowered = [product(b) for b in basis]
         model = torch.stack(
             [torch.stack([dot(f, b) + damping * dot(a, b) for b in basis]) for f, a in zip(lowered, basis)]
         )

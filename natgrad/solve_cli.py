@@ -183,7 +183,7 @@ def table(problem: Problem, label: str, setting: Setting, log: list[tuple[int, f
             f"{mark}{steps:,}" if steps else "",
         )
     if label in problem.published:
-        out.caption = "seconds: CPU on one core for natgrad, as published for the others"
+        out.caption = "seconds: CPU on one core for natgrad, as reported for the others"
     return out
 
 

@@ -252,7 +252,7 @@ def conjugate_gradient(
     reached = float((b - product(x)).norm()) / max(float(b.norm()), 1e-300)
     if reached > 100 * tolerance:
         warnings.warn(
-            f'conjugate gradients stopped after {limit} iterations at relative residual {reached:.1e}; a larger '
+            f"conjugate gradients stopped after {limit} iterations at relative residual {reached:.1e}; a larger "
             'damping or solver="kernel" | "dense" solves exactly',
             stacklevel=2,
         )

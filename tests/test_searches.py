@@ -148,6 +148,19 @@ def test_quadratic_model_minimises_over_both_directions():
     torch.testing.assert_close(got, expected)
 
 
+def test_quadratic_model_takes_exact_products_along_approximate_directions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    batch = {"fit": (torch.rand(8, 2, dtype=torch.float64), torch.rand(8, dtype=torch.float64))}
+    metric = ng.GaussNewton(net, {"fit": lambda u, x, y: u(x) - y}, solver="kfac")
+    opt = ng.NaturalGradient(metric, step=QuadraticModel(damping=1e-3))
+    metric.observe(batch)
+    d, df = metric.vector_to_flat(metric.direction(1e-3)), metric.vector_to_flat(metric.gradient())
+    jac = metric.rows.matrix()
+    opt.step(batch)
+    assert opt.info["length"] == pytest.approx(float(df @ d / (d @ (jac.mT @ (jac @ d)) + 1e-3 * d @ d)))
+
+
 def test_kernel_spring_is_primal_spring():
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double() for _ in range(3)]

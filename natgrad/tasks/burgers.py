@@ -20,7 +20,10 @@ from natgrad.tasks.pictures import field_picture
 from natgrad.tasks.problem import Problem, Setting, tanh_network
 
 VISCOSITY = 0.01 / math.pi
-INTERIOR, BOUNDARY = 2000, 200
+INTERIOR, BOUNDARY = 3000, 200
+SHOCK = (
+    0.1  # half of the points are drawn with this deviation around x = 0: between sparse points the shock goes unseen
+)
 NODES = 100  # of the quadrature
 
 
@@ -43,6 +46,7 @@ def equation(u: Field, at: Tensor) -> Tensor:
 def prepare(widths: tuple[int, ...], seed: int) -> Setting:
     model = tanh_network(widths, seed)
     interior = torch.rand(INTERIOR, 2).double() * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
+    interior[: INTERIOR // 2, 1] = (SHOCK * torch.randn(INTERIOR // 2)).clamp(-1, 1)
     start = torch.stack([torch.zeros(BOUNDARY), torch.linspace(-1, 1, BOUNDARY)], dim=1).double()
     sides = torch.stack([torch.rand(BOUNDARY), torch.randint(0, 2, (BOUNDARY,)) * 2.0 - 1.0], dim=1).double()
     edge = torch.cat([start, sides])
