@@ -46,9 +46,12 @@ def measure(bar: Bar, whole: bool) -> dict[str, float]:
     opt = NaturalGradient(setting.metric(problem.solver))
     step, spent = 0, 0.0
     out: dict[str, float] = {"first loss": float("nan")}
-    while step < bar.step or (
-        bar.seconds is not None and spent < bar.seconds and (whole or "reached after" not in out)
-    ):
+
+    def waiting() -> bool:
+        in_time = bar.seconds is not None and spent < bar.seconds
+        return step < bar.step or (in_time and (whole or "reached after" not in out))
+
+    while waiting():
         began = time.process_time()
         loss = opt.step(setting.batch(step))
         spent += time.process_time() - began
@@ -86,7 +89,8 @@ def main() -> None:
     for name in args.rows or BARS:
         bar, got = BARS[name], measure(BARS[name], args.whole)
         met = got["error at step"] <= bar.at_step
-        line = f"{name:<20} loss at step 0 {got['first loss']:.10g}  step {bar.step}: {got['error at step']:.2e} ≤ {bar.at_step:g}, {got['seconds at step']:.1f} CPU s"
+        line = f"{name:<20} loss at step 0 {got['first loss']:.10g}"
+        line += f"  step {bar.step}: {got['error at step']:.2e} ≤ {bar.at_step:g}, {got['seconds at step']:.1f} CPU s"
         if bar.by_time is not None:
             reached = got.get("reached after")
             met = met and reached is not None

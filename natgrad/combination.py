@@ -93,7 +93,8 @@ class Combination(Metric):
             m.drive(driver)
 
     def advance(self, decay: float) -> bool:
-        return any([m.advance(decay) for _, m in self.parts])
+        changed = [m.advance(decay) for _, m in self.parts]
+        return any(changed)
 
     def discard_pending(self) -> None:
         for _, m in self.parts:

@@ -216,7 +216,7 @@ class Metric:
         raise TypeError(f"{type(self).__name__} takes its gradient from loss.backward()")
 
     def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
-        """(ĝ + damping·I)⁻¹ (df + damping·prior) of the last observed batch, in the best conditioned way the metric knows."""
+        """(ĝ + damping·I)⁻¹ (df + damping·prior) of the last observed batch, in the metric's best conditioned way."""
         df = self.gradient()
         return self.sharp(df if prior is None else {n: g + damping * prior[n] for n, g in df.items()}, damping)
 
@@ -232,7 +232,7 @@ class Metric:
         )
 
     def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
-        """Second-order correction a of the path θ + αv + ½α²a (geodesic acceleration), None where the metric has none."""
+        """a of the path θ + αv + ½α²a (geodesic acceleration), None where the metric has none."""
         return None
 
     # vectors -------------------------------------------------------------------------------------------
