@@ -40,7 +40,7 @@ BARS = {
 
 
 def measure(bar: Bar, whole: bool) -> dict[str, float]:
-    """Errors and CPU seconds where the bar looks; `whole` runs out the time instead of stopping where the bar is met."""
+    """Errors and CPU seconds where the bar looks; `whole` runs out the time instead of stopping at the bar."""
     problem = PROBLEMS[bar.problem]
     setting = problem.prepare(problem.networks[bar.network], 1)
     opt = NaturalGradient(setting.metric(problem.solver))
