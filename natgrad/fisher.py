@@ -202,8 +202,22 @@ class Fisher(Metric):
                 for key, average in new.items():
                     into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
             self.seen += draw.data
+        if not plain:
+            self._share_mass(merged, draws, decay)
         for block, new in merged.items():
             block.commit(new, decay, plain)
+
+    def _share_mass(self, merged: dict[Block, dict[str, Average]], draws: list[Draw], decay: float | None) -> None:
+        """Divide every block by the mass of all data, whether they use it or not: its gradient is zero where not."""
+        held = [a for b in self.blocks for key, a in b.statistics.items() if not b.is_mean(key)]
+        earlier = held[0].masses if held and decay is None else {}
+        mass = torch.stack([d.mass for d in draws if d.mass is not None]).sum(0)
+        for block, new in merged.items():
+            for key, average in new.items():
+                if block.is_mean(key):
+                    continue
+                late = earlier if key not in block.statistics else {}
+                average.masses = {h: mass + late[h].to(mass) if h in late else mass for h in average.masses}
 
     # what the watcher asks -----------------------------------------------------------------------------
 

@@ -50,9 +50,7 @@ class Case:
 
     def batches(self, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
         g = torch.Generator().manual_seed(3)
-        return [
-            (torch.randn(n, *self.shape, dtype=torch.float64, generator=g), self.labels(n, g)) for n in sizes
-        ]
+        return [(torch.randn(n, *self.shape, dtype=torch.float64, generator=g), self.labels(n, g)) for n in sizes]
 
     def __str__(self) -> str:
         return self.name
