@@ -76,6 +76,15 @@ class Layer:
             target = self._slice(b, into)
             target.copy_(m[..., width + i].reshape(target.shape))
 
+    def views(self, m: Tensor) -> dict[str, Tensor]:
+        """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
+        m = m.reshape(*m.shape[: m.dim() - 3], *self.matrix_shape) if m.shape[-3:] != self.matrix_shape else m
+        width = m.shape[-1] - len(self.biases)
+        out = {} if self.weight is None else {self.weight.name: self.view.weight(m[..., :width])}
+        for i, b in enumerate(self.biases):
+            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
+        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+
     def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
 
@@ -160,6 +169,11 @@ class Block:
         return [p for layer in self.layers for p in layer.pieces]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics."""
+        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
+
+    @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(p.name for p in self.pieces))
 
@@ -212,6 +226,14 @@ class Block:
 
     def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
+
+    def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
+        if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
+            return self.layers[0].views(x)
+        out = {n: torch.zeros_like(parameters[n]) for n in self.names}
+        self.unpack(x, out)
+        return out
 
     # verbs
 

@@ -13,6 +13,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,7 @@ class Fisher(Metric):
             by_pattern("sharing", sharing, SHARINGS, "expand"),
         )
         self.seen = 0  # data counted so far
+        self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
         self._watcher = Watcher(self, model, criterion)
@@ -241,6 +243,18 @@ class Fisher(Metric):
 
     # what an optimizer asks ----------------------------------------------------------------------------
 
+    def include(self, parameter: Tensor) -> str | None:
+        for name, p in chosen_parameters(self.module, None).items():
+            if p is parameter:
+                self.parameters[name] = p
+                order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
+                ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
+                self.parameters.clear()  # in place: the curvature holds this dictionary too
+                self.parameters.update(ordered)
+                self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                return name
+        return None
+
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
@@ -249,15 +263,35 @@ class Fisher(Metric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = self._pending, []
+        draws, self._pending = [d for d in self._pending if self._usable(d)], []
+        self._watcher.forget()
         if draws:
             self._commit(draws, decay)
         return bool(draws)
 
+    def _usable(self, draw: Draw) -> bool:
+        """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
+        counted.
+        """
+        sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
+        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+            return True
+        if not self.dropped:
+            warnings.warn(
+                "the statistics of a batch hold NaN or Inf and are dropped; the metric stays as it was. Repeats are "
+                "counted in opt.info['dropped_statistics']",
+                stacklevel=2,
+            )
+        self.dropped += 1
+        return False
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"dropped_statistics": self.dropped, "data_seen": self.seen}
+
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
         self._pending = []
-        self._watcher.forget()
 
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep
@@ -284,7 +318,7 @@ class Fisher(Metric):
         v = self.check(v, "v")
         out = {n: torch.zeros_like(t) for n, t in v.items()}
         for block in self._ready():
-            block.unpack(block.flat(block.pack(v)), out)
+            block.unpack(block.flat(block.pack(v).to(block.dtype)), out)
         return out
 
     def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
@@ -292,7 +326,7 @@ class Fisher(Metric):
         df = self.check(df, "df")
         out = {n: t / damping for n, t in df.items()}  # where the metric is zero
         for block in self._ready():
-            block.unpack(block.inverse(damping).apply(block.pack(df)), out)
+            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:
@@ -331,7 +365,7 @@ class Fisher(Metric):
         }
         out = {n: z * damping**-0.5 for n, z in noise.items()}
         for block in self._ready():
-            block.unpack(block.sample(block.pack(noise), damping), out)
+            block.unpack(block.sample(block.pack(noise).to(block.dtype), damping), out)
         return out
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:

@@ -159,6 +159,28 @@ class Metric:
     def discard_pending(self) -> None:
         """Drop statistics gathered since the last `advance`."""
 
+    def include(self, parameter: Tensor) -> str | None:
+        """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""
+        return None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Counters for ``opt.info``."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics to continue from: tensors, strings and numbers only. Empty where the metric keeps none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_dict`.
+
+        Raises:
+            ValueError: the state is of another metric.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the state given has the keys {list(state)}")
+
     def default_step(self) -> StepRule:
         """The step rule used where the user names none."""
         from natgrad.steps import FixedStep

@@ -17,7 +17,8 @@ curvature follow Adam (Kingma & Ba 2015, arXiv:1412.6980) at a matching rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, JointBlock
+from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule, one_value
 
@@ -35,6 +37,7 @@ SCALE_RANGE = (0.01, 4.0)  # of s
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
 
 @dataclass
@@ -51,9 +54,30 @@ class BlockState:
         0.0,
     )  # (version of the statistics, damping) that `inverse` belongs to
 
+    failures: int = 0  # factorisations in a row that failed
+
     def refresh(self, block: Block, damping: float) -> Inverse:
+        """The inverse for the block's present statistics; the last good one where it cannot be had.
+
+        Raises:
+            FactorisationError: it failed several times in a row, or there is no earlier one.
+        """
         if self.inverse is None or self.inverse_of != (block.version, damping):
-            self.inverse, self.inverse_of = block.relative_inverse(damping), (block.version, damping)
+            try:
+                self.inverse, self.failures = block.relative_inverse(damping), 0
+            except FactorisationError as error:
+                self.failures += 1
+                if self.inverse is None or self.failures >= MAX_FAILURES:
+                    raise FactorisationError(
+                        f"block of {block.names}: {error} ({self.failures} times in a row)"
+                    ) from error
+                if self.failures == 1:
+                    warnings.warn(
+                        f"block of {block.names}: {error}; the last good factor is kept. Repeats are counted in "
+                        "opt.info['kept_factors']",
+                        stacklevel=2,
+                    )
+            self.inverse_of = (block.version, damping)
         return self.inverse
 
 
@@ -74,14 +98,16 @@ class Slope:
     ratio: Tensor | None = None  # fresh slope over the slope the step was taken at
     taken: Tensor | None = None  # ⟨g_t, Δ_t⟩
 
-    def learn(self, h: Tensor) -> None:
+    def learn(self, h: Tensor, adapt: bool) -> None:
+        if self.taken is not None:
+            self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
+        if not adapt:
+            return
         self.square = SLOPE_DECAY * self.square + (1 - SLOPE_DECAY) * h.square()
         self.weight = SLOPE_DECAY * self.weight + 1 - SLOPE_DECAY
         size = (self.square / self.weight).sqrt()
         normal = torch.where(size > 0, h / size, torch.zeros_like(h)).clamp(-SLOPE_CLIP, SLOPE_CLIP)
         self.scale = (self.scale * torch.exp(-ADAPT * normal)).clamp(*SCALE_RANGE)
-        if self.taken is not None:
-            self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
 
 
 class NormalisedStep(StepRule):
@@ -110,60 +136,77 @@ class NormalisedStep(StepRule):
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
-        grads = {
-            key_of(b): b.pack({n: df[n] if n in df else torch.zeros_like(metric.parameters[n]) for n in b.names})
-            for b in active
-        }
-        slope = self._slope_from(grads)
-        deltas = {n: torch.empty_like(metric.parameters[n]) for b in active for n in b.names}
-        taken = torch.zeros_like(slope.scale)
-        for block in active:
-            key = key_of(block)
-            option = shared_options(block, options)
-            state = self._blocks.setdefault(key, BlockState(torch.zeros_like(grads[key])))
-            delta, along = self._block_step(block, state, grads[key], option, slope.scale)
-            taken = taken + along
-            block.unpack(delta, deltas)
-        slope.taken = taken
+        scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
+        if active:
+            grads = [packed_gradient(b, df, metric.parameters) for b in active]
+            states = [self._state(b, g) for b, g in zip(active, grads)]
+            self._learn_slope(states, grads)
+            scale = self._slope.scale if self._slope is not None else scale
+            deltas = self._deltas(active, states, grads, options, scale)
+        out: Vector = {}
+        for i, block in enumerate(active):
+            out.update(block.named(deltas[i], metric.parameters))
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
-                deltas[n] = self._adam_step(n, g, options[n], slope.scale)
-        self.info = {
-            "step_length": slope.scale * next(iter(options.values())).lr,
-            "reduction_ratio": None if slope.ratio is None else (1 + slope.ratio) / 2,
-            "damping": next(iter(options.values())).damping,
-        }
-        return {n: d for n, d in deltas.items() if n in df}
+                out[n] = self._adam_step(n, g, options[n], scale)
+        self._tell(options, scale)
+        return {n: d for n, d in out.items() if n in df}
 
-    def _slope_from(self, grads: Mapping[str, Tensor]) -> Slope:
-        """s after the slope of this batch along the last step."""
+    def _state(self, block: Block, g: Tensor) -> BlockState:
+        key = key_of(block)
+        if key not in self._blocks:
+            self._blocks[key] = BlockState(torch.zeros_like(g))
+        return self._blocks[key]
+
+    def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
+        """Let s learn from the slope that this batch finds along the last step."""
         if self._slope is None:
-            like = next(iter(grads.values())) if grads else torch.zeros(())
-            self._slope = Slope(like.new_ones(()), like.new_zeros(()))
-            return self._slope
+            self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
         parts = [
-            -(s.length * (g * s.direction).sum())
-            for key, g in grads.items()
-            if (s := self._blocks.get(key)) is not None and s.direction is not None and s.length is not None
+            dot(g, s.direction) * s.length
+            for s, g in zip(states, grads)
+            if s.direction is not None and s.length is not None and s.direction.shape == g.shape
         ]
-        if self.adapt and parts:
-            self._slope.learn(torch.stack(parts).sum())
-        return self._slope
+        if parts:
+            self._slope.learn(-torch.stack(parts).sum(), self.adapt)
 
-    def _block_step(
-        self, block: Block, state: BlockState, g: Tensor, option: Options, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(Δ, ⟨g, Δ⟩) in the block's coordinates."""
-        beta = option.momentum
-        state.steps += 1
-        state.momentum.lerp_(g, 1 - beta)
-        u = torch.add(g * (1 - beta), state.momentum, alpha=beta / (1 - beta**state.steps)) if beta else g
-        d = state.refresh(block, option.damping).apply(u)
-        size = update_size(block, d)
-        state.direction = d
-        state.length = torch.where(size > 0, option.lr * scale / size, torch.zeros_like(size))
-        return d * -state.length, -state.length * (g * d).sum()
+    def _deltas(
+        self,
+        blocks: Sequence[Block],
+        states: Sequence[BlockState],
+        grads: list[Tensor],
+        options: Mapping[str, Options],
+        scale: Tensor,
+    ) -> list[Tensor]:
+        """Increments in the coordinates of each block."""
+        mine = [shared_options(b, options) for b in blocks]
+        ahead: list[Tensor] = []
+        for s, g, o in zip(states, grads, mine):
+            s.steps += 1
+            s.momentum.lerp_(g, 1 - o.momentum)
+            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
+            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
+            ahead.append(torch.add(s.momentum, g, alpha=lead))
+        directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
+        sizes = update_sizes(blocks, directions)
+        rates = sizes.new_tensor([o.lr for o in mine]) * scale
+        lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
+        for s, d, length in zip(states, directions, lengths.unbind()):
+            s.direction, s.length = d, length
+        assert self._slope is not None
+        self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
+        return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+
+    def _tell(self, options: Mapping[str, Options], scale: Tensor) -> None:
+        ratio = None if self._slope is None else self._slope.ratio
+        first = next(iter(options.values()))
+        self.info = {
+            "damping": first.damping,
+            "step_length": scale * first.lr,
+            "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
+            "kept_factors": sum(s.failures for s in self._blocks.values()),
+        }
 
     def _adam_step(self, name: str, g: Tensor, option: Options, scale: Tensor) -> Tensor:
         b1, b2 = ADAM_BETAS
@@ -192,6 +235,12 @@ class NormalisedStep(StepRule):
         self._slope = None if state["slope"] is None else Slope(**state["slope"])
 
 
+def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
+    held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
+    return block.pack(held).to(block.dtype)
+
+
 def key_of(block: Block) -> str:
     return str(block.layers[0].key)
 
@@ -211,11 +260,25 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
     )
 
 
-def update_size(block: Block, d: Tensor) -> Tensor:
-    """The size that η is measured against: rms(d) √(fan_in + 1), over all layers of the block together."""
-    parts = d.split(block.widths) if isinstance(block, JointBlock) else [d]
-    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(parts, block.layers)]
+def update_sizes(blocks: Sequence[Block], directions: list[Tensor]) -> Tensor:
+    """The size of each block's direction that η is measured against: rms(d) √(fan_in + 1), over all layers of a
+    block.
+    """
+    norms = torch.stack(torch._foreach_norm(directions))
+    units = [unit(b.layers[0]) if len(b.layers) == 1 else 1.0 for b in blocks]
+    sizes = norms * norms.new_tensor([u / d.numel() ** 0.5 for u, d in zip(units, directions)])
+    joint = {i: joint_size(b, directions[i]) for i, b in enumerate(blocks) if len(b.layers) > 1}
+    return torch.stack([joint.get(i, size) for i, size in enumerate(sizes.unbind())]) if joint else sizes
+
+
+def joint_size(block: Block, d: Tensor) -> Tensor:
+    assert isinstance(block, JointBlock)
+    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
     return (torch.stack(squares).sum() / d.numel()).sqrt()
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def unit(layer: Any) -> float:

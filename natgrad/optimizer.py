@@ -6,19 +6,22 @@ that are not finite, and holds the one line that writes parameters.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.metric import Metric
+from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule
 
 GAP_GROWTH = 4  # the gap between refreshes is a quarter of the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
+PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -33,10 +36,13 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
+        groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
+            that none names form the first group.
+        maximize: climb instead of descend.
 
     Raises:
         TypeError: `metric` is no `Metric`.
-        ValueError: an option out of range.
+        ValueError: an option out of range, or a group that names no parameter.
     """
 
     def __init__(
@@ -48,13 +54,16 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         step: StepRule | None = None,
         refresh: int = 20,
+        groups: Iterable[Mapping[str, Any]] = (),
+        maximize: bool = False,
     ) -> None:
         if not isinstance(metric, Metric):
             raise TypeError(
                 f"NaturalGradient takes a metric first, got {type(metric).__name__}; for instance "
-                f"ng.Fisher(model, criterion), or "
-                "ng.Euclidean(model) for plain gradient descent"
+                "ng.Fisher(model, criterion), or ng.Euclidean(model) for plain gradient descent"
             )
+        if not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
         self.rule = metric.default_step() if step is None else step
         self.refresh = refresh
@@ -63,15 +72,29 @@ class NaturalGradient(torch.optim.Optimizer):
             "momentum": self.rule.momentum if momentum is None else momentum,
             "damping": self.rule.damping if damping is None else damping,
             "weight_decay": weight_decay,
+            "maximize": maximize,
         }
-        check_options(defaults, refresh, metric.positive_definite)
-        self._name_of = {p: n for n, p in metric.parameters.items()}
-        super().__init__(list(metric.parameters.values()), defaults)
-        self.steps = self.skipped = self.refreshes = 0
+        self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
+        super().__init__(split_groups(metric.parameters, groups), defaults)
+        self.steps = self.refreshes = 0
         self.refreshed = False
         self._next_refresh = 0
-        self._spent, self._started, self._ended = 0.0, time.perf_counter(), None
+        self._skips = Skips()
+        self._spent, self._started = 0.0, time.perf_counter()
         metric.drive(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: thawed ones of the metric's model, or foreign ones, which are trained without curvature.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_options(group, self.metric.positive_definite)
+        for i, p in enumerate(group["params"]):
+            if p not in self._name_of:
+                self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
 
     @property
     def refresh_due(self) -> bool:
@@ -88,6 +111,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises:
             TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
+            RuntimeError: no forward pass was seen that the metric could be taken from.
+            FloatingPointError: the gradient was not finite for many steps in a row.
         """
         loss: Tensor | None = None
         if callable(arg):
@@ -98,21 +123,33 @@ class NaturalGradient(torch.optim.Optimizer):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
-            df = {n: p.grad for n, p in self.metric.parameters.items() if p.grad is not None}
-        if not all_finite(df):
-            self._skip()
-        elif df:
-            self._advance()
-            self._write(self.rule.update(self.metric, df, self._options()))
-        now = time.perf_counter()
-        self._spent += now - began
+            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None}
+        if df:
+            self._step(df)
+        self._spent += time.perf_counter() - began
         return loss
 
-    def _write(self, increments: dict[str, Tensor]) -> None:
+    def _step(self, df: Vector) -> None:
+        options = self._options()
+        df = {n: -g if options[n].maximize else g for n, g in df.items()}
+        fine = all_finite(df)
+        skipped = self._skips.count(fine, self.refresh_due)
+        if skipped:
+            self.metric.discard_pending()
+            self.refreshed = False
+            return
+        self._advance()
+        on_host = fine.device.type == "cpu"  # known to be fine by now; elsewhere a bad step is masked on the device
+        if not on_host:
+            df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
+        increments = self.rule.update(self.metric, df, options)
         for group in self.param_groups:
             for p in group["params"]:
                 if (delta := increments.get(self._name_of[p])) is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(delta)
+                    delta = delta if on_host else torch.where(fine, delta, torch.zeros_like(delta))
+                    if group["weight_decay"]:
+                        delta = delta - p * (group["lr"] * group["weight_decay"])
+                    p.add_(delta)
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -124,26 +161,13 @@ class NaturalGradient(torch.optim.Optimizer):
             self.refreshes += 1
         elif due and self.metric.needs_refresh and not self.refreshes:
             raise RuntimeError(
-                "no forward pass of the metric's model was seen before this step, so there is no metric to "
-                "descend by. Call the "
-                "model itself (`model(x)`, not a submodule or model.forward), with grad enabled, and "
+                "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
+                "Call the model itself (`model(x)`, not a submodule or model.forward), with grad enabled, and "
                 "backpropagate its loss"
             )
         self.steps += 1
         if due:
-            self._next_refresh = self.steps + max(1, min(self.refresh, self.steps // GAP_GROWTH)) - 1
-
-    def _skip(self) -> None:
-        self.refreshed = False
-        self.skipped += 1
-        self.metric.discard_pending()
-        if self.skipped == 1:
-            warnings.warn(
-                f"step {self.steps}: the gradient holds NaN or Inf; the step is skipped and the parameters stay "
-                f"as they are. "
-                "Further skips are counted in opt.info['skipped'] without a warning",
-                stacklevel=4,
-            )
+            self._next_refresh = self.steps - 1 + max(1, min(self.refresh, self.steps // GAP_GROWTH))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and drop statistics of a backward pass that no step followed."""
@@ -152,40 +176,138 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _options(self) -> dict[str, Options]:
         return {
-            self._name_of[p]: Options(float(g["lr"]), g["momentum"], g["damping"])
+            self._name_of[p]: Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
             for g in self.param_groups
             for p in g["params"]
         }
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the last step did: numbers, read from the device now.
+        """What the last step did, read from the device now.
 
-        ``damping`` and its meaning; ``step_length`` η·s; ``reduction_ratio`` of the loss over its linear prediction,
-        estimated from slopes; ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent
-        inside `step`.
+        ``damping`` and its meaning, ``step_length``, ``reduction_ratio`` (the loss's reduction over its linear
+        prediction, estimated from slopes) as the step rule knows them; ``refreshed``; ``refreshes``, ``steps`` and
+        ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made.
         """
-        rule = {k: float(v) if isinstance(v, Tensor) else v for k, v in self.rule.info.items()}
         elapsed = time.perf_counter() - self._started
         return {
             "damping_meaning": self.rule.damping_meaning,
-            **rule,
+            **{k: float(v) if isinstance(v, Tensor) else v for k, v in self.rule.info.items()},
+            **self.metric.info,
             "refreshed": self.refreshed,
             "refreshes": self.refreshes,
             "steps": self.steps,
-            "skipped": self.skipped,
+            "skipped": self._skips.total,
             "share_of_time": self._spent / elapsed if elapsed else 0.0,
         }
 
+    # state ---------------------------------------------------------------------------------------------
 
-def all_finite(df: dict[str, Tensor]) -> bool:
-    """Whether every entry is finite: norms first, since they need one pass and no temporaries."""
-    if not df:
+    def state_dict(self) -> dict[str, Any]:
+        """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``."""
+        state = super().state_dict()
+        state["natgrad"] = {
+            "steps": self.steps,
+            "refreshes": self.refreshes,
+            "next_refresh": self._next_refresh,
+            "skipped": self._skips.total,
+            "rule": type(self.rule).__name__,
+            "rule_state": self.rule.state_dict(),
+            "metric": self.metric.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit.
+
+        Raises:
+            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule.
+        """
+        mine = state_dict.get("natgrad")
+        if mine is None:
+            raise ValueError(f"this is no NaturalGradient state: it has the keys {list(state_dict)} but not 'natgrad'")
+        if mine["rule"] != type(self.rule).__name__:
+            raise ValueError(
+                f"the state is of the step rule {mine['rule']}, this optimizer has {type(self.rule).__name__}"
+            )
+        self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
+        # tensors of ours keep their own dtype; torch would cast them to the parameter's, so they are not in `state`
+        self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
+        self.steps, self.refreshes = mine["steps"], mine["refreshes"]
+        self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+
+
+class Skips:
+    """Steps whose gradient is not finite: skipped on the host where that costs nothing, else masked and counted
+    later.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+        self._unread: Tensor | None = None  # bad steps on the device since the count was last read
+
+    def count(self, fine: Tensor, read: bool) -> bool:
+        """Whether this step is known to be bad. `read`: the device may be waited for."""
+        if fine.device.type == "cpu":
+            # no dispatch and no device to wait for: the memory is ours
+            return self._seen(0 if bool(fine.numpy()) else 1)
+        bad = (~fine).to(torch.int32)
+        self._unread = bad if self._unread is None else self._unread + bad
+        if not read:
+            return False
+        behind, self._unread = int(self._unread), None
+        self._seen(behind)
+        return behind > 0 and not bool(fine)
+
+    def _seen(self, bad: int) -> bool:
+        if not bad:
+            self.in_a_row = 0
+            return False
+        if not self.total:
+            warnings.warn(
+                "the gradient holds NaN or Inf: the step is skipped and the parameters stay as they are. Further skips "
+                "are counted in opt.info['skipped'] without a warning",
+                stacklevel=6,
+            )
+        self.total += bad
+        self.in_a_row += bad
+        if self.in_a_row >= PATIENCE:
+            raise FloatingPointError(
+                f"the gradient held NaN or Inf for {self.in_a_row} steps in a row; lower lr or look for the "
+                f"first batch "
+                "that gives it (torch.autograd.set_detect_anomaly)"
+            )
         return True
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all())
 
 
-def check_options(values: dict[str, Any], refresh: int, positive_definite: bool) -> None:
+def all_finite(df: Mapping[str, Tensor]) -> Tensor:
+    """Whether every entry is finite, a scalar tensor: from norms, which need one pass and no temporaries."""
+    return torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all()
+
+
+def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups from names and patterns; parameters that none names come first.
+
+    Raises:
+        ValueError: a group names no parameter, or one that another group has.
+    """
+    left = dict(parameters)
+    found = []
+    for group in groups:
+        wanted = group["params"]
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
+        taken = [n for n in names if n not in left]
+        if not names or taken:
+            why = f"{taken} are in another group already" if taken else f"no parameter matches {patterns}"
+            raise ValueError(f"parameter group {dict(group)}: {why}; there are {list(parameters)}")
+        found.append({**group, "params": [left.pop(n) for n in names]})
+    return [{"params": list(left.values())}, *found] if left else found
+
+
+def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
     """Raise a ValueError for an option out of range."""
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "lr": (lambda v: v >= 0, "at least 0"),
@@ -197,5 +319,3 @@ def check_options(values: dict[str, Any], refresh: int, positive_definite: bool)
         value = values[name]
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")
-    if not isinstance(refresh, int) or refresh < 1:
-        raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")

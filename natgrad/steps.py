@@ -24,6 +24,7 @@ class Options:
     lr: float  # η
     momentum: float  # μ
     damping: float  # λ
+    maximize: bool = False
 
 
 class StepRule:
