@@ -87,7 +87,8 @@ class Curvature:
         dtype = statistics_dtype(self.parameters.values())
         local_output = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         outputs = self.reading.outputs(local_output)
-        data = count_data(outputs, next((t.data for t in tapes if t.data), None))
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(outputs) else count_data(outputs, from_inputs)
         shot = Shot(live, [o.requires_grad for o in found], calls, self.parameters)
         extra = self._per_datum_calls(missed, data) if per_datum else []
         self._learn([*calls, *extra])

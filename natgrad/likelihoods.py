@@ -100,6 +100,10 @@ class Reading:
         """Why the metric depends on the labels, or None where it does not."""
         return None
 
+    def unbatched(self, outputs: Tensors) -> bool:
+        """Whether the output is that of one datum, without a dimension of data."""
+        return False
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())
@@ -145,6 +149,9 @@ class CrossEntropy(Reading):
         if c.weight is not None:
             return "`weight` depends on the labels"
         return None if c.ignore_index == -100 else f"`ignore_index={c.ignore_index}` depends on the labels"
+
+    def unbatched(self, outputs: Tensors) -> bool:
+        return outputs[0].dim() == 1
 
     def rows(self, f: Tensor) -> Tensor:
         """(N, C, d1, …) → (N·d1·…, C)"""

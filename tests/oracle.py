@@ -1,7 +1,7 @@
 """Dense oracles by `torch.func` alone: nothing here imports natgrad.
 
 Every function takes a model, a criterion and a list of batches (x, y), and gives a (P, P) matrix over the flattened
-parameters that require grad, in the order of ``named_parameters``. "Several batches" always means: of all data together.
+parameters that require grad, in the order of ``named_parameters``. "Several batches" means: all data together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, grad, jacrev
 
 Batches = Sequence[tuple[Any, Any]]
 
@@ -64,7 +64,7 @@ def gauss_newton(model: nn.Module, criterion: nn.Module, batches: Batches, outpu
 
 
 def empirical(model: nn.Module, criterion: nn.Module, batches: Batches, output: Any = None) -> Tensor:
-    """(1/m) Σ_n ∇ℓ_n ∇ℓ_nᵀ, ℓ_n the criterion on datum n alone; for "sum" without 1/m. Data: the first dimension of x."""
+    """(1/m) Σ_n ∇ℓ_n ∇ℓ_nᵀ, ℓ_n the criterion on datum n alone; for "sum" without 1/m. Data lie along x's front."""
     theta, f = as_function(model, output)
     total, count = theta.new_zeros(len(theta), len(theta)), 0
     for x, y in batches:
@@ -101,8 +101,8 @@ def fisher(
 
 
 def expected_outer(log_prob: Callable[[Tensor], Tensor], f: Tensor, weights: Tensor) -> Tensor:
-    """Σ_k w_k ∇log p_k ∇log p_kᵀ, log_prob(f) the log probabilities at the nodes of a quadrature, (nodes,)."""
-    scores = jacrev(log_prob)(f).reshape(len(weights), -1)
+    """Σ_k w_k ∇log p_k ∇log p_kᵀ at f (K,); log_prob takes (nodes, K), the k-th row of which belongs to node k."""
+    scores = grad(lambda rows: log_prob(rows).sum())(f.expand(len(weights), -1))
     return (scores * weights[:, None]).mT @ scores
 
 
@@ -199,7 +199,7 @@ def kfac_factors(
         out = model(x).detach()
         groups = a.shape[2]
         for n in range(len(x)):
-            h = hessian(lambda z, n=n, y=y: summed(z.view_as(out[n : n + 1]), y[n : n + 1]))(out[n].reshape(-1))
+            h = hessian(lambda z, n=n, y=y, out=out: summed(z.view_as(out[n : n + 1]), y[n : n + 1]))(out[n].reshape(-1))
             j = jac[n][(slice(None),) * (out.dim() - 1) + (n,)]  # (*output of n, *layer output of n)
             j = j.reshape(out[n].numel(), *jac.shape[out.dim() + 1 :])
             if isinstance(layer, nn.Linear):

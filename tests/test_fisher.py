@@ -192,7 +192,7 @@ def total_mass(criterion: nn.Module, batches: Any) -> float:
     """What the criterion divides by under "mean": read off it, as sum / mean."""
     if criterion.reduction == "sum":
         return 1.0
-    x, y = oracle.together(batches)
+    _, y = oracle.together(batches)
     z = torch.linspace(-1, 1, len(y) * 3, dtype=torch.float64).view(len(y), 3)
     mean = criterion(z, y)
     criterion.reduction = "sum"
