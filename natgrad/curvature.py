@@ -78,6 +78,8 @@ class Curvature:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
+        if not usable(found):
+            return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
         calls = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(calls, missed)
@@ -265,6 +267,11 @@ class Shot:
         held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]
         with torch.autocast(self.live[0].device.type, enabled=False):
             return torch.autograd.grad(self.live, inputs, held, retain_graph=True, allow_unused=True)
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
 
 
 def statistics_dtype(parameters: Any) -> torch.dtype:

@@ -24,7 +24,7 @@ from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
@@ -84,6 +84,9 @@ class Fisher(Metric):
         self.reading = read(criterion)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        for what, given in (("output", output), ("targets", targets)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
         self.model, self.criterion, self.kind = model, criterion, kind
         self.module = unwrapped(model)
         super().__init__(chosen_parameters(self.module, params))
@@ -96,8 +99,8 @@ class Fisher(Metric):
             samples,
             seed,
             self.parameters,
-            by_pattern("structure", structure, tuple(BLOCKS), "kfac"),
-            by_pattern("sharing", sharing, SHARINGS, "expand"),
+            by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
+            by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
         )
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
@@ -140,12 +143,20 @@ class Fisher(Metric):
         tape = Tape(self.parameter_names())
         with torch.random.fork_rng(devices), torch.enable_grad():
             tape.open(args, kwargs)
+            if tape.data == 0:
+                tape.close()
+                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
             try:
                 result = torch.func.functional_call(self.module, buffers, args, kwargs)
             finally:
                 tape.close()
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
+            if not usable(self.reading.outputs(output)):
+                raise ValueError(
+                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
+                    "metric of; nothing was added. Look at the inputs and the parameters"
+                )
             draw = self.curvature.draw(output, targets, [tape], per_datum=True)
         if draw is None:
             raise CaptureError(
@@ -165,7 +176,7 @@ class Fisher(Metric):
                 self.reading.sum_loss(output, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {error}. "
+                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {str(error).rstrip('.')}. "
                 "If the training loop reshapes the output first, do the same in `output=`"
             ) from error
 
@@ -447,19 +458,25 @@ class Fisher(Metric):
         """Take over statistics.
 
         Raises:
-            ValueError: they belong to another model or another kind of metric; the message names the differences.
+            ValueError: they belong to another model or another kind of metric; the message names the differences. The
+                metric stays as it was.
         """
         metric_file.restore(self, state)
 
     def save(self, path: Any) -> None:
-        """Write the statistics to a safetensors file, beside it first and then renamed."""
+        """Write the statistics to a safetensors file, beside it first and then renamed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metric_file.save(self, path)
 
     def load(self, path: Any) -> None:
         """Read statistics that `save` wrote.
 
         Raises:
-            ValueError: the file is cut short, no metric file, or of another model.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
         metric_file.load(self, path)
 
@@ -470,11 +487,23 @@ def choose(what: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
 
 
-def by_pattern(what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str) -> Callable[[str], str]:
-    """Name → option, from one option or from {pattern: option}."""
+def by_pattern(
+    what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str, names: Iterable[str]
+) -> Callable[[str], str]:
+    """Name → option, from one option or from {pattern: option}.
+
+    Raises:
+        TypeError: `given` is neither.
+        ValueError: an option that does not exist, or a pattern that matches no name.
+    """
+    if not isinstance(given, (str, Mapping)):
+        raise TypeError(f"{what} takes one of {known} or {{name pattern: {what}}}, got {describe(given)}")
+    names = list(names)
     rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
-    for value in rules.values():
+    for pattern, value in rules.items():
         choose(what, value, known)
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ValueError(f"{what}: no trainable parameter matches {pattern!r}; there are {names}")
     return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))
 
 

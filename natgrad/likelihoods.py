@@ -219,6 +219,11 @@ class NegativeLogLikelihood(CrossEntropy):
 class Elementwise(Reading):
     """Losses whose terms are the elements of one output, each with curvature c·h."""
 
+    def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        if isinstance(targets, Tensor) and targets.shape != output.shape:
+            raise ValueError("the shapes differ, and broadcasting them would make another loss")
+        return super().sum_loss(output, targets)
+
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         """c·h of each element."""
         raise NotImplementedError

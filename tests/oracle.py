@@ -199,7 +199,9 @@ def kfac_factors(
         out = model(x).detach()
         groups = a.shape[2]
         for n in range(len(x)):
-            h = hessian(lambda z, n=n, y=y, out=out: summed(z.view_as(out[n : n + 1]), y[n : n + 1]))(out[n].reshape(-1))
+            h = hessian(lambda z, n=n, y=y, out=out: summed(z.view_as(out[n : n + 1]), y[n : n + 1]))(
+                out[n].reshape(-1)
+            )
             j = jac[n][(slice(None),) * (out.dim() - 1) + (n,)]  # (*output of n, *layer output of n)
             j = j.reshape(out[n].numel(), *jac.shape[out.dim() + 1 :])
             if isinstance(layer, nn.Linear):

@@ -59,7 +59,7 @@ def on_the_line(to_support: Callable[[Tensor], Tensor]) -> Callable[[td.Distribu
         t, w = oracle.trapezoid(reach=30.0)
         y = to_support(t)
         slope = torch.autograd.functional.jvp(to_support, t, torch.ones_like(t))[1]
-        keep = (slope > 1e-30) & (y < 1)  if to_support is torch.sigmoid else slope > 1e-30
+        keep = (slope > 1e-30) & (y < 1) if to_support is torch.sigmoid else slope > 1e-30
         return y[keep], (w * slope)[keep] * d.log_prob(y[keep]).exp()
 
     return nodes
@@ -215,9 +215,7 @@ def test_empirical_likelihood(reduction: str, close: Close) -> None:
 
 def test_a_likelihood_is_a_loss() -> None:
     f, y = torch.randn(5).double(), torch.randn(5).double()
-    assert torch.allclose(
-        ng.Likelihood(lambda f: td.Normal(f, 1.0), "sum")(f, y), -td.Normal(f, 1.0).log_prob(y).sum()
-    )
+    assert torch.allclose(ng.Likelihood(lambda f: td.Normal(f, 1.0), "sum")(f, y), -td.Normal(f, 1.0).log_prob(y).sum())
 
 
 def test_other_families_are_sampled_and_refused_exactly() -> None:
