@@ -176,8 +176,8 @@ class Fisher(Metric):
                 self.reading.sum_loss(output, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {str(error).rstrip('.')}. "
-                "If the training loop reshapes the output first, do the same in `output=`"
+                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
+                f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
             ) from error
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
