@@ -35,7 +35,7 @@ class Draw:
 
     statistics: list[tuple[Block, Statistics]]
     data: int
-    mass: Tensor | None  # what their sums are divided by; None for a sum
+    masses: dict[str, Tensor]  # what their sums are divided by, for each source of terms; empty for a sum
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Curvature:
         ):
             grads = [*shot.backward(v), *(shot.per_datum(c, v, 1 if apart else data) for c in extra)]
             self._observe(statistics, [*calls, *extra], inputs, grads, 1 if apart else data, mass, source)
-        return Draw(list(statistics.items()), data, mass)
+        return Draw(list(statistics.items()), data, {} if mass is None else {source: mass})
 
     def _observe(
         self,

@@ -28,7 +28,7 @@ from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
-from natgrad.watch import Watcher
+from natgrad.watch import Watcher, unwatched
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -141,7 +141,7 @@ class Fisher(Metric):
         buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
         devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
         tape = Tape(self.parameter_names())
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched():
             tape.open(args, kwargs)
             if tape.data == 0:
                 tape.close()
@@ -215,22 +215,25 @@ class Fisher(Metric):
                 for key, average in new.items():
                     into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
             self.seen += draw.data
-        if not plain:
-            self._share_mass(merged, draws, decay)
+        self._share_masses(merged, draws, decay)
         for block, new in merged.items():
             block.commit(new, decay, plain)
 
-    def _share_mass(self, merged: dict[Block, dict[str, Average]], draws: list[Draw], decay: float | None) -> None:
+    def _share_masses(self, merged: dict[Block, dict[str, Average]], draws: list[Draw], decay: float | None) -> None:
         """Divide every block by the mass of all data, whether they use it or not: its gradient is zero where not."""
+        total: dict[str, Tensor] = {}
+        for source, mass in (item for draw in draws for item in draw.masses.items()):
+            total[source] = mass if source not in total else total[source] + mass
         held = [a for b in self.blocks for key, a in b.statistics.items() if not b.is_mean(key)]
         earlier = held[0].masses if held and decay is None else {}
-        mass = torch.stack([d.mass for d in draws if d.mass is not None]).sum(0)
         for block, new in merged.items():
             for key, average in new.items():
                 if block.is_mean(key):
                     continue
                 late = earlier if key not in block.statistics else {}
-                average.masses = {h: mass + late[h].to(mass) if h in late else mass for h in average.masses}
+                for source in average.masses.keys() & total.keys():
+                    mass = total[source].to(average.sums[source])
+                    average.masses[source] = mass + late[source] if source in late else mass
 
     # what the watcher asks -----------------------------------------------------------------------------
 

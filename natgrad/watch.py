@@ -13,6 +13,9 @@ what they leave on the graph holds statistics only, so no cycle keeps a graph al
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +25,18 @@ from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
+_unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Forward passes in here are a metric's own: no other metric of the model takes them for training."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
 
 
 class Watched(Protocol):
@@ -66,8 +80,8 @@ class Watcher:
 
     def _before(self, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if in_backward() or in_transform():
-            return  # a recomputation of checkpointing, or a transform of torch.func
+        if in_backward() or in_transform() or _unwatched.get():
+            return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self._open is not None:  # the last forward raised
             self.forget()
         if metric is None or not torch.is_grad_enabled() or not metric.wants_statistics():
@@ -100,7 +114,7 @@ class Watcher:
 
     def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
         metric = self._metric()
-        if metric is None or in_backward() or in_transform():
+        if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
             self._inside.append((args, kwargs))
