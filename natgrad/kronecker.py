@@ -54,7 +54,9 @@ def safe_eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     for attempt in range(TRIES):
         try:
-            values, vectors = torch.linalg.eigh(m if attempt == 0 else m + eye * (size * JITTER * 100.0 ** (attempt - 1)))
+            values, vectors = torch.linalg.eigh(
+                m if attempt == 0 else m + eye * (size * JITTER * 100.0 ** (attempt - 1))
+            )
             return values.clamp(min=0), vectors
         except torch.linalg.LinAlgError:
             continue
