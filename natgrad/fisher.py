@@ -304,7 +304,7 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
         self._pending = []
 
     def default_step(self) -> StepRule:
@@ -349,9 +349,9 @@ class Fisher(Metric):
         out = self._like().new_zeros(size, size)
         for block in self._ready():
             where = block.pack(index)
-            eye = torch.eye(where.numel(), dtype=out.dtype, device=out.device).reshape(-1, *where.shape)
+            eye = torch.eye(where.numel(), dtype=block.dtype, device=out.device).reshape(-1, *where.shape)
             rows = where.flatten()
-            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows))
+            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows)).to(out.dtype)
         return out
 
     def diagonal(self) -> Vector:

@@ -184,7 +184,8 @@ def test_partly_uncaptured_use(how: str, structure: str) -> None:
 @pytest.mark.parametrize("how", ["both", "penalty"])
 def test_partly_uncaptured_use_while_training(how: str) -> None:
     model, criterion = Uses(how), nn.MSELoss()
-    ng.NaturalGradient(ng.Fisher(model, criterion))
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    assert opt.refresh_due
     with pytest.raises(CaptureError, match=said("parameter 'fc.weight'", "params=")):
         criterion(model(X), X)
 

@@ -171,7 +171,7 @@ def test_sampled_likelihoods_are_unbiased(family: Family) -> None:
     assert_unbiased(ng.Fisher(model, ng.Likelihood(family.of), structure="dense", samples=4), exact.dense(), x, None)
 
 
-def assert_unbiased(metric: ng.Fisher, expected: Tensor, x: Tensor, y: Tensor | None, count: int = 100) -> None:
+def assert_unbiased(metric: ng.Fisher, expected: Tensor, x: Tensor, y: Tensor | None, count: int = 60) -> None:
     draws = []
     for _ in range(count):
         metric.reset()
