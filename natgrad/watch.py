@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.curvature import Draw
@@ -64,9 +65,11 @@ class Watcher:
             criterion.register_forward_hook(Hook(self._criterion_called, criterion), with_kwargs=True),
         ]
 
+        # a metric that is gone leaves nothing on the model
+        weakref.finalize(metric, remove, self._handles)
+
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self.forget()
 
     def forget(self) -> None:
@@ -143,6 +146,11 @@ class Watcher:
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
         self.tapes = [t for t in self.tapes if not t.drawn]
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class Once:

@@ -238,6 +238,64 @@ def test_reshaped_outputs_are_seen_as_the_criterion_sees_them(close: Close) -> N
     close(metric.dense(), expected, 1e-10)
 
 
+def pair(out: Tensor) -> tuple[Tensor, Tensor]:
+    return out[:, 0], out[:, 1].exp()
+
+
+CALLS: dict[str, tuple[nn.Module, Callable[[Any, Tensor], Tensor], Tensor, Callable[[Tensor], Any]]] = {
+    "keywords": (nn.CrossEntropyLoss(), lambda c, o: c(target=Y, input=o), Y, lambda o: o),
+    "variance": (nn.GaussianNLLLoss(), lambda c, o: c(pair(o)[0], X[:, 0], pair(o)[1]), X[:, 0], pair),
+    "fixed-variance": (
+        nn.GaussianNLLLoss(),
+        lambda c, o: c(o, X, torch.full((4, 1), 0.5).double()),
+        X,
+        lambda o: (o, torch.full((4, 1), 0.5).double()),
+    ),
+    "variance-number": (nn.GaussianNLLLoss(), lambda c, o: c(o, X, 0.5), X, lambda o: (o, 0.5)),
+    "variance-keyword": (nn.GaussianNLLLoss(), lambda c, o: c(o, X, var=0.5), X, lambda o: (o, 0.5)),
+    "likelihood": (
+        ng.Likelihood(lambda f: torch.distributions.Normal(*f)),
+        lambda c, o: c(pair(o), X[:, 0]),
+        X[:, 0],
+        pair,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_ways_to_call_the_criterion(call: Any, kind: str, close: Close) -> None:
+    criterion, loss, labels, output = call
+    model = mlp()
+    metric = driven(model, criterion, kind=kind, structure="dense")
+    loss(criterion, model(X)).backward()
+    assert metric.advance(0.0)
+    close(metric.dense(), dense_of(model, criterion, X, labels, kind=kind, output=output), 1e-12)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return self.body(a + scale * b)
+
+
+def test_inputs_as_tuple_and_dict(close: Close) -> None:
+    model, criterion = Two(), nn.CrossEntropyLoss()
+    expected = dense_of(model.body, criterion, X + 2 * X, kind="exact")
+    for inputs in ((X, X, 2.0), {"a": X, "b": X, "scale": 2.0}):
+        metric = ng.Fisher(model, criterion, kind="exact", structure="dense")
+        metric.update(inputs)
+        close(metric.dense(), expected, 1e-13)
+    metric = ng.Fisher(
+        model, criterion, kind="empirical", structure="dense", targets=lambda given: (given["b"][:, 0] > 0).long()
+    )
+    metric.update({"a": X, "b": X, "scale": 2.0})
+    close(metric.dense(), dense_of(model.body, criterion, 3 * X, (X[:, 0] > 0).long(), kind="empirical"), 1e-13)
+
+
 def test_scaled_losses_give_the_same_metric(close: Close) -> None:
     model, criterion = mlp(), nn.CrossEntropyLoss()
     metric = driven(model, criterion, kind="empirical", structure="dense")
@@ -428,10 +486,12 @@ def test_copies_and_pickles_of_a_watched_model() -> None:
 def test_a_metric_that_is_gone_watches_nothing() -> None:
     model, criterion = mlp(), nn.CrossEntropyLoss()
     metric = driven(model, criterion)
+    assert model._forward_hooks
     gone = weakref.ref(metric)
     del metric
     gc.collect()
     assert gone() is None
+    assert not (model._forward_hooks or model._forward_pre_hooks or criterion._forward_hooks)
     criterion(model(X), Y).backward()
 
 

@@ -204,6 +204,27 @@ def test_independent_and_elementwise_batches(close: Close) -> None:
     close(dense[1], 2 * expected, 1e-10)
 
 
+class MeanAndScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.body(x)
+        return out[:, 0], out[:, 1].exp()
+
+
+def test_outputs_that_are_the_parameters_themselves(close: Close) -> None:
+    """Normal(*output): what the root lives on is an output itself, but only one of two."""
+    model, x = MeanAndScale(), torch.randn(4, 3).double()
+    pairs = ng.Fisher(model, ng.Likelihood(lambda f: td.Normal(*f)), kind="exact", structure="dense")
+    pairs.update(x)
+    joined = ng.Likelihood(lambda f: td.Normal(f[:, 0], f[:, 1].exp()))
+    plain = ng.Fisher(model.body, joined, kind="exact", structure="dense")
+    plain.update(x)
+    close(pairs.dense(), plain.dense(), 1e-12)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_empirical_likelihood(reduction: str, close: Close) -> None:
     model, criterion = mlp(2), ng.Likelihood(lambda f: td.Gamma(f[..., 0].exp(), f[..., 1].exp()), reduction)
