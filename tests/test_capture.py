@@ -491,7 +491,7 @@ def test_a_metric_that_is_gone_watches_nothing() -> None:
     del metric
     gc.collect()
     assert gone() is None
-    assert not (model._forward_hooks or model._forward_pre_hooks or criterion._forward_hooks)
+    assert not {**model._forward_hooks, **model._forward_pre_hooks, **criterion._forward_hooks}
     criterion(model(X), Y).backward()
 
 

@@ -163,6 +163,20 @@ def test_closed_forms_are_expectations(family: Family, reduction: str, close: Cl
     close(metric.dense(), expected, 1e-9)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.family is not td.Laplace], ids=str)  # its KL has |·|
+def test_the_metric_is_the_second_derivative_of_the_kl(family: Family, close: Close) -> None:
+    model, x = mlp(family.outputs, hidden=2), torch.randn(3, 3).double()
+    theta, f = oracle.as_function(model)
+    fixed = family.of(f(theta, x).detach())
+
+    def kl(t: Tensor) -> Tensor:
+        return td.kl_divergence(fixed, family.of(f(t, x))).mean()
+
+    metric = ng.Fisher(model, ng.Likelihood(family.of), kind="exact", structure="dense")
+    metric.update(x)
+    close(metric.dense(), oracle.hessian(kl)(theta), 1e-10)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_sampled_likelihoods_are_unbiased(family: Family) -> None:
     model, x = mlp(family.outputs, hidden=2), torch.randn(3, 3).double()
