@@ -103,7 +103,6 @@ class Slope:
             self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
         if not adapt:
             return
-        h = torch.nan_to_num(h, nan=0.0, posinf=0.0, neginf=0.0)  # a product of huge gradients overflows
         self.square = SLOPE_DECAY * self.square + (1 - SLOPE_DECAY) * h.square()
         self.weight = SLOPE_DECAY * self.weight + 1 - SLOPE_DECAY
         size = (self.square / self.weight).sqrt()

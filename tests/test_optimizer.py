@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -32,7 +33,7 @@ def train(opt: Any, model: nn.Module, steps: int) -> list[float]:
     criterion = getattr(getattr(opt, "metric", None), "criterion", nn.CrossEntropyLoss())
     losses = []
     for i in range(steps):
-        opt.zero_grad()
+        model.zero_grad()  # not the optimizer's, which would forget statistics too
         loss = criterion(model(X + 0.1 * i), Y)
         loss.backward()
         opt.step()
@@ -248,27 +249,21 @@ def test_the_first_step_may_be_bad() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_large_gradient_is_finite() -> None:
-    model = nn.Linear(3, 1)
-    opt = ng.NaturalGradient(ng.Euclidean(model), lr=1e-30)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 1e30)  # its square is beyond float32
-    before = flat(model)
-    opt.step()
-    assert opt.info["skipped"] == 0
-    assert not torch.equal(flat(model), before)
-
-
-def test_a_huge_gradient_leaves_no_trace_in_the_step_length() -> None:
+def test_a_gradient_whose_norm_overflows_is_skipped_too() -> None:
+    """Its momentum would hold every later step back."""
     model = mlp().float()
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
-    for i in range(6):
+    lengths = []
+    for i in range(8):
         opt.zero_grad()
         out = model(X.float())
         (nn.functional.mse_loss(out, torch.zeros_like(out)) * (1e25 if i == 2 else 1.0)).backward()
-        opt.step()
+        with pytest.warns(UserWarning, match="skipped") if i == 2 else contextlib.nullcontext():
+            opt.step()
+        lengths.append(opt.info["step_length"])
     assert bool(torch.isfinite(flat(model)).all())
-    assert opt.info["step_length"] == opt.info["step_length"]
+    assert opt.info["skipped"] == 1
+    assert len(set(lengths[-4:])) == 4  # it still learns
 
 
 def test_without_any_gradient_nothing_happens() -> None:
