@@ -286,8 +286,9 @@ class Skips:
 
 
 def all_finite(df: Mapping[str, Tensor]) -> Tensor:
-    """Whether every norm is finite, a scalar tensor. A norm takes one pass and no temporaries; where it overflows and no
-    entry does, the gradient is as useless.
+    """Whether every norm is finite, a scalar tensor.
+
+    A norm takes one pass and no temporaries; where it overflows and no entry does, the gradient is as useless.
     """
     return torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all()
 
