@@ -304,7 +304,9 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its
+        place.
+        """
         self._pending = []
 
     def default_step(self) -> StepRule:
