@@ -35,8 +35,14 @@ class SearchRule(StepRule):
     """What the rules below share: one η, μ and λ for all parameters, and the descent direction."""
 
     def options(self, options: Mapping[str, Options]) -> tuple[float, float, float]:
-        """η, μ, λ"""
+        """η, μ, λ
+
+        Raises:
+            ValueError: they differ between parameter groups, or the loss is to be maximised.
+        """
         values = options.values()
+        if any(o.maximize for o in values):
+            raise ValueError(f"{type(self).__name__} lowers the loss: negate the loss instead of maximize=True")
         return (
             one_value({o.lr for o in values}, "lr"),
             one_value({o.momentum for o in values}, "momentum"),

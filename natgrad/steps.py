@@ -34,7 +34,7 @@ class Along(NamedTuple):
     length: float
 
 
-Increments = dict[str, Tensor | Along]
+Increments = Mapping[str, Tensor | Along]
 
 
 class StepRule:

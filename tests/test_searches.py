@@ -236,6 +236,14 @@ def test_parameter_groups_must_agree():
         GridSearch().options({"a": Options(1.0, 0.0, 1e-3), "b": Options(1.0, 0.0, 1e-2)})
 
 
+def test_maximising_is_refused():
+    net = nn.Linear(2, 1).double()
+    opt = ng.NaturalGradient(ng.Euclidean(net), step=TrustRegion(), maximize=True)
+    net(torch.ones(1, 2).double()).sum().backward()
+    with pytest.raises(ValueError, match="TrustRegion lowers the loss"):
+        opt.step()
+
+
 def test_functional_call_sees_the_searched_point():
     net, metric, batch = rosenbrock()
     metric.observe(batch)
