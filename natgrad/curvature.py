@@ -108,6 +108,8 @@ class Curvature:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
+        if not usable(found):
+            return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
         noted = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(noted, missed, any(tape.differentiated for tape in tapes))
@@ -115,7 +117,8 @@ class Curvature:
             tape.drawn = True
 
         dtype = statistics_dtype(self.parameters.values())
-        data = count_data(found, next((t.data for t in tapes if t.data), None))
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(self.reading.outputs(output)) else count_data(found, from_inputs)
         local = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         extra = self._per_datum_calls(missed, data) if per_datum else []
         calls = self._learn([*noted, *extra])
@@ -131,7 +134,8 @@ class Curvature:
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
     ) -> Part:
-        outputs, attached = reading.outputs(local), reading.outputs(output)
+        attached = reading.outputs(output)
+        outputs = reading.outputs(local)  # last: the reading remembers what it was shown
         shot = Shot(
             [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters
         )
@@ -165,7 +169,7 @@ class Curvature:
                     held.setdefault(key, type(average)()).merge(average, known and not block.is_mean(key))
             counted |= {i for i, g in enumerate(grads) if g is not None}
         if not twice:
-            return list(statistics.items())
+            return [(block, new) for block, new in statistics.items() if new]
         plain = self.reading.reduction == "sum"
         for block in twice:
             block.between_looks(statistics[block], settled, plain)
@@ -175,7 +179,7 @@ class Curvature:
         for part, grads in kept or self._passes(parts):
             for block, uses, like in self._uses(twice, part, calls, grads, dtype, counted):
                 block.observe_again(statistics[block], uses, part.mass, part.source, like)
-        return list(statistics.items())
+        return [(block, new) for block, new in statistics.items() if new]
 
     def _passes(self, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Tensor | None]]]:
         """One backward pass after another: gradients at the calls."""
@@ -399,6 +403,11 @@ class Shot:
                 "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
                 "context_fn, or take the metric with update() on a model without it"
             ) from error
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
 
 
 def statistics_dtype(parameters: Any) -> torch.dtype:

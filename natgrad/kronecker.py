@@ -28,24 +28,24 @@ class FactorisationError(RuntimeError):
 
 
 def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (groups, d, d), or its diagonal (groups, d)."""
+    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (…, d, d), or its diagonal (…, 1, d)."""
     return times(left_times(u, x), v)
 
 
 def left_times(u: Tensor, x: Tensor) -> Tensor:
-    return u[..., :, None] * x if is_diagonal(u) else u @ x
+    return u.mT * x if is_diagonal(u) else u @ x
 
 
 def times(x: Tensor, v: Tensor) -> Tensor:
-    return x * v[..., None, :] if is_diagonal(v) else x @ v
+    return x * v if is_diagonal(v) else x @ v
 
 
 def is_diagonal(side: Tensor) -> bool:
-    return side.dim() == 2
+    return side.shape[-2] == 1
 
 
 def diagonal_of(side: Tensor) -> Tensor:
-    return side if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
+    return side[..., 0, :] if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
 
 
 def trace_of(side: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def trace_of(side: Tensor) -> Tensor:
 
 def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues (groups, d) and eigenvectors; None where the side is diagonal: the axes themselves."""
-    return (side.clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
+    return (diagonal_of(side).clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
 
 
 def symmetrise(m: Tensor) -> Tensor:
@@ -80,7 +80,9 @@ def safe_eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     for attempt in range(TRIES):
         try:
-            values, vectors = torch.linalg.eigh(m if attempt == 0 else m + eye * (size * JITTER * 100.0**attempt))
+            values, vectors = torch.linalg.eigh(
+                m if attempt == 0 else m + eye * (size * JITTER * 100.0 ** (attempt - 1))
+            )
             return values.clamp(min=0), vectors
         except torch.linalg.LinAlgError:
             continue
@@ -95,7 +97,7 @@ def safe_eigh(m: Tensor) -> tuple[Tensor, Tensor]:
 def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     """(M + damping·I)⁻¹ of a positive semi-definite stack, by Cholesky. `damping` broadcasts over the stack.
 
-    The ladder: symmetrise → as it is → jitter → float64 eigenvalues, clamped at zero.
+    The ladder: symmetrise → as it is → float64 eigenvalues, clamped at zero. No jitter: the damping is exact.
 
     Raises:
         FactorisationError: the matrix holds NaN or Inf.
@@ -103,14 +105,9 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     m = finite(symmetrise(m))
     damping = torch.as_tensor(damping, dtype=m.dtype, device=m.device)
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    damped = m + eye * damping[..., None, None]
-    size = mean_eigenvalue(damped)[..., None, None]
-    for attempt in range(TRIES):
-        lower, info = torch.linalg.cholesky_ex(
-            damped if attempt == 0 else damped + eye * (size * JITTER * 100.0**attempt)
-        )
-        if not bool(info.any()):
-            return torch.cholesky_inverse(lower)
+    lower, info = torch.linalg.cholesky_ex(m + eye * damping[..., None, None])
+    if not bool(info.any()):
+        return torch.cholesky_inverse(lower)
     values, vectors = safe_eigh(m.double())
     return ((vectors / (values + damping.double()[..., None])[..., None, :]) @ vectors.mT).to(m.dtype)
 
