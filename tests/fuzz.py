@@ -257,10 +257,8 @@ def try_one(spec: Spec) -> str:
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     loss, y = CRITERIA[spec.criterion](spec.reduction, model(x).detach())
-    if spec.kind == "exact":
-        expected = gauss_newton(model, loss, x, y)
-    else:
-        expected = empirical(model, loss, x, y, spec.data)
+    exact = spec.kind == "exact"
+    expected = gauss_newton(model, loss, x, y) if exact else empirical(model, loss, x, y, spec.data)
     found = {}
     try:
         for structure in ("dense", "ekfac", "kfac"):
