@@ -18,6 +18,7 @@ LEVELS = {
     "kronecker": 0,
     "coverage": 0,
     "runs": 0,
+    "jet": 0,
     "operators": 0,
     "solvers": 0,
     "metric": 1,
