@@ -11,6 +11,7 @@ has seen: it is how a parameter used by other means is found instead of silently
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -115,15 +116,19 @@ class Tape:
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
             return
-        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
+        if not any(t.requires_grad for t in claimed):
+            return
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         self.behind[edge] = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.calls.append(Call(op_name(func), weight, bias, parsed.view, parsed.x.detach(), edge))
 
     def piece(self, w: Any) -> Piece | None:
         """The parameter of interest that `w` is, a row slice or a cast of one; None for anything else."""
-        if not isinstance(w, Tensor) or not w.requires_grad:
+        if not isinstance(w, Tensor):
             return None
+        if not w.requires_grad:  # frozen after the metric was made: its layer keeps its shape
+            return Piece(self.names[id(w)]) if id(w) in self.names else None
         p = leaf_behind(w)
         name = None if p is None else self.names.get(id(p))
         if p is None or name is None:
@@ -243,8 +248,33 @@ def same_place(a: Tensor, b: Tensor) -> bool:
     return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
-Listener = Callable[..., None]
+class Expected:
+    """Whether some metric wants statistics of the coming forward passes.
 
+    Compiled code that holds hooks of ours guards on this: refresh steps run their hooks in Python, all others run one
+    graph without them.
+    """
+
+    def __init__(self) -> None:
+        self.due = False
+        self.run: Any = None  # runs a hook outside the graph
+        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def tell(self, metric: Any, due: bool) -> None:
+        (self._waiting.add if due else self._waiting.discard)(metric)
+        self.due = len(self._waiting) > 0
+
+
+EXPECTED = Expected()
+
+
+def arm() -> None:
+    """Make `Expected.run`, at the time a graph is traced: earlier, it would import the compiler for everybody."""
+    if EXPECTED.run is None:
+        EXPECTED.run = torch.compiler.disable(Hook.run)
+
+
+arm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing, not traced
 
 class Hook:
     """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
@@ -253,14 +283,18 @@ class Hook:
     """
 
     def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
-        import weakref
-
         self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
         self._module = weakref.ref(module) if module is not None else (lambda: None)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
+            if EXPECTED.due:
+                arm()
+                EXPECTED.run(self, module, *args)
             return
+        self.run(module, *args)
+
+    def run(self, module: nn.Module, *args: Any) -> None:
         method = self._method()
         if method is not None and self._module() is module:
             method(*args)

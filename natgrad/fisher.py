@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
-from natgrad.capture import CaptureError, Tape
+from natgrad.capture import EXPECTED, CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
 from natgrad.likelihoods import read
@@ -210,6 +210,9 @@ class Fisher(Metric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
+        if self._pending and all(p.grad is None for p in self.parameters.values()):
+            # a step that did not take place (GradScaler skips it), cleared by model.zero_grad() and not by the optimizer
+            self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
     def parameter_names(self) -> dict[int, str]:
@@ -238,12 +241,16 @@ class Fisher(Metric):
                 self.parameters.clear()  # in place: the curvature holds this dictionary too
                 self.parameters.update(ordered)
                 self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                self.curvature.forget_layer_of(name)
                 return name
         return None
 
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
+
+    def expect(self, due: bool) -> None:
+        EXPECTED.tell(self, due)
 
     needs_refresh = True
 
@@ -260,7 +267,7 @@ class Fisher(Metric):
         counted.
         """
         sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
-        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
             return True
         if not self.dropped:
             warnings.warn(

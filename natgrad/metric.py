@@ -149,6 +149,9 @@ class Metric:
     def drive(self, driver: Any) -> None:
         """Called once by the optimizer that will step along this metric."""
 
+    def expect(self, due: bool) -> None:
+        """Told by the optimizer, after each step, whether the next forward passes are to refresh the metric."""
+
     def advance(self, decay: float) -> bool:
         """Called by the optimizer once a step, before it asks for a direction; whether the metric changed.
 

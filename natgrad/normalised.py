@@ -12,7 +12,7 @@ blocks and follows the slope h = ⟨g_{t+1}, Δ_t⟩ that a *fresh* batch finds 
 
 while it points down s grows, once it points up s shrinks (the sign of the learning-rate derivative of Baydin et al.
 2018, arXiv:1703.04782, normalised). Damping is relative to the mean eigenvalue of each factor. Parameters without
-curvature follow Adam (Kingma & Ba 2015, arXiv:1412.6980) at a matching rate.
+curvature follow Adam at a matching rate (`natgrad.adam`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.adam import Adam
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric, Vector
@@ -35,8 +36,6 @@ SLOPE_CLIP = 2.0
 SLOPE_DECAY = 0.95
 SCALE_RANGE = (0.01, 4.0)  # of s
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPS = 1e-8
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
 
@@ -82,13 +81,6 @@ class BlockState:
 
 
 @dataclass
-class AdamState:
-    first: Tensor
-    second: Tensor
-    steps: int = 0
-
-
-@dataclass
 class Slope:
     """s, and the moving average of h² that it is judged by; scalar tensors, so that no step waits for the device."""
 
@@ -130,7 +122,7 @@ class NormalisedStep(StepRule):
         super().__init__()
         self.lr, self.momentum, self.damping, self.adapt = lr, momentum, damping, adapt
         self._blocks: dict[str, BlockState] = {}
-        self._adam: dict[str, AdamState] = {}
+        self._adam = Adam()
         self._slope: Slope | None = None
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
@@ -149,13 +141,13 @@ class NormalisedStep(StepRule):
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
-                out[n] = self._adam_step(n, g, options[n], scale)
+                out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE * scale)
         self._tell(options, scale)
         return {n: d for n, d in out.items() if n in df}
 
     def _state(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
-        if key not in self._blocks:
+        if key not in self._blocks or self._blocks[key].momentum.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g))
         return self._blocks[key]
 
@@ -208,30 +200,20 @@ class NormalisedStep(StepRule):
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }
 
-    def _adam_step(self, name: str, g: Tensor, option: Options, scale: Tensor) -> Tensor:
-        b1, b2 = ADAM_BETAS
-        state = self._adam.setdefault(name, AdamState(torch.zeros_like(g), torch.zeros_like(g)))
-        state.steps += 1
-        state.first.lerp_(g, 1 - b1)
-        state.second.mul_(b2).addcmul_(g, g, value=1 - b2)
-        denominator = (state.second / (1 - b2**state.steps)).sqrt_().add_(ADAM_EPS)
-        return state.first / denominator * (-option.lr * VECTOR_SHARE / (1 - b1**state.steps)) * scale
-
     def state_dict(self) -> dict[str, Any]:
         blocks = {
             k: {"momentum": s.momentum, "steps": s.steps, "direction": s.direction, "length": s.length}
             for k, s in self._blocks.items()
         }
-        adam = {n: {"first": s.first, "second": s.second, "steps": s.steps} for n, s in self._adam.items()}
         return {
             "blocks": blocks,
-            "adam": adam,
+            "adam": self._adam.state_dict(),
             "slope": None if self._slope is None else dict(vars(self._slope)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
-        self._adam = {n: AdamState(**s) for n, s in state["adam"].items()}
+        self._adam.load_state_dict(state["adam"])
         self._slope = None if state["slope"] is None else Slope(**state["slope"])
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from natgrad.averages import WeightAverage
+from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule
 
@@ -39,6 +42,8 @@ class NaturalGradient(torch.optim.Optimizer):
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
             that none names form the first group.
         maximize: climb instead of descend.
+        average: decay of an exponential average of the weights, to evaluate by inside ``with opt.averaged():``; None
+            keeps none.
 
     Raises:
         TypeError: `metric` is no `Metric`.
@@ -56,6 +61,7 @@ class NaturalGradient(torch.optim.Optimizer):
         refresh: int = 20,
         groups: Iterable[Mapping[str, Any]] = (),
         maximize: bool = False,
+        average: float | None = None,
     ) -> None:
         if not isinstance(metric, Metric):
             raise TypeError(
@@ -65,6 +71,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if not isinstance(refresh, int) or refresh < 1:
             raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
+        self.steps = self.refreshes = self._next_refresh = 0
+        self.refreshed = False
         self.rule = metric.default_step() if step is None else step
         self.refresh = refresh
         defaults = {
@@ -74,14 +82,14 @@ class NaturalGradient(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
+        self._average = None if average is None else WeightAverage(average)
+        self._showing_average = False
         self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
         super().__init__(split_groups(metric.parameters, groups), defaults)
-        self.steps = self.refreshes = 0
-        self.refreshed = False
-        self._next_refresh = 0
         self._skips = Skips()
         self._spent, self._started = 0.0, time.perf_counter()
         metric.drive(self)
+        metric.expect(self.refresh_due)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: thawed ones of the metric's model, or foreign ones, which are trained without curvature.
@@ -95,6 +103,9 @@ class NaturalGradient(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p not in self._name_of:
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
+                self._next_refresh = 0  # the metric knows nothing of it yet
+        if self._average is not None:
+            self._average.include({self._name_of[p]: p for p in group["params"]})
 
     @property
     def refresh_due(self) -> bool:
@@ -102,19 +113,24 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.steps >= self._next_refresh
 
     @torch.no_grad()
-    def step(self, arg: Any = None) -> Tensor | None:  # type: ignore[override]
-        """One step.
+    def step(self, arg: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Ctrl-C during it is held back until it is complete.
 
         Args:
             arg: None where ``loss.backward()`` was called; a callable is a closure that returns the loss after calling
                 ``backward``; anything else is a batch for a metric that makes its own gradient.
+            closure: the same as a callable `arg`, for trainers that pass it by name.
 
         Raises:
             TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
-            RuntimeError: no forward pass was seen that the metric could be taken from.
+            RuntimeError: no forward pass was seen that the metric could be taken from, or the averaged weights are in
+                place.
             FloatingPointError: the gradient was not finite for many steps in a row.
         """
-        loss: Tensor | None = None
+        if self._showing_average:
+            raise RuntimeError("step() inside `with opt.averaged():` would train the average; leave the block first")
+        arg = arg if closure is None else closure
+        loss: Any = None
         if callable(arg):
             with torch.enable_grad():
                 loss = arg()
@@ -123,9 +139,10 @@ class NaturalGradient(torch.optim.Optimizer):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
-            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None}
+            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
         if df:
-            self._step(df)
+            with uninterrupted():
+                self._step(df)
         self._spent += time.perf_counter() - began
         return loss
 
@@ -139,7 +156,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.refreshed = False
             return
         self._advance()
-        on_host = fine.device.type == "cpu"  # known to be fine by now; elsewhere a bad step is masked on the device
+        on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         increments = self.rule.update(self.metric, df, options)
@@ -150,6 +167,9 @@ class NaturalGradient(torch.optim.Optimizer):
                     if group["weight_decay"]:
                         delta = delta - p * (group["lr"] * group["weight_decay"])
                     p.add_(delta)
+        if self._average is not None:
+            self._average.follow({n: p for p, n in self._name_of.items()})
+        self.metric.expect(self.refresh_due)
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -173,6 +193,33 @@ class NaturalGradient(torch.optim.Optimizer):
         """Clear gradients, and drop statistics of a backward pass that no step followed."""
         super().zero_grad(set_to_none)
         self.metric.discard_pending()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights stand in the model inside the block, the trained ones after it.
+
+        Buffers are those of training; batch normalisation layers want theirs recomputed on some data
+        (``torch.optim.swa_utils.update_bn``).
+
+        Raises:
+            ValueError: the optimizer keeps no average.
+        """
+        if self._average is None:
+            raise ValueError("this optimizer keeps no average; construct it with average=0.98, for instance")
+        trained = {p: p.detach().clone() for p in self._name_of}
+        self._showing_average = True
+        try:
+            self._write({p: self._average.values[n] for p, n in self._name_of.items()})
+            yield
+        finally:
+            self._write(trained)
+            self._showing_average = False
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[Tensor, Tensor]) -> None:
+        with uninterrupted():
+            for p, value in values.items():
+                p.copy_(value)
 
     def _options(self) -> dict[str, Options]:
         return {
@@ -206,11 +253,13 @@ class NaturalGradient(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``."""
         state = super().state_dict()
+        average = self._average
         state["natgrad"] = {
             "steps": self.steps,
             "refreshes": self.refreshes,
             "next_refresh": self._next_refresh,
             "skipped": self._skips.total,
+            "average": None if average is None else {"steps": average.steps, "values": dict(average.values)},
             "rule": type(self.rule).__name__,
             "rule_state": self.rule.state_dict(),
             "metric": self.metric.state_dict(),
@@ -221,7 +270,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Continue from `state_dict`, bit for bit.
 
         Raises:
-            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule.
+            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule; nothing has
+                changed then.
         """
         mine = state_dict.get("natgrad")
         if mine is None:
@@ -230,12 +280,24 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(
                 f"the state is of the step rule {mine['rule']}, this optimizer has {type(self.rule).__name__}"
             )
-        self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
-        # tensors of ours keep their own dtype; torch would cast them to the parameter's, so they are not in `state`
-        self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
-        self.steps, self.refreshes = mine["steps"], mine["refreshes"]
-        self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+        sizes, theirs = ([len(g["params"]) for g in d["param_groups"]] for d in (self.__dict__, state_dict))
+        if sizes != theirs:
+            raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
+        if (mine["average"] is None) != (self._average is None):
+            here, there = ("none", "one") if self._average is None else ("one", "none")
+            raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
+        with uninterrupted():
+            self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
+            self.metric.discard_pending()
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
+            # tensors of ours keep their own dtype; torch would cast them to the parameter's: they are not in `state`
+            self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
+            if self._average is not None:
+                self._average.steps = mine["average"]["steps"]
+                self._average.values = {n: a.clone() for n, a in mine["average"]["values"].items()}
+            self.steps, self.refreshes = mine["steps"], mine["refreshes"]
+            self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+            self.metric.expect(self.refresh_due)
 
 
 class Skips:
@@ -250,8 +312,7 @@ class Skips:
 
     def count(self, fine: Tensor, read: bool) -> bool:
         """Whether this step is known to be bad. `read`: the device may be waited for."""
-        if fine.device.type == "cpu":
-            # no dispatch and no device to wait for: the memory is ours
+        if free_to_read(fine):
             return self._seen(0 if bool(fine.numpy()) else 1)
         bad = (~fine).to(torch.int32)
         self._unread = bad if self._unread is None else self._unread + bad
@@ -280,6 +341,11 @@ class Skips:
                 "that gives it (torch.autograd.set_detect_anomaly)"
             )
         return True
+
+
+def free_to_read(t: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device: on the host the memory is ours."""
+    return t.device.type == "cpu"
 
 
 def all_finite(df: Mapping[str, Tensor]) -> Tensor:

@@ -85,7 +85,8 @@ class Watcher:
             return
         tape.close()
         metric = self._metric()
-        if output is None or metric is None or not tape.calls:  # None: forward raised
+        leaves = [t for t in leaves_of(output) if t.requires_grad]
+        if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
         self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
         inside, self._inside = self._inside, []
@@ -94,9 +95,8 @@ class Watcher:
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, tape)
-            for t in leaves_of(output):
-                if t.requires_grad:
-                    t.register_hook(fire)
+            for t in leaves:
+                t.register_hook(fire)
 
     def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
         metric = self._metric()
