@@ -16,6 +16,7 @@ from torch import Tensor
 
 BETAS = (0.9, 0.999)  # the paper's
 EPS = 1e-8
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Adam:
     def direction(self, name: str, g: Tensor) -> Tensor:
         """d after taking in g, shaped like g and of the moments' dtype."""
         b1, b2 = BETAS
-        g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
+        g = g.float() if g.dtype in HALF else g
         m = self._moments.get(name)
         if m is None:
             m = self._moments[name] = Moments(torch.zeros_like(g), torch.zeros_like(g))

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from natgrad.adam import HALF
+
 
 class WeightAverage:
     """θ̄ ← θ̄ + max(1 − decay, 1/n) (θ − θ̄) after step n. Half-precision weights are averaged in float32."""
@@ -26,8 +28,7 @@ class WeightAverage:
     def include(self, parameters: Mapping[str, Tensor]) -> None:
         """Begin to average these, from where they are."""
         for n, p in parameters.items():
-            half = p.dtype in (torch.float16, torch.bfloat16)
-            self.values.setdefault(n, p.detach().float() if half else p.detach().clone())
+            self.values.setdefault(n, p.detach().float() if p.dtype in HALF else p.detach().clone())
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Take in the weights after a step."""

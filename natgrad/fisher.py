@@ -249,6 +249,9 @@ class Fisher(Metric):
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
 
+    def without_curvature(self) -> set[str]:
+        return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
+
     def expect(self, due: bool) -> None:
         EXPECTED.tell(self, due)
 

@@ -162,6 +162,10 @@ class Metric:
     def discard_pending(self) -> None:
         """Drop statistics gathered since the last `advance`."""
 
+    def without_curvature(self) -> set[str]:
+        """Names of parameters on which the metric is not defined; the optimizer trains them by an Adam-like rule."""
+        return set()
+
     def include(self, parameter: Tensor) -> str | None:
         """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""
         return None
