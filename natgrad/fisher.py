@@ -255,7 +255,10 @@ class Fisher(Metric):
     def expect(self, due: bool) -> None:
         EXPECTED.tell(self, due)
 
-    needs_refresh = True
+    @property
+    def needs_refresh(self) -> bool:
+        return not self.dropped  # statistics that were dropped will come again
+
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""

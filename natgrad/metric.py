@@ -144,7 +144,10 @@ class Metric:
 
     # what the optimizer asks for -----------------------------------------------------------------------
 
-    needs_refresh = False  # whether the optimizer must have seen statistics before its first step
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether the optimizer must have seen statistics before its first step."""
+        return False
 
     def drive(self, driver: Any) -> None:
         """Called once by the optimizer that will step along this metric."""

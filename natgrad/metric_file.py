@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def tuples(value: Any) -> Any:
 
 def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     there = json.loads(state["about"])
-    refuse_differences(about(metric), there)
+    refuse_differences(about(metric), there, structures(metric, there))
     from natgrad.curvature import BLOCKS
 
     shapes = metric.curvature.layers.shapes
@@ -110,7 +110,19 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
 
 
-def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+def structures(metric: Fisher, there: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(parameter, structure asked for here, structure in the state) of each block in the state."""
+    found = []
+    for block in there["blocks"]:
+        first = block["layers"][0]
+        name = (first["weight"] or first["biases"][0])[0]
+        found.append((name, metric.curvature.structure_of(name), block["structure"]))
+    return found
+
+
+def refuse_differences(
+    here: Mapping[str, Any], there: Mapping[str, Any], structures: Sequence[tuple[str, str, str]]
+) -> None:
     """Raise a ValueError that names what differs."""
     if there.get("format") != FORMAT:
         raise ValueError(
@@ -131,6 +143,11 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
         f"{k} is {here[k]!r} here and {there[k]!r} in the state"
         for k in ("kind", "criterion", "reduction")
         if here[k] != there[k]
+    ]
+    said += [
+        f"the block of {name} is {mine!r} here and {theirs!r} in the state"
+        for name, mine, theirs in structures
+        if mine != theirs
     ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))

@@ -55,6 +55,24 @@ class BlockState:
 
     failures: int = 0  # factorisations in a row that failed
 
+    def state_dict(self) -> dict[str, Any]:
+        """Without the inverse, which the statistics give again, unless an older one is in force."""
+        state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
+        if self.failures and self.inverse is not None:
+            kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
+            state.update(failures=self.failures, kept=kept)
+        return state
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> BlockState:
+        state = dict(state)
+        kept = state.pop("kept", None)
+        if kept is not None:
+            types = {c.__name__: c for c in Inverse.__subclasses__()}
+            state["inverse"] = types[kept["type"]](**kept["tensors"])
+            state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
+        return cls(**state)
+
     def refresh(self, block: Block, damping: float) -> Inverse:
         """The inverse for the block's present statistics; the last good one where it cannot be had.
 
@@ -201,18 +219,14 @@ class NormalisedStep(StepRule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        blocks = {
-            k: {"momentum": s.momentum, "steps": s.steps, "direction": s.direction, "length": s.length}
-            for k, s in self._blocks.items()
-        }
         return {
-            "blocks": blocks,
+            "blocks": {k: s.state_dict() for k, s in self._blocks.items()},
             "adam": self._adam.state_dict(),
             "slope": None if self._slope is None else dict(vars(self._slope)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
+        self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
         self._adam.load_state_dict(state["adam"])
         self._slope = None if state["slope"] is None else Slope(**state["slope"])
 

@@ -78,7 +78,7 @@ class Descent:
             mu = options[n].momentum
             if mu:
                 full[n] = self._buffer[n] = g.clone() if n not in self._buffer else self._buffer[n].mul_(mu).add_(g)
-        raised = metric.sharp(full, damping)
+        raised = metric.sharp(full, damping) if len(bare) < len(full) else {}
         out = {n: raised[n] for n in df if n in raised and n not in bare}
         rest = [n for n in df if n not in out]
         if rest:
