@@ -72,6 +72,11 @@ class Curvature:
             CaptureError: a parameter is used both by covered and by uncovered ops.
             ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
         """
+        device = next(iter(self.parameters.values())).device
+        with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
+            return self._draw(output, targets, tapes, per_datum)
+
+    def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
         found = self.reading.outputs(output)
         live = [o for o in found if o.requires_grad]
         reached, missed = coverage_walk(live, tapes)

@@ -24,7 +24,7 @@ from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import EXPECTED, CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
@@ -264,6 +264,9 @@ class Fisher(Metric):
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = [d for d in self._pending if self._usable(d)], []
         self._watcher.forget()
+        dtype = statistics_dtype(self.parameters.values())
+        for block in self.blocks:
+            block.move(self.parameters[block.names[0]].device, dtype)
         if draws:
             self._commit(draws, decay)
         return bool(draws)
@@ -325,7 +328,7 @@ class Fisher(Metric):
         df = self.check(df, "df")
         out = {n: t / damping for n, t in df.items()}  # where the metric is zero
         for block in self._ready():
-            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
+            block.unpack(block.kept_inverse(damping).apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:

@@ -108,6 +108,10 @@ class Slope:
     ratio: Tensor | None = None  # fresh slope over the slope the step was taken at
     taken: Tensor | None = None  # ⟨g_t, Δ_t⟩
 
+    def move(self, device: torch.device) -> None:
+        if self.scale.device != device:
+            self.scale, self.square, self.taken = self.scale.to(device), self.square.to(device), None
+
     def learn(self, h: Tensor, adapt: bool) -> None:
         if self.taken is not None:
             self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
@@ -167,12 +171,17 @@ class NormalisedStep(StepRule):
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].momentum.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g))
-        return self._blocks[key]
+        state = self._blocks[key]
+        if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
+            state.momentum = state.momentum.to(g)
+            state.direction = state.length = None
+        return state
 
     def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
         """Let s learn from the slope that this batch finds along the last step."""
         if self._slope is None:
             self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
+        self._slope.move(grads[0].device)
         parts = [
             dot(g, s.direction) * s.length
             for s, g in zip(states, grads)

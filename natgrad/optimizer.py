@@ -309,22 +309,25 @@ class Skips:
         self.total = 0
         self.in_a_row = 0
         self._unread: Tensor | None = None  # bad steps on the device since the count was last read
+        self._run: Tensor | None = None  # and those in a row up to now
 
     def count(self, fine: Tensor, read: bool) -> bool:
         """Whether this step is known to be bad. `read`: the device may be waited for."""
         if free_to_read(fine):
-            return self._seen(0 if bool(fine.numpy()) else 1)
+            bad = not bool(fine.numpy())
+            return self._seen(int(bad), self.in_a_row + 1 if bad else 0)
         bad = (~fine).to(torch.int32)
         self._unread = bad if self._unread is None else self._unread + bad
+        self._run = bad if self._run is None else (self._run + bad) * bad
         if not read:
             return False
-        behind, self._unread = int(self._unread), None
-        self._seen(behind)
-        return behind > 0 and not bool(fine)
+        behind, in_a_row, self._unread = int(self._unread), int(self._run), None
+        self._seen(behind, in_a_row)
+        return in_a_row > 0
 
-    def _seen(self, bad: int) -> bool:
+    def _seen(self, bad: int, in_a_row: int) -> bool:
+        self.in_a_row = in_a_row
         if not bad:
-            self.in_a_row = 0
             return False
         if not self.total:
             warnings.warn(
@@ -333,7 +336,6 @@ class Skips:
                 stacklevel=6,
             )
         self.total += bad
-        self.in_a_row += bad
         if self.in_a_row >= PATIENCE:
             raise FloatingPointError(
                 f"the gradient held NaN or Inf for {self.in_a_row} steps in a row; lower lr or look for the "
