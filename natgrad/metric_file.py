@@ -106,6 +106,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
+    metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
     for device, saved in state.get("generators", {}).items():
         metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
 
