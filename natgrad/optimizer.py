@@ -22,7 +22,7 @@ from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule
 
-GAP_GROWTH = 4  # the gap between refreshes is a quarter of the steps taken, up to `refresh`
+GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
