@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.averages import WeightAverage
+from natgrad.weight_average import WeightAverage
 from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule
