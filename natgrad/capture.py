@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from natgrad.compiled import EXPECTED, go_on_in_python
 from natgrad.ops import RULES, Parsed, View, op_name
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
@@ -112,6 +113,7 @@ class Tape:
 
     def note(self, func: Any, parsed: Parsed, out: Tensor) -> None:
         """Keep a call if its weight or bias is a parameter of interest."""
+        refuse_selective_checkpointing()
         weight, bias = self.piece(parsed.weight), self.piece(parsed.bias)
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
@@ -172,6 +174,15 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
             entered.add(node)
             todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
     return reached, list(missed.values())
+
+
+def refuse_selective_checkpointing() -> None:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(type(m).__name__ == "_CachingTorchDispatchMode" for m in modes):
+        raise CaptureError(
+            "the model uses selective activation checkpointing, whose regions can be backpropagated once only, and the "
+            "metric needs a backward pass of its own; use checkpoint(…, use_reentrant=False) without context_fn"
+        )
 
 
 def refuse_opaque(node: str) -> None:
@@ -248,34 +259,6 @@ def same_place(a: Tensor, b: Tensor) -> bool:
     return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
-class Expected:
-    """Whether some metric wants statistics of the coming forward passes.
-
-    Compiled code that holds hooks of ours guards on this: refresh steps run their hooks in Python, all others run one
-    graph without them.
-    """
-
-    def __init__(self) -> None:
-        self.due = False
-        self.run: Any = None  # runs a hook outside the graph
-        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def tell(self, metric: Any, due: bool) -> None:
-        (self._waiting.add if due else self._waiting.discard)(metric)
-        self.due = len(self._waiting) > 0
-
-
-EXPECTED = Expected()
-
-
-def arm() -> None:
-    """Make `Expected.run`, at the time a graph is traced: earlier, it would import the compiler for everybody."""
-    if EXPECTED.run is None:
-        EXPECTED.run = torch.compiler.disable(Hook.run)
-
-
-arm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing, not traced
-
 class Hook:
     """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
 
@@ -288,13 +271,9 @@ class Hook:
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
-            if EXPECTED.due:
-                arm()
-                EXPECTED.run(self, module, *args)
-            return
-        self.run(module, *args)
-
-    def run(self, module: nn.Module, *args: Any) -> None:
+            if not EXPECTED.due:
+                return
+            go_on_in_python()
         method = self._method()
         if method is not None and self._module() is module:
             method(*args)

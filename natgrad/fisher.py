@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
-from natgrad.capture import EXPECTED, CaptureError, Tape
+from natgrad.capture import CaptureError, Tape
+from natgrad.compiled import EXPECTED
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype
 from natgrad.likelihoods import read

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.weight_average import WeightAverage
+from natgrad.compiled import go_on_in_python
 from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule
@@ -127,6 +128,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 place.
             FloatingPointError: the gradient was not finite for many steps in a row.
         """
+        go_on_in_python()  # the state of a step does not fit a graph
         if self._showing_average:
             raise RuntimeError("step() inside `with opt.averaged():` would train the average; leave the block first")
         arg = arg if closure is None else closure

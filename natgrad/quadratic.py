@@ -22,6 +22,7 @@ from torch import Tensor
 from natgrad.fisher import Fisher, arguments
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Options, StepRule, one_value
+from natgrad.trees import describe
 
 INTERVAL = 5  # T
 OMEGA = 19 / 20  # ω; both are the paper's
@@ -36,7 +37,7 @@ class ExactQuadratic(StepRule):
         lr: multiplies the step; 1 is the model's own minimum.
 
     Raises:
-        TypeError: in `update`, if the metric is no `Fisher`.
+        TypeError: in `update`, if the metric is no `Fisher`, or its model returns more than one tensor.
         ValueError: in `update`, if the optimizer maximises, or its groups differ in lr or damping.
     """
 
@@ -69,7 +70,8 @@ class ExactQuadratic(StepRule):
         curvature = around.curvature(basis)
         gram = torch.stack([torch.stack([dot(a, b) for b in basis]) for a in basis])
         slope = torch.stack([dot(g, v) for v in basis])
-        w = -torch.linalg.lstsq((curvature + damping * gram).double(), slope.double()[:, None]).solution[:, 0].to(slope)
+        # the pseudo-inverse, for directions that have become one
+        w = -(torch.linalg.pinv((curvature + damping * gram).double(), hermitian=True) @ slope.double()).to(slope)
         step = {n: lr * sum((c * v[n] for c, v in zip(w, basis)), torch.zeros_like(g[n])) for n in g}
         predicted = lr * (slope @ w) + lr**2 / 2 * (w @ curvature @ w)
         self._last, self._before = step, (loss, predicted)
@@ -111,12 +113,15 @@ class Linearised:
         with torch.random.fork_rng():
             self.loss = self._loss(self._output(self._at))
 
-    def _output(self, parameters: Mapping[str, Tensor]) -> Any:
+    def _output(self, parameters: Mapping[str, Tensor]) -> Tensor:
         held = {**self._buffers, **parameters}
         output = torch.func.functional_call(self._metric.module, held, self._args, self._kwargs)
-        return output if self._metric._output is None else self._metric._output(output)
+        output = output if self._metric._output is None else self._metric._output(output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"ExactQuadratic takes a model with one output tensor, got {describe(output)}; see `output=`")
+        return output
 
-    def _loss(self, output: Any) -> Tensor:
+    def _loss(self, output: Tensor) -> Tensor:
         return self._metric.criterion.forward(output, self._targets)  # not a call: hooks of the metric sit on it
 
     def curvature(self, basis: list[Vector]) -> Tensor:
@@ -126,8 +131,17 @@ class Linearised:
             with torch.random.fork_rng():
                 output, jv = torch.func.jvp(self._output, (self._at,), (v,))
             pushed.append(jv)
-            raised.append(torch.func.jvp(torch.func.grad(self._loss), (output,), (jv,))[1])
+            raised.append(self._hessian_of_loss(output.detach(), jv))
         return torch.stack([torch.stack([(a * b).sum() for b in raised]) for a in pushed])
+
+
+    def _hessian_of_loss(self, output: Tensor, v: Tensor) -> Tensor:
+        """H v, H the Hessian of the loss with respect to the output: symmetric, so two backward passes give it."""
+        with torch.enable_grad():
+            leaf = output.requires_grad_()
+            (slope,) = torch.autograd.grad(self._loss(leaf), leaf, create_graph=True)
+            (found,) = torch.autograd.grad(slope, leaf, v)
+        return found
 
 
 def dot(u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
