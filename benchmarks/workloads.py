@@ -1,12 +1,13 @@
 """The workloads: data, model, loss and metric of each, all offline.
 
-Data that is not shipped with scikit-learn or drawn here comes from a folder named by ``NATGRAD_DATA`` (MNIST test images, tiny
-Shakespeare, UCI tables).
+Data that is not shipped with scikit-learn or drawn here comes from a folder named by ``NATGRAD_DATA`` (MNIST test
+images, tiny Shakespeare, UCI tables).
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Workload:
 
 def perceptron(sizes: list[int], activation: type[nn.Module], xavier: bool = False) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:]):
+    for a, b in itertools.pairwise(sizes):
         linear = nn.Linear(a, b)
         if xavier:
             nn.init.xavier_normal_(linear.weight)
@@ -139,7 +140,14 @@ def convnet() -> Workload:
     x, y = mnist()
     x = x.reshape(-1, 1, 28, 28)
     return Workload(
-        "convnet", small_convnet, nn.CrossEntropyLoss(), (x[:8000], y[:8000]), (x[:2000], y[:2000]), (x[8000:], y[8000:]), 128, 10
+        "convnet",
+        small_convnet,
+        nn.CrossEntropyLoss(),
+        (x[:8000], y[:8000]),
+        (x[:2000], y[:2000]),
+        (x[8000:], y[8000:]),
+        128,
+        10,
     )
 
 
@@ -195,7 +203,14 @@ def transformer(batch: int, seconds: float) -> Workload:
     some = windows(codes[:cut], 5003)
     valid = (valid[0][:300], valid[1][:300])
     return Workload(
-        f"transformer_{batch}", lambda: CharTransformer(len(symbols)), nn.CrossEntropyLoss(), train, some, valid, batch, seconds
+        f"transformer_{batch}",
+        lambda: CharTransformer(len(symbols)),
+        nn.CrossEntropyLoss(),
+        train,
+        some,
+        valid,
+        batch,
+        seconds,
     )
 
 
@@ -213,7 +228,14 @@ def tabular(name: str, file: str, separator: str | None, header: int, seconds: f
     cut = int(0.9 * len(x))
     sizes = [x.shape[1], 128, 128, 128, 1]
     return Workload(
-        name, lambda: perceptron(sizes, nn.ReLU), nn.MSELoss(), (x[:cut], y[:cut]), (x[:cut], y[:cut]), (x[cut:], y[cut:]), 128, seconds
+        name,
+        lambda: perceptron(sizes, nn.ReLU),
+        nn.MSELoss(),
+        (x[:cut], y[:cut]),
+        (x[:cut], y[:cut]),
+        (x[cut:], y[cut:]),
+        128,
+        seconds,
     )
 
 
@@ -238,7 +260,14 @@ def recurrent() -> Workload:
     x = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 8, 8)[order]
     y = torch.tensor(digits.target)[order]
     return Workload(
-        "recurrent", RowReader, nn.CrossEntropyLoss(), (x[:1497], y[:1497]), (x[:1497], y[:1497]), (x[1497:], y[1497:]), 128, 8
+        "recurrent",
+        RowReader,
+        nn.CrossEntropyLoss(),
+        (x[:1497], y[:1497]),
+        (x[:1497], y[:1497]),
+        (x[1497:], y[1497:]),
+        128,
+        8,
     )
 
 
@@ -255,4 +284,3 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "wine": lambda: tabular("wine", "wine-quality-red.txt", None, 0, 3),
     "recurrent": recurrent,
 }
-

@@ -186,6 +186,15 @@ class Block:
         """
         raise NotImplementedError
 
+    def unused(self, mass: Tensor | None, source: str) -> Statistics:
+        """Statistics of data that do not use the block: zero. Nothing where none were taken before."""
+        new: Statistics = {}
+        for key, average in self.statistics.items():
+            if not self.is_mean(key):
+                zero = torch.zeros_like(next(iter(average.sums.values())))
+                new[key] = Average({source: zero}, {source: zero.new_ones(()) if mass is None else mass.to(zero)})
+        return new
+
     def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
         """Add statistics to the average (`decay` None) or fold them into a moving one."""
         for key, average in new.items():
@@ -329,6 +338,8 @@ class DenseBlock(JointBlock):
     structure = "dense"
 
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+        if not any(uses):
+            return self.unused(mass, source)
         average = Average()
         for rows in self.per_datum(uses):
             average.add(rows.mT @ rows, None, source)
@@ -377,6 +388,8 @@ class DiagonalBlock(JointBlock):
     structure = "diagonal"
 
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+        if not any(uses):
+            return self.unused(mass, source)
         average = Average()
         for rows in self.per_datum(uses):
             average.add(rows.square().sum(0), None, source)
@@ -414,11 +427,9 @@ class KroneckerBlock(Block):
         self.needs_data = sharing == "reduce"
 
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
+        if not uses[0]:
+            return self.unused(mass, source)
         u, v = Average(), Average()
-        if not uses[0]:  # not used by this batch: its gradient is zero there
-            groups, out, _ = self.matrix_shape
-            u.add(self.u.new_zeros(groups, out, out), mass, source)
-            return {"U": u}
         for use in uses[0]:
             a, g = use.a, use.g
             if self.sharing == "reduce":

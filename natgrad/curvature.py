@@ -35,6 +35,7 @@ class Draw:
 
     statistics: list[tuple[Block, Statistics]]
     data: int
+    masses: dict[str, Tensor]  # what their sums are divided by, for each source of terms; empty for a sum
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Curvature:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
+        if not usable(found):
+            return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
         calls = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(calls, missed)
@@ -91,7 +94,8 @@ class Curvature:
         dtype = statistics_dtype(self.parameters.values())
         local_output = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         outputs = self.reading.outputs(local_output)
-        data = count_data(outputs, next((t.data for t in tapes if t.data), None))
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(outputs) else count_data(outputs, from_inputs)
         shot = Shot(live, [o.requires_grad for o in found], calls, self.parameters)
         extra = self._per_datum_calls(missed, data) if per_datum else []
         self._learn([*calls, *extra])
@@ -114,7 +118,7 @@ class Curvature:
         ):
             grads = [*shot.backward(v), *(shot.per_datum(c, v, 1 if apart else data) for c in extra)]
             self._observe(statistics, [*calls, *extra], inputs, grads, 1 if apart else data, mass, source)
-        return Draw(list(statistics.items()), data)
+        return Draw(list(statistics.items()), data, {} if mass is None else {source: mass})
 
     def _observe(
         self,
@@ -280,6 +284,11 @@ class Shot:
         held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]
         with torch.autocast(self.live[0].device.type, enabled=False):
             return torch.autograd.grad(self.live, inputs, held, retain_graph=True, allow_unused=True)
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
 
 
 def statistics_dtype(parameters: Any) -> torch.dtype:

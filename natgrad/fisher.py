@@ -25,11 +25,11 @@ from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
 from natgrad.compiled import EXPECTED
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
-from natgrad.watch import Watcher
+from natgrad.watch import Watcher, unwatched
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -85,6 +85,9 @@ class Fisher(Metric):
         self.reading = read(criterion)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        for what, given in (("output", output), ("targets", targets)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
         self.model, self.criterion, self.kind = model, criterion, kind
         self.module = unwrapped(model)
         super().__init__(chosen_parameters(self.module, params))
@@ -97,8 +100,8 @@ class Fisher(Metric):
             samples,
             seed,
             self.parameters,
-            by_pattern("structure", structure, tuple(BLOCKS), "kfac"),
-            by_pattern("sharing", sharing, SHARINGS, "expand"),
+            by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
+            by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
         )
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
@@ -139,14 +142,22 @@ class Fisher(Metric):
         buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
         devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
         tape = Tape(self.parameter_names())
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched():
             tape.open(args, kwargs)
+            if tape.data == 0:
+                tape.close()
+                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
             try:
                 result = torch.func.functional_call(self.module, buffers, args, kwargs)
             finally:
                 tape.close()
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
+            if not usable(self.reading.outputs(output)):
+                raise ValueError(
+                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
+                    "metric of; nothing was added. Look at the inputs and the parameters"
+                )
             draw = self.curvature.draw(output, targets, [tape], per_datum=True)
         if draw is None:
             raise CaptureError(
@@ -166,8 +177,8 @@ class Fisher(Metric):
                 self.reading.sum_loss(output, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {error}. "
-                "If the training loop reshapes the output first, do the same in `output=`"
+                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
+                f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
             ) from error
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
@@ -205,8 +216,25 @@ class Fisher(Metric):
                 for key, average in new.items():
                     into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
             self.seen += draw.data
+        self._share_masses(merged, draws, decay)
         for block, new in merged.items():
             block.commit(new, decay, plain)
+
+    def _share_masses(self, merged: dict[Block, dict[str, Average]], draws: list[Draw], decay: float | None) -> None:
+        """Divide every block by the mass of all data, whether they use it or not: its gradient is zero where not."""
+        total: dict[str, Tensor] = {}
+        for source, mass in (item for draw in draws for item in draw.masses.items()):
+            total[source] = mass if source not in total else total[source] + mass
+        held = [a for b in self.blocks for key, a in b.statistics.items() if not b.is_mean(key)]
+        earlier = held[0].masses if held and decay is None else {}
+        for block, new in merged.items():
+            for key, average in new.items():
+                if block.is_mean(key):
+                    continue
+                late = earlier if key not in block.statistics else {}
+                for source in average.masses.keys() & total.keys():
+                    mass = total[source].to(average.sums[source])
+                    average.masses[source] = mass + late[source] if source in late else mass
 
     # what the watcher asks -----------------------------------------------------------------------------
 
@@ -293,7 +321,9 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its place."""
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its
+        place.
+        """
         self._pending = []
 
     def default_step(self) -> StepRule:
@@ -338,9 +368,9 @@ class Fisher(Metric):
         out = self._like().new_zeros(size, size)
         for block in self._ready():
             where = block.pack(index)
-            eye = torch.eye(where.numel(), dtype=out.dtype, device=out.device).reshape(-1, *where.shape)
+            eye = torch.eye(where.numel(), dtype=block.dtype, device=out.device).reshape(-1, *where.shape)
             rows = where.flatten()
-            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows))
+            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows)).to(out.dtype)
         return out
 
     def diagonal(self) -> Vector:
@@ -450,19 +480,25 @@ class Fisher(Metric):
         """Take over statistics.
 
         Raises:
-            ValueError: they belong to another model or another kind of metric; the message names the differences.
+            ValueError: they belong to another model or another kind of metric; the message names the differences. The
+                metric stays as it was.
         """
         metric_file.restore(self, state)
 
     def save(self, path: Any) -> None:
-        """Write the statistics to a safetensors file, beside it first and then renamed."""
+        """Write the statistics to a safetensors file, beside it first and then renamed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metric_file.save(self, path)
 
     def load(self, path: Any) -> None:
         """Read statistics that `save` wrote.
 
         Raises:
-            ValueError: the file is cut short, no metric file, or of another model.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
         metric_file.load(self, path)
 
@@ -473,11 +509,23 @@ def choose(what: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
 
 
-def by_pattern(what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str) -> Callable[[str], str]:
-    """Name → option, from one option or from {pattern: option}."""
+def by_pattern(
+    what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str, names: Iterable[str]
+) -> Callable[[str], str]:
+    """Name → option, from one option or from {pattern: option}.
+
+    Raises:
+        TypeError: `given` is neither.
+        ValueError: an option that does not exist, or a pattern that matches no name.
+    """
+    if not isinstance(given, (str, Mapping)):
+        raise TypeError(f"{what} takes one of {known} or {{name pattern: {what}}}, got {describe(given)}")
+    names = list(names)
     rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
-    for value in rules.values():
+    for pattern, value in rules.items():
         choose(what, value, known)
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ValueError(f"{what}: no trainable parameter matches {pattern!r}; there are {names}")
     return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ def about(metric: Fisher) -> dict[str, Any]:
         "kind": metric.kind,
         "criterion": metric.reading.name,
         "reduction": metric.reading.reduction,
+        "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
+        "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "seen": metric.seen,
         "blocks": [
             {
@@ -87,8 +89,10 @@ def tuples(value: Any) -> Any:
 
 
 def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
+    if missing := {"about", "tensors"} - set(state):
+        raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
-    refuse_differences(about(metric), there, structures(metric, there))
+    refuse_differences(about(metric), there)
     from natgrad.curvature import BLOCKS
 
     shapes = metric.curvature.layers.shapes
@@ -111,19 +115,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
 
 
-def structures(metric: Fisher, there: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(parameter, structure asked for here, structure in the state) of each block in the state."""
-    found = []
-    for block in there["blocks"]:
-        first = block["layers"][0]
-        name = (first["weight"] or first["biases"][0])[0]
-        found.append((name, metric.curvature.structure_of(name), block["structure"]))
-    return found
-
-
-def refuse_differences(
-    here: Mapping[str, Any], there: Mapping[str, Any], structures: Sequence[tuple[str, str, str]]
-) -> None:
+def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise a ValueError that names what differs."""
     if there.get("format") != FORMAT:
         raise ValueError(
@@ -146,9 +138,10 @@ def refuse_differences(
         if here[k] != there[k]
     ]
     said += [
-        f"the block of {name} is {mine!r} here and {theirs!r} in the state"
-        for name, mine, theirs in structures
-        if mine != theirs
+        f"the {k} of {n} is {here[k][n]!r} here and {there[k][n]!r} in the state"
+        for k in ("structure", "sharing")
+        for n in here[k]
+        if n in there[k] and here[k][n] != there[k][n]
     ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))
@@ -157,6 +150,8 @@ def refuse_differences(
 def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
     state = state_of(metric)
     target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise OSError(f"cannot write the metric to {target}: it must be a file in a folder that exists")
     beside = target.with_name(target.name + ".partial")
     tensors = {n: t.detach().contiguous().clone() for n, t in state["tensors"].items()}
     tensors.update({f"generator.{d}": g for d, g in state["generators"].items()})
@@ -168,6 +163,8 @@ def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
 
 
 def load(metric: Fisher, path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no metric file {path}; metric.save(path) writes one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -28,8 +28,8 @@ from torch import Tensor
 from natgrad.adam import Adam
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
-from natgrad.metric import Metric, Vector
-from natgrad.steps import Options, StepRule, one_value
+from natgrad.metric import Metric
+from natgrad.steps import Increments, Options, StepRule, one_value
 
 ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
 SLOPE_CLIP = 2.0
@@ -147,7 +147,7 @@ class NormalisedStep(StepRule):
         self._adam = Adam()
         self._slope: Slope | None = None
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
@@ -157,7 +157,7 @@ class NormalisedStep(StepRule):
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: Vector = {}
+        out: Increments = {}
         for i, block in enumerate(active):
             out.update(block.named(deltas[i], metric.parameters))
         covered = {n for b in blocks for n in b.names}

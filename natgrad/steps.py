@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,22 @@ class Options:
     maximize: bool = False
 
 
+class Along(NamedTuple):
+    """Δθ = length · way, written in one fused operation as `torch.optim` does."""
+
+    way: Tensor
+    length: float
+
+
+Increments = dict[str, Tensor | Along]
+
+
 class StepRule:
     """What a step rule is.
 
     ``lr``, ``momentum`` and ``damping`` are the defaults it brings; ``damping_meaning`` says in words what its
-    damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}; names left out stay
-    where they are. State that must survive a checkpoint goes through `state_dict`.
+    damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
+    `Along`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
     """
 
     lr: float = 1.0
@@ -44,7 +54,7 @@ class StepRule:
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 
@@ -102,10 +112,10 @@ class FixedStep(StepRule):
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._descent = Descent()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         d = self._descent.direction(metric, df, options)
         self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
-        return {n: d[n] * -options[n].lr for n in df}
+        return {n: Along(d[n], -options[n].lr) for n in df}
 
     def state_dict(self) -> dict[str, Any]:
         return self._descent.state_dict()

@@ -13,16 +13,31 @@ what they leave on the graph holds statistics only, so no cycle keeps a graph al
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
+_unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Forward passes in here are a metric's own: no other metric of the model takes them for training."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
 
 
 class Watched(Protocol):
@@ -50,9 +65,11 @@ class Watcher:
             criterion.register_forward_hook(Hook(self._criterion_called, criterion), with_kwargs=True),
         ]
 
+        # a metric that is gone leaves nothing on the model
+        weakref.finalize(metric, remove, self._handles)
+
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self.forget()
 
     def forget(self) -> None:
@@ -66,8 +83,8 @@ class Watcher:
 
     def _before(self, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if in_backward() or in_transform():
-            return  # a recomputation of checkpointing, or a transform of torch.func
+        if in_backward() or in_transform() or _unwatched.get():
+            return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self._open is not None:  # the last forward raised
             self.forget()
         if metric is None or not torch.is_grad_enabled() or not metric.wants_statistics():
@@ -100,7 +117,7 @@ class Watcher:
 
     def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
         metric = self._metric()
-        if metric is None or in_backward() or in_transform():
+        if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
             self._inside.append((args, kwargs))
@@ -129,6 +146,11 @@ class Watcher:
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
         self.tapes = [t for t in self.tapes if not t.drawn]
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class Once:

@@ -106,7 +106,7 @@ STRANGERS: dict[str, tuple[Any, str]] = {
     "average": (lambda: natural(classifier(), average=0.9), "keeps one of averaged weights and the state none"),
     "structure": (
         lambda: ng.NaturalGradient(ng.Fisher(classifier(), nn.CrossEntropyLoss(), kind="exact", structure="diagonal")),
-        "the block of 0.weight is 'diagonal' here and 'kfac' in the state",
+        "the structure of 0.weight is 'diagonal' here and 'kfac' in the state",
     ),
 }
 

@@ -262,7 +262,6 @@ def test_info_goes_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
-
     from training_cases import natural, train
 
     model = classifier()
