@@ -29,7 +29,7 @@ from natgrad.adam import Adam
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
-from natgrad.steps import Increments, Options, StepRule, one_value
+from natgrad.steps import Increments, Options, StepRule, cosine, one_value
 
 ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
 SLOPE_CLIP = 2.0
@@ -226,6 +226,10 @@ class NormalisedStep(StepRule):
             "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }
+
+    def cosines(self) -> dict[str, Tensor]:
+        """Against the averaged gradient m, which the direction is all but made from."""
+        return {k: cosine(s.direction, s.momentum) for k, s in self._blocks.items() if s.direction is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -253,6 +253,12 @@ class NaturalGradient(torch.optim.Optimizer):
             "share_of_time": self._spent / elapsed if elapsed else 0.0,
         }
 
+    def cosines(self) -> dict[str, float]:
+        """{block: cos(direction, gradient)} of the last step; see `StepRule.cosines`. Near 1 everywhere, the natural
+        gradient is the plain one.
+        """
+        return {n: float(c) for n, c in self.rule.cosines().items()}
+
     # state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

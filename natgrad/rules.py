@@ -62,6 +62,9 @@ class KLTrustRegion(StepRule):
         }
         return {n: t * shorter.to(t.dtype) for n, t in step.items()}
 
+    def cosines(self) -> dict[str, Tensor]:
+        return self._descent.cosines()
+
     def state_dict(self) -> dict[str, Any]:
         return self._descent.state_dict()
 
@@ -96,6 +99,9 @@ class Grafted(StepRule):
         first = next(iter(options.values()))
         self.info = {"damping": first.damping, "step_length": first.lr}
         return step
+
+    def cosines(self) -> dict[str, Tensor]:
+        return self._descent.cosines()
 
     def state_dict(self) -> dict[str, Any]:
         return {"descent": self._descent.state_dict(), "adam": self._adam.state_dict()}

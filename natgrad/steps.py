@@ -58,6 +58,14 @@ class StepRule:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 
+    def cosines(self) -> dict[str, Tensor]:
+        """{name: cos of the angle between the last direction and the gradient it was made from}, scalar tensors.
+
+        A key is a parameter, or the first one of a block. Near 1 everywhere means that the metric has become a multiple
+        of the identity: natural gradient descent is plain gradient descent then. Computed when asked for.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers to continue from, safe to load with ``weights_only=True``."""
         return {}
@@ -78,6 +86,7 @@ class Descent:
     def __init__(self) -> None:
         self._buffer: Vector = {}
         self._adam = Adam()
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}  # direction and gradient, for `cosines`
 
     def direction(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
         """A tangent vector over the names of `df`, to be descended along its negative."""
@@ -90,6 +99,7 @@ class Descent:
                 full[n] = self._buffer[n] = g.clone() if n not in self._buffer else self._buffer[n].mul_(mu).add_(g)
         raised = metric.sharp(full, damping) if len(bare) < len(full) else {}
         out = {n: raised[n] for n in df if n in raised and n not in bare}
+        self._last = {n: (d, full[n]) for n, d in out.items()}
         rest = [n for n in df if n not in out]
         if rest:
             scale: Tensor | float = root_mean_square(out) if out else self.ALONE
@@ -102,6 +112,10 @@ class Descent:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._buffer = dict(state["buffer"])
         self._adam.load_state_dict(state["adam"])
+
+
+    def cosines(self) -> dict[str, Tensor]:
+        return {n: cosine(d, g) for n, (d, g) in self._last.items()}
 
 
 class FixedStep(StepRule):
@@ -117,11 +131,21 @@ class FixedStep(StepRule):
         self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
         return {n: Along(d[n], -options[n].lr) for n in df}
 
+    def cosines(self) -> dict[str, Tensor]:
+        return self._descent.cosines()
+
     def state_dict(self) -> dict[str, Any]:
         return self._descent.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._descent.load_state_dict(state)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ / ‖a‖‖b‖, a scalar tensor; 0 where one of them is."""
+    a, b = a.flatten().double(), b.flatten().double()
+    size = a.norm() * b.norm()
+    return torch.where(size > 0, (a @ b) / size, torch.zeros_like(size))
 
 
 def root_mean_square(v: Mapping[str, Tensor]) -> Tensor:
