@@ -95,9 +95,7 @@ def autoencoder(
 
 
 def digits_autoencoder() -> Workload:
-    data = torch.tensor(load_digits().data / 16, dtype=torch.float32)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return autoencoder("digits_ae", data[order], 1497, mirror(64, 128, 64, 32, 10), 256, 5)
+    return autoencoder("digits_ae", digits()[0], 1497, mirror(64, 128, 64, 32, 10), 256, 5)
 
 
 MNIST_SIZES = mirror(784, 400, 200, 100, 50, 25, 6)
@@ -243,6 +241,28 @@ def concrete() -> Workload:
     return tabular("concrete", "concrete.txt", None, 0, 3)
 
 
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits (1797, 64) in [0, 1], shuffled, and their labels."""
+    found = load_digits()
+    order = torch.randperm(len(found.data), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+
+
+def digits_classifier() -> Workload:
+    x, y = digits()
+    train, valid = (x[:1497], y[:1497]), (x[1497:], y[1497:])
+    return Workload(
+        "digits_classifier",
+        lambda: perceptron([64, 128, 128, 10], nn.Tanh),
+        nn.CrossEntropyLoss(),
+        train,
+        train,
+        valid,
+        128,
+        3,
+    )
+
+
 class RowReader(nn.Module):
     """A recurrent net that reads an 8 × 8 digit row by row."""
 
@@ -255,10 +275,8 @@ class RowReader(nn.Module):
 
 
 def recurrent() -> Workload:
-    digits = load_digits()
-    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
-    x = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 8, 8)[order]
-    y = torch.tensor(digits.target)[order]
+    flat, y = digits()
+    x = flat.view(-1, 8, 8)
     return Workload(
         "recurrent",
         RowReader,
@@ -282,5 +300,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "concrete": concrete,
     "power_plant": lambda: tabular("power_plant", "power-plant.txt", None, 0, 5),
     "wine": lambda: tabular("wine", "wine-quality-red.txt", None, 0, 3),
+    "digits_classifier": digits_classifier,
     "recurrent": recurrent,
 }
