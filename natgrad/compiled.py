@@ -29,7 +29,7 @@ EXPECTED = Expected()
 
 
 def go_on_in_python() -> None:
-    """While a graph is traced: end it, and run in Python until the end of the compiled call. Costs nothing elsewhere."""
+    """While a graph is traced: end it, and run in Python until the end of the compiled call. Elsewhere: nothing."""
     if torch.compiler.is_compiling():
         keep_untraced()
         leave_graph()

@@ -240,7 +240,7 @@ class Fisher(Metric):
 
     def wants_statistics(self) -> bool:
         if self._pending and all(p.grad is None for p in self.parameters.values()):
-            # a step that did not take place (GradScaler skips it), cleared by model.zero_grad() and not by the optimizer
+            # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
@@ -287,7 +287,6 @@ class Fisher(Metric):
     @property
     def needs_refresh(self) -> bool:
         return not self.dropped  # statistics that were dropped will come again
-
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""

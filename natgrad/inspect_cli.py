@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from natgrad import inspect_report
 from natgrad.tasks.task import CommandError
 
 
@@ -30,6 +29,8 @@ def inspect(
         raise CommandError(f"--damping {damping:g} is no damping; give a positive number")
     if out is not None and out.is_dir():
         raise CommandError(f"--out {out} is a folder; name the HTML file")
+    from natgrad import inspect_report  # matplotlib is loaded where it is needed
+
     try:
         written = inspect_report.write(run_or_metric, out, damping)
     except (OSError, ValueError) as error:

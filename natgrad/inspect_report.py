@@ -21,7 +21,7 @@ METRIC = "metric.safetensors"  # in the folder of a run
 PAGE = "inspect.html"
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem; }
 p.note { color: #555; max-width: 46rem; } .path { color: #555; word-break: break-all; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 1.2rem 0; }
@@ -30,7 +30,7 @@ p.note { color: #555; max-width: 46rem; } .path { color: #555; word-break: break
 .verdict.warn { border-color: #D55E00; background: #fdf3ec; }
 img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; }
-th, td { text-align: right; padding: .22rem .7rem; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th, td { text-align: right; padding: .22rem .55rem; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th:first-child, td:first-child, td.left, th.left { text-align: left; } th { font-weight: 600; }
 td.warn { color: #B04A00; font-weight: 600; }
 """
@@ -121,9 +121,9 @@ def render(metric: SavedMetric, source: Source, damping: float, relative: bool, 
         verdict(metric.spectra, source.cosines),
         section(
             "Is it still natural gradient?",
-            "The cosine between the direction taken and the gradient, for each block. Open circles are what spectrum and "
-            "damping let expect of a gradient drawn from the metric itself; full ones are the last step of the run. At 1 "
-            "the metric has no say: lower the damping, or look for a scale that makes the factors too small.",
+            "The cosine between the direction taken and the gradient, for each block. Open circles are what spectrum "
+            "and damping let expect of a gradient drawn from the metric itself; full ones are the last step of the run. "  # noqa: E501
+            "At 1 the metric has no say: lower the damping, or look for a scale that makes the factors too small.",
             image("cosines", drawn),
         ),
     ]
@@ -153,22 +153,27 @@ def tiles(last: Mapping[str, Any], metric: SavedMetric) -> str:
     if last:
         shown += [(f"{last['steps']:,}", "steps"), (f"{last['refreshes']:,}", "refreshes")]
         shown += [(f"{100 * last['share_of_time']:.0f} %", "of the time inside step()")]
-        shown += [(str(last[k]), k.replace("_", " ")) for k in ("skipped", "dropped_statistics", "kept_factors") if k in last]
+        shown += [
+            (str(last[k]), k.replace("_", " ")) for k in ("skipped", "dropped_statistics", "kept_factors") if k in last
+        ]
     total = sum(s.memory for s in metric.spectra)
     shown += [(readable(total), "of statistics"), (str(len(metric.uncovered)), "parameters without curvature")]
-    return "<div class=tiles>" + "".join(f"<div class=tile><b>{b}</b><span>{t}</span></div>" for b, t in shown) + "</div>"
+    return (
+        "<div class=tiles>" + "".join(f"<div class=tile><b>{b}</b><span>{t}</span></div>" for b, t in shown) + "</div>"
+    )
 
 
 def verdict(found: Sequence[Spectrum], last: Mapping[str, Any]) -> str:
     """One sentence: whether the metric has a say."""
-    now = {s.name: last.get(s.name) if last.get(s.name) is not None else s.cosine for s in found}
+    now: dict[str, float] = {s.name: s.cosine if last.get(s.name) is None else last[s.name] for s in found}
     plain = [n for n, c in now.items() if c >= figures.PLAIN]
     if not plain:
-        return "<p class=verdict>No block has become plain gradient descent: every direction differs from its gradient.</p>"
+        said = "No block has become plain gradient descent: every direction differs from its gradient."
+        return f"<p class=verdict>{said}</p>"
     which = "Every block" if len(plain) == len(now) else f"{len(plain)} of {len(now)} blocks"
     listed = "" if len(plain) == len(now) else " (" + html.escape(", ".join(plain)) + ")"
     return (
-        f"<p class='verdict warn'>{which}{listed}: the direction is the gradient to within {figures.PLAIN:g}. There the "
+        f"<p class='verdict warn'>{which}{listed}: the direction is the gradient to within {figures.PLAIN:g}. There the "  # noqa: E501
         "metric changes the length of the step and nothing else.</p>"
     )
 
@@ -182,8 +187,19 @@ def image(name: str, drawn: Mapping[str, bytes]) -> str:
 
 
 def block_table(found: Sequence[Spectrum], last: Mapping[str, Any]) -> str:
-    heads = ("block", "structure", "sizes", "memory", "largest", "condition", "zero", "effective rank")
-    heads += ("below damping", "cos to expect", "cos of last step")
+    heads = (
+        "block",
+        "structure",
+        "sizes",
+        "memory",
+        "largest",
+        "condition",
+        "zero",
+        "effective rank",
+        "below damping",
+        "cos, expected",
+        "cos, last",
+    )
     rows = []
     for s in found:
         cos = last.get(s.name)

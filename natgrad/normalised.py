@@ -46,6 +46,7 @@ class BlockState:
     momentum: Tensor  # m
     steps: int = 0  # t
     direction: Tensor | None = None  # d of the last step
+    ahead: Tensor | None = None  # u that it was made from: to look at, not to continue from
     length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
@@ -211,8 +212,8 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        for s, d, length in zip(states, directions, lengths.unbind()):
-            s.direction, s.length = d, length
+        for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
+            s.ahead, s.direction, s.length = u, d, length
         assert self._slope is not None
         self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
         return list(torch._foreach_mul(directions, list((-lengths).unbind())))
@@ -228,8 +229,8 @@ class NormalisedStep(StepRule):
         }
 
     def cosines(self) -> dict[str, Tensor]:
-        """Against the averaged gradient m, which the direction is all but made from."""
-        return {k: cosine(s.direction, s.momentum) for k, s in self._blocks.items() if s.direction is not None}
+        states = self._blocks.items()
+        return {k: cosine(s.direction, s.ahead) for k, s in states if s.direction is not None and s.ahead is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {

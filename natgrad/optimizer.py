@@ -325,8 +325,8 @@ class Skips:
     def count(self, fine: Tensor, read: bool) -> bool:
         """Whether this step is known to be bad. `read`: the device may be waited for."""
         if free_to_read(fine):
-            bad = not bool(fine.numpy())
-            return self._seen(int(bad), self.in_a_row + 1 if bad else 0)
+            skipped = not bool(fine.numpy())
+            return self._seen(int(skipped), self.in_a_row + 1 if skipped else 0)
         bad = (~fine).to(torch.int32)
         self._unread = bad if self._unread is None else self._unread + bad
         self._run = bad if self._run is None else (self._run + bad) * bad

@@ -7,8 +7,8 @@ With g = df, d = −(ĝ + λI)⁻¹ g from the metric and δ the last step, the 
 C the *exact* generalised Gauss–Newton matrix of the loss on the batch (two forward-mode products; Martens & Grosse
 2015, arXiv:1503.05671, §6.4 and §7). Length and momentum come out of the model; the approximations of the metric cost
 speed, not correctness. λ follows the gain ratio ρ = (L(θ + Δ) − L(θ)) / (Vᵀ g · w + ½ wᵀ Vᵀ C V w): every T steps
-λ ← ω^T λ if ρ > ¾, λ ← λ/ω^T if ρ < ¼ (§6.5). On minibatches the reused direction δ is fitted to the noise of one batch:
-take another rule there.
+λ ← ω^T λ if ρ > ¾, λ ← λ/ω^T if ρ < ¼ (§6.5). On minibatches the reused direction δ is fitted to the noise
+of one batch: take another rule there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from natgrad.fisher import Fisher, arguments
 from natgrad.metric import Metric, Vector
-from natgrad.steps import Options, StepRule, one_value
+from natgrad.steps import Increments, Options, StepRule, one_value
 from natgrad.trees import describe
 
 INTERVAL = 5  # T
@@ -50,9 +50,11 @@ class ExactQuadratic(StepRule):
         self._factor = 1.0  # λ in force over λ of the options
         self._before: tuple[Tensor, Tensor] | None = None  # (loss, change that the model predicted) of the last step
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         if not isinstance(metric, Fisher):
-            raise TypeError(f"ExactQuadratic takes its products from the model of a Fisher, got {type(metric).__name__}")
+            raise TypeError(
+                f"ExactQuadratic takes its products from the model of a Fisher, got {type(metric).__name__}"
+            )
         lr = one_value({o.lr for o in options.values()}, "lr")
         if any(o.maximize for o in options.values()):
             raise ValueError("ExactQuadratic minimises a convex model and cannot maximise; negate the loss instead")
@@ -118,7 +120,9 @@ class Linearised:
         output = torch.func.functional_call(self._metric.module, held, self._args, self._kwargs)
         output = output if self._metric._output is None else self._metric._output(output)
         if not isinstance(output, Tensor):
-            raise TypeError(f"ExactQuadratic takes a model with one output tensor, got {describe(output)}; see `output=`")
+            raise TypeError(
+                f"ExactQuadratic takes a model with one output tensor, got {describe(output)}; see `output=`"
+            )
         return output
 
     def _loss(self, output: Tensor) -> Tensor:
@@ -129,11 +133,10 @@ class Linearised:
         pushed, raised = [], []
         for v in basis:
             with torch.random.fork_rng():
-                output, jv = torch.func.jvp(self._output, (self._at,), (v,))
+                output, jv = torch.func.jvp(self._output, (self._at,), (v,))  # type: ignore[misc]
             pushed.append(jv)
             raised.append(self._hessian_of_loss(output.detach(), jv))
         return torch.stack([torch.stack([(a * b).sum() for b in raised]) for a in pushed])
-
 
     def _hessian_of_loss(self, output: Tensor, v: Tensor) -> Tensor:
         """H v, H the Hessian of the loss with respect to the output: symmetric, so two backward passes give it."""

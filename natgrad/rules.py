@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from natgrad.adam import Adam
-from natgrad.metric import Metric, Vector
-from natgrad.steps import Descent, Options, StepRule
+from natgrad.metric import Metric, Vector  # noqa: F401
+from natgrad.steps import Descent, Increments, Options, StepRule
 
 
 class KLTrustRegion(StepRule):
@@ -43,7 +43,7 @@ class KLTrustRegion(StepRule):
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
         self._descent = Descent()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         d = self._descent.direction(metric, df, options)
         step = {n: t * -options[n].lr for n, t in d.items()}
         bare = metric.without_curvature()
@@ -86,7 +86,7 @@ class Grafted(StepRule):
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._descent, self._adam = Descent(), Adam()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         d = self._descent.direction(metric, df, options)
         lengths = {n: self._adam.direction(n, g) for n, g in df.items()}
         step = {n: lengths[n] * -options[n].lr for n in df}  # stays where there is no curvature
@@ -98,7 +98,7 @@ class Grafted(StepRule):
                 step.update({n: d[n] * (ratio * -options[n].lr).to(d[n].dtype) for n in mine})
         first = next(iter(options.values()))
         self.info = {"damping": first.damping, "step_length": first.lr}
-        return step
+        return dict(step)
 
     def cosines(self) -> dict[str, Tensor]:
         return self._descent.cosines()

@@ -113,7 +113,6 @@ class Descent:
         self._buffer = dict(state["buffer"])
         self._adam.load_state_dict(state["adam"])
 
-
     def cosines(self) -> dict[str, Tensor]:
         return {n: cosine(d, g) for n, (d, g) in self._last.items()}
 

@@ -54,7 +54,7 @@ def test_the_reentrant_kind_is_refused_by_name(everything: bool, functional: boo
     model = Checkpointed(everything, use_reentrant=True)
     opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
     ((x, y),) = batches(1)
-    with pytest.raises(CaptureError, match=r"reentrant activation checkpointing.*use_reentrant=False"):
+    with pytest.raises(CaptureError, match=r"reentrant activation checkpointing.*use_reentrant=False"):  # noqa: PT012
         out = model(x.requires_grad_())
         loss = F.cross_entropy(out, y) if functional else opt.metric.criterion(out, y)
         loss.backward()

@@ -1,4 +1,4 @@
-"""`torch.compile` of the model, before or after the metric is attached: watched steps run eagerly, all others one graph."""
+"""`torch.compile` of the model, before or after the metric is attached: refreshes run eagerly, all else one graph."""
 
 from __future__ import annotations
 

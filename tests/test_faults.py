@@ -50,7 +50,7 @@ def test_a_bad_batch_every_seventh_step(rule: str, where: str, value: float) -> 
     opt = natural(model, step=RULES[rule](), average=0.9)
     criterion = opt.metric.criterion
     bad, losses = 0, []
-    with pytest.warns(UserWarning, match="the gradient holds NaN or Inf: the step is skipped") as caught:
+    with pytest.warns(UserWarning, match="the gradient holds NaN or Inf: the step is skipped") as caught:  # noqa: PT031
         for i, (x, y) in enumerate(batches(84)):
             wrong = i % 7 == 0
             bad += wrong
@@ -80,7 +80,9 @@ def test_bad_steps_that_do_not_end_are_an_error(monkeypatch: pytest.MonkeyPatch)
     before = weights(model)
     with (
         pytest.warns(UserWarning, match="step is skipped"),
-        pytest.raises(FloatingPointError, match="NaN or Inf for 4 steps in a row; lower lr or look for the first batch"),
+        pytest.raises(
+            FloatingPointError, match="NaN or Inf for 4 steps in a row; lower lr or look for the first batch"
+        ),
     ):
         train(model, opt, [(x * math.nan, y) for x, y in batches(4)])
     assert distance(weights(model), before) == 0
@@ -173,7 +175,7 @@ def test_a_rate_a_hundred_times_too_large(rule: str) -> None:
 def test_half_precision_overflow_without_a_scaler() -> None:
     model = classifier(torch.float32)
     opt = natural(model)
-    with pytest.warns(UserWarning, match="step is skipped"):
+    with pytest.warns(UserWarning, match="step is skipped"):  # noqa: PT031
         for i, (x, y) in enumerate(batches(40, dtype=torch.float32)):
             before = weights(model)
             opt.zero_grad()
@@ -210,7 +212,9 @@ def test_the_ladder_of_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
         return eigh(a)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
-    with pytest.warns(UserWarning, match=r"eigh of a \(3, 3\) factor did not converge in torch.float32; taken in float64"):
+    with pytest.warns(
+        UserWarning, match=r"eigh of a \(3, 3\) factor did not converge in torch.float32; taken in float64"
+    ):
         values, _ = safe_eigh(m)
     assert torch.equal(values, torch.ones(3))
 
@@ -320,7 +324,7 @@ def test_ctrl_c_in_the_middle_of_a_save_keeps_the_old_file(
         raise KeyboardInterrupt
 
     owner = metric_file if moment == "save_file" else metric_file.os
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patched.setattr(owner, moment, half_way)
         opt.metric.save(path)
     assert path.read_bytes() == before

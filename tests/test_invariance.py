@@ -1,4 +1,4 @@
-"""What must not matter does not: how a batch is split or repeated, how a loss is reduced, in which coordinates a layer is.
+"""What must not matter does not: how a batch is split, how a loss is reduced, in which coordinates a layer is.
 
 20 steps in float64 with the exact kind. The default step rule is invariant to orthogonal changes of a layer's
 coordinates; the undamped natural gradient to all linear ones (Martens 2020, arXiv:1412.1193, §9).
@@ -144,7 +144,8 @@ def test_general_linear_changes_of_a_layers_coordinates(structure: str) -> None:
 
     def opt_of(damping: float) -> Any:
         return lambda model: ng.NaturalGradient(
-            ng.Fisher(model, nn.MSELoss(), kind="exact", structure=structure), step=ng.FixedStep(lr=0.2, damping=damping)
+            ng.Fisher(model, nn.MSELoss(), kind="exact", structure=structure),
+            step=ng.FixedStep(lr=0.2, damping=damping),
         )
 
     def error(damping: float) -> float:

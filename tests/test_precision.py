@@ -71,7 +71,7 @@ def test_training_with_a_grad_scaler(dtype: torch.dtype) -> None:
 def test_a_step_that_the_scaler_skips_leaves_no_trace(by_model: bool) -> None:
     """A scale of 2²² overflows float16 on the first steps; what follows is as if they had not been."""
     count = 30
-    model, opt, losses, scaler = scaled_training(2.0**22, torch.float16, count, by_model)
+    model, opt, _, scaler = scaled_training(2.0**22, torch.float16, count, by_model)
     skipped = count - opt.steps
     assert skipped >= 3
     assert scaler.get_scale() == 2.0 ** (22 - skipped)

@@ -124,7 +124,9 @@ def test_exact_products_are_those_of_the_gauss_newton_matrix() -> None:
     metric = ng.Fisher(model, nn.MSELoss(), kind="exact", structure="dense")
     metric.update(x, y)
     g = torch.Generator().manual_seed(1)
-    basis = [{n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in metric.parameters.items()} for _ in range(2)]
+    basis = [
+        {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in metric.parameters.items()} for _ in range(2)
+    ]
     found = Linearised(metric, x, y).curvature(basis)
     expected = torch.stack([torch.stack([metric.inner(u, v) for v in basis]) for u in basis])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -102,7 +102,10 @@ STRANGERS: dict[str, tuple[Any, str]] = {
     "criterion": (lambda: natural(classifier(), nn.MSELoss()), "criterion is 'MSELoss' here and 'CrossEntropyLoss'"),
     "reduction": (lambda: natural(classifier(), nn.CrossEntropyLoss(reduction="sum")), "reduction is 'sum' here"),
     "rule": (lambda: natural(classifier(), step=ng.FixedStep()), "of the step rule NormalisedStep, .* has FixedStep"),
-    "groups": (lambda: natural(classifier(), groups=[{"params": "2.*"}]), r"groups of \[4\] parameters, .* of \[2, 2\]"),
+    "groups": (
+        lambda: natural(classifier(), groups=[{"params": "2.*"}]),
+        r"groups of \[4\] parameters, .* of \[2, 2\]",
+    ),
     "average": (lambda: natural(classifier(), average=0.9), "keeps one of averaged weights and the state none"),
     "structure": (
         lambda: ng.NaturalGradient(ng.Fisher(classifier(), nn.CrossEntropyLoss(), kind="exact", structure="diagonal")),
@@ -195,7 +198,7 @@ def test_a_kept_inverse_survives_the_checkpoint(tmp_path: Path, monkeypatch: pyt
     train(model, opt, data[:10])
     while not opt.refresh_due:
         train(model, opt, data[10:11])
-    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="last good factor is kept"):
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="last good factor is kept"):  # noqa: PT031
         patched.setattr(type(opt.metric.blocks[0]), "relative_inverse", fail)
         train(model, opt, data[11:12])
     assert not opt.refresh_due

@@ -79,7 +79,7 @@ def test_on_a_device_bad_steps_are_masked_and_counted_later(monkeypatch: pytest.
     model = classifier()
     opt = natural(model)
     bad = 0
-    with pytest.warns(UserWarning, match="NaN or Inf: the step is skipped"):
+    with pytest.warns(UserWarning, match="NaN or Inf: the step is skipped"):  # noqa: PT031
         for i, (x, y) in enumerate(batches(140)):
             before = weights(model)
             if i % 7 == 3:

@@ -283,7 +283,9 @@ def test_the_examples_run(name: str, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    pytest.importorskip({"lightning_trainer": "lightning", "huggingface_trainer": "transformers"}.get(name, "accelerate"))
+    pytest.importorskip(
+        {"lightning_trainer": "lightning", "huggingface_trainer": "transformers"}.get(name, "accelerate")
+    )
     root = Path(__file__).parents[1]
     run = subprocess.run(
         [sys.executable, str(root / "examples" / f"{name}.py"), "--out", str(tmp_path)],

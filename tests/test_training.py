@@ -51,7 +51,9 @@ def test_weight_decay_is_decoupled_and_spares_the_biases_that_a_group_exempts() 
     train(plain, free, batches(1))
     for n, p in model.named_parameters():
         pulled = before[n] * 0.02 * 0.5 if n.endswith("weight") else torch.zeros_like(p)
-        torch.testing.assert_close(p.detach(), dict(plain.named_parameters())[n].detach() - pulled, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            p.detach(), dict(plain.named_parameters())[n].detach() - pulled, rtol=1e-12, atol=1e-12
+        )
 
 
 # schedulers ------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def test_averaged_weights_refuse_to_be_trained_and_come_back_after_an_error() ->
         train(model, opt, batches(1))
     assert distance(weights(model), trained) == 0
     train(model, opt, batches(1))
-    with pytest.raises(ValueError, match="average=0.98"), natural(classifier()).averaged():
+    with pytest.raises(ValueError, match=r"average=0\.98"), natural(classifier()).averaged():
         pass
     with pytest.raises(ValueError, match="between 0 and 1"):
         natural(model, average=1.0)

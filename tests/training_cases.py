@@ -64,7 +64,9 @@ def train(
     return losses
 
 
-def natural(model: nn.Module, criterion: nn.Module | None = None, kind: str = "exact", **options: Any) -> ng.NaturalGradient:
+def natural(
+    model: nn.Module, criterion: nn.Module | None = None, kind: str = "exact", **options: Any
+) -> ng.NaturalGradient:
     return ng.NaturalGradient(ng.Fisher(model, criterion or nn.CrossEntropyLoss(), kind=kind), **options)
 
 
