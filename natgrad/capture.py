@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.compiled import EXPECTED, go_on_in_python
+from natgrad.compiled import go_on_in_python
 from natgrad.ops import RULES, Parsed, View, op_name
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
@@ -266,12 +266,13 @@ class Hook:
     """
 
     def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
+        self.due = False  # whether the coming forward passes are to be watched
         self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
         self._module = weakref.ref(module) if module is not None else (lambda: None)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
-            if not EXPECTED.due:
+            if not self.due:  # compiled code guards on it
                 return
             go_on_in_python()
         method = self._method()

@@ -7,25 +7,7 @@ runs in Python, so that the calls can be noted.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import torch
-
-
-class Expected:
-    """Whether some metric wants statistics of the coming forward passes; compiled code guards on it."""
-
-    def __init__(self) -> None:
-        self.due = False
-        self._waiting: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def tell(self, metric: Any, due: bool) -> None:
-        (self._waiting.add if due else self._waiting.discard)(metric)
-        self.due = len(self._waiting) > 0
-
-
-EXPECTED = Expected()
 
 
 def go_on_in_python() -> None:

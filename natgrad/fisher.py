@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
-from natgrad.compiled import EXPECTED
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
 from natgrad.likelihoods import read
@@ -282,7 +281,7 @@ class Fisher(Metric):
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
 
     def expect(self, due: bool) -> None:
-        EXPECTED.tell(self, due)
+        self._watcher.expect(due)
 
     @property
     def needs_refresh(self) -> bool:

@@ -45,7 +45,7 @@ class KLTrustRegion(StepRule):
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         d = self._descent.direction(metric, df, options)
-        step = {n: t * -options[n].lr for n, t in d.items()}
+        step: Vector = {n: t * -options[n].lr for n, t in d.items()}
         bare = metric.without_curvature()
         if len(bare) == len(metric.parameters):
             return step  # there is nothing to measure by

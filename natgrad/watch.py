@@ -59,10 +59,13 @@ class Watcher:
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
         self._inside: list[tuple[Any, Any]] = []  # calls of the criterion inside the root's forward
+        before, after = Hook(self._before, root), Hook(self._after, root)
+        at_criterion = Hook(self._criterion_called, criterion)
+        self._hooks = [before, after, at_criterion]
         self._handles = [
-            root.register_forward_pre_hook(Hook(self._before, root), with_kwargs=True),
-            root.register_forward_hook(Hook(self._after, root), with_kwargs=True, always_call=True),
-            criterion.register_forward_hook(Hook(self._criterion_called, criterion), with_kwargs=True),
+            root.register_forward_pre_hook(before, with_kwargs=True),
+            root.register_forward_hook(after, with_kwargs=True, always_call=True),
+            criterion.register_forward_hook(at_criterion, with_kwargs=True),
         ]
 
         # a metric that is gone leaves nothing on the model
@@ -71,6 +74,11 @@ class Watcher:
     def remove(self) -> None:
         remove(self._handles)
         self.forget()
+
+    def expect(self, due: bool) -> None:
+        """Have compiled code run the hooks, or leave them out."""
+        for hook in self._hooks:
+            hook.due = due
 
     def forget(self) -> None:
         """Let go of forward passes whose loss has not come."""
