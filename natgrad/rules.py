@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.adam import Adam
-from natgrad.metric import Metric, Vector  # noqa: F401
+from natgrad.metric import Metric, Vector
 from natgrad.steps import Descent, Increments, Options, StepRule
 
 
