@@ -48,7 +48,7 @@ class KLTrustRegion(StepRule):
         step: Vector = {n: t * -options[n].lr for n, t in d.items()}
         bare = metric.without_curvature()
         if len(bare) == len(metric.parameters):
-            return step  # there is nothing to measure by
+            return dict(step)  # there is nothing to measure by
         full = {
             n: step[n] if n in step and n not in bare else torch.zeros_like(p) for n, p in metric.parameters.items()
         }
