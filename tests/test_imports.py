@@ -18,6 +18,7 @@ LEVELS = {
     "kronecker": 0,
     "coverage": 0,
     "runs": 0,
+    "jet": 0,
     "adam": 0,
     "compiled": 0,
     "huggingface": 0,
