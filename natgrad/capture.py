@@ -10,7 +10,6 @@ has seen: it is how a parameter used by other means is found instead of silently
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.compiled import go_on_in_python
+from natgrad.compiled import eager, go_on_in_python
 from natgrad.ops import RULES, Parsed, View, op_name
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
@@ -101,8 +100,7 @@ class Tape:
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
         self._stack = ExitStack()
-        if "torch._dynamo" in sys.modules:  # a compiled model runs eagerly while it is watched
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
 
     def close(self) -> None:
