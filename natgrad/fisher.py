@@ -25,7 +25,7 @@ from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
-from natgrad.likelihoods import read
+from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Watcher, unwatched
@@ -102,6 +102,8 @@ class Fisher(Metric):
             by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
         )
+        # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
+        self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None

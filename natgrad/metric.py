@@ -44,6 +44,7 @@ class Metric:
         ValueError: there is no parameter, or one that is complex or on the meta device.
     """
 
+    weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
     positive_definite = False  # whether `sharp` is defined without damping
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:

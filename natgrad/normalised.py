@@ -148,6 +148,10 @@ class NormalisedStep(StepRule):
         self._adam = Adam()
         self._slope: Slope | None = None
 
+    @property
+    def scale(self) -> Tensor | float:
+        return 1.0 if self._slope is None else self._slope.scale
+
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]

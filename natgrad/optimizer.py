@@ -37,7 +37,9 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
-        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ.
+        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
+            matrices alone and in proportion to the step length: `Fisher` has 0.1 for classification, where separable data otherwise drive
+            the weights to infinity, and 0 for other likelihoods.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -57,7 +59,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: float | None = None,
         momentum: float | None = None,
         damping: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         step: StepRule | None = None,
         refresh: int = 20,
         groups: Iterable[Mapping[str, Any]] = (),
@@ -75,6 +77,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
         self.rule = metric.default_step() if step is None else step
+        self._own_decay = metric.weight_decay if step is None else 0.0
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
@@ -167,14 +170,22 @@ class NaturalGradient(torch.optim.Optimizer):
                 if (delta := increments.get(self._name_of[p])) is None:
                     continue
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
+                if (decay := self._decay(group, p)) is not None:
+                    way, length = way * length - p * decay, 1.0
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                if group["weight_decay"]:
-                    way, length = way * length - p * (group["lr"] * group["weight_decay"]), 1.0
                 p.add_(way, alpha=length)
         if self._average is not None:
             self._average.follow({n: p for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
+
+    def _decay(self, group: Mapping[str, Any], p: Tensor) -> Tensor | float | None:
+        """The share of a parameter that this step takes away; None for nothing."""
+        given = group["weight_decay"]
+        if given is not None:
+            return group["lr"] * given if given else None
+        own = self._own_decay
+        return self.rule.scale * group["lr"] * own if own and p.dim() > 1 else None
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -399,5 +410,7 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
     }
     for name, (fits, words) in ranges.items():
         value = values[name]
+        if name == "weight_decay" and value is None:
+            continue
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")
