@@ -49,23 +49,24 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     rows = [128, 256, 512] if quick else [256, 512, 1024, 2048]
-    widths = {"dense": [8, 12, 16], "kernel": [16, 24, 32], "cg": [8, 12], "kfac": [16, 24, 32]}
+    widths = {"dense": [8, 12, 16], "kernel": [16, 24, 32], "cg": [8, 12, 16]}
+    widths |= {"kfac": [8, 12, 16], "kfac-only": [16, 24, 32]}
     if not quick:
-        widths = {"dense": [12, 18, 26, 36], "kernel": [32, 48, 64, 96], "cg": [8, 12, 16], "kfac": [32, 48, 64, 96]}
+        widths = {"dense": [12, 18, 26, 36], "kernel": [32, 48, 64, 96], "cg": [32, 48, 64, 96]}
+        widths |= {"kfac": [12, 18, 26, 36], "kfac-only": [32, 48, 64, 96]}
     for solver in widths:
         fixed = widths[solver][len(widths[solver]) // 2]
-        counts = rows if solver != "cg" else rows[:3]
-        by_n = [seconds(solver, n, fixed) for n in counts]
+        by_n = [seconds(solver, n, fixed) for n in rows]
         print(
-            f"{solver:<7} P = {by_n[0][0]}: "
-            + "  ".join(f"N {n}: {t:.4f} s" for n, (_, t) in zip(counts, by_n))
-            + f"  ∝ N^{exponent(counts, [t for _, t in by_n]):.2f}",
+            f"{solver:<9} P = {by_n[0][0]}: "
+            + "  ".join(f"N {n}: {t:.4f} s" for n, (_, t) in zip(rows, by_n))
+            + f"  ∝ N^{exponent(rows, [t for _, t in by_n]):.2f}",
             flush=True,
         )
         middle = rows[len(rows) // 2 - 1]
         by_p = [seconds(solver, middle, w) for w in widths[solver]]
         print(
-            f"{solver:<7} N = {middle}: "
+            f"{solver:<9} N = {middle}: "
             + "  ".join(f"P {p}: {t:.4f} s" for p, t in by_p)
             + f"  ∝ P^{exponent([p for p, _ in by_p], [t for _, t in by_p]):.2f}",
             flush=True,

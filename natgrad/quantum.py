@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from natgrad.function_space import RootMetric
 from natgrad.metric import Vector, named
-from natgrad.solvers import Rows
+from natgrad.root_metric import RootMetric
+from natgrad.rows import Rows
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -68,7 +68,7 @@ class QuantumGeometry(RootMetric):
         return self.loss
 
     def default_step(self) -> StepRule:
-        from natgrad.searches import TrustRegion
+        from natgrad.model_steps import TrustRegion
 
         return TrustRegion()
 
