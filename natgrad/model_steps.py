@@ -176,8 +176,8 @@ class TrustRegion(SearchRule):
     At tiny λ the direction is long where ĝ is nearly singular, and neither its length nor its sense can be trusted
     there; ε bounds it. The gain ratio ρ = (decrease seen at the next observation) / (decrease of the quadratic model)
     doubles the radius where ρ > 0.75 and the bound was met, up to the given one, and quarters it where ρ < 0.25; a
-    step that raised the loss by more than the model promised to lower it (ρ < −1) is undone. Where the metric does not know the loss the radius stays.
-
+    step that raised the loss by more than the model promised to lower it (ρ < −1) is undone. Where the metric does
+    not know the loss the radius stays.
     Args:
         radius: the largest ‖Δ‖.
         floor: ε.
