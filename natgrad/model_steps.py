@@ -178,6 +178,7 @@ class TrustRegion(SearchRule):
     doubles the radius where ρ > 0.75 and the bound was met, up to the given one, and quarters it where ρ < 0.25; a
     step that raised the loss by more than the model promised to lower it (ρ < −1) is undone. Where the metric does
     not know the loss the radius stays.
+
     Args:
         radius: the largest ‖Δ‖.
         floor: ε.
