@@ -41,7 +41,7 @@ class Hessian(Metric):
     Raises:
         TypeError: loss_fn is not callable, or takes more than a batch.
         ValueError: at the first product, a loss that is not a scalar, is not finite or does not depend on the
-        parameters.
+            parameters.
     """
 
     def __init__(

@@ -40,8 +40,7 @@ class QuantumGeometry(RootMetric):
 
     Raises:
         TypeError, ValueError: at `observe`, a batch that does not fit or is not finite, log ψ that is not a scalar or
-        does not
-            depend on the parameters.
+            does not depend on the parameters.
     """
 
     def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
