@@ -11,7 +11,8 @@ has seen: it is how a parameter used by other means is found instead of silently
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from natgrad.compiled import go_on_in_python
 from natgrad.ops import RULES, Parsed, View, op_name
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
@@ -111,19 +113,24 @@ class Tape:
 
     def note(self, func: Any, parsed: Parsed, out: Tensor) -> None:
         """Keep a call if its weight or bias is a parameter of interest."""
+        refuse_selective_checkpointing()
         weight, bias = self.piece(parsed.weight), self.piece(parsed.bias)
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
             return
-        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
+        if not any(t.requires_grad for t in claimed):
+            return
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         self.behind[edge] = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.calls.append(Call(op_name(func), weight, bias, parsed.view, parsed.x.detach(), edge))
 
     def piece(self, w: Any) -> Piece | None:
         """The parameter of interest that `w` is, a row slice or a cast of one; None for anything else."""
-        if not isinstance(w, Tensor) or not w.requires_grad:
+        if not isinstance(w, Tensor):
             return None
+        if not w.requires_grad:  # frozen after the metric was made: its layer keeps its shape
+            return Piece(self.names[id(w)]) if id(w) in self.names else None
         p = leaf_behind(w)
         name = None if p is None else self.names.get(id(p))
         if p is None or name is None:
@@ -167,6 +174,15 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
             entered.add(node)
             todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
     return reached, list(missed.values())
+
+
+def refuse_selective_checkpointing() -> None:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(type(m).__name__ == "_CachingTorchDispatchMode" for m in modes):
+        raise CaptureError(
+            "the model uses selective activation checkpointing, whose regions can be backpropagated once only, and the "
+            "metric needs a backward pass of its own; use checkpoint(…, use_reentrant=False) without context_fn"
+        )
 
 
 def refuse_opaque(node: str) -> None:
@@ -243,9 +259,6 @@ def same_place(a: Tensor, b: Tensor) -> bool:
     return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
-Listener = Callable[..., None]
-
-
 class Hook:
     """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
 
@@ -253,14 +266,15 @@ class Hook:
     """
 
     def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
-        import weakref
-
+        self.due = False  # whether the coming forward passes are to be watched
         self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
         self._module = weakref.ref(module) if module is not None else (lambda: None)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
-            return
+            if not self.due:  # compiled code guards on it
+                return
+            go_on_in_python()
         method = self._method()
         if method is not None and self._module() is module:
             method(*args)

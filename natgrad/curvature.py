@@ -73,6 +73,11 @@ class Curvature:
             CaptureError: a parameter is used both by covered and by uncovered ops.
             ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
         """
+        device = next(iter(self.parameters.values())).device
+        with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
+            return self._draw(output, targets, tapes, per_datum)
+
+    def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
         found = self.reading.outputs(output)
         live = [o for o in found if o.requires_grad]
         reached, missed = coverage_walk(live, tapes)
@@ -131,6 +136,8 @@ class Curvature:
             if use is not None:
                 uses.setdefault(self.layers.of(call).key, []).append(use)
         for block in self.blocks:
+            if not any(self.parameters[n].requires_grad for n in block.names):
+                continue  # frozen: its curvature stays as it was
             first = block not in statistics
             new = block.observe([uses.get(layer.key, []) for layer in block.layers], mass, source, first)
             if first:
@@ -197,6 +204,15 @@ class Curvature:
             block = BLOCKS[structure]([layer], self.sharing_of(layer.key.name))
             block.structure = structure
             self.blocks.append(block)
+
+    def forget_layer_of(self, name: str) -> None:
+        """A parameter was thawed: let its layer be found anew, together with it."""
+        owner = name.rpartition(".")[0]
+        gone = [b for b in self.blocks if any(n.rpartition(".")[0] == owner for n in b.names)]
+        self.blocks = [b for b in self.blocks if b not in gone]
+        for block in gone:
+            for layer in block.layers:
+                del self.layers.found[layer.key]
 
     # which rows belong to which datum ------------------------------------------------------------------
 

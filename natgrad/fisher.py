@@ -24,8 +24,8 @@ from natgrad import metric_file
 from natgrad.blocks import Average, Block, KroneckerBlock
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
-from natgrad.likelihoods import read
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
+from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Watcher, unwatched
@@ -102,6 +102,8 @@ class Fisher(Metric):
             by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
         )
+        # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
+        self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -238,6 +240,9 @@ class Fisher(Metric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
+        if self._pending and all(p.grad is None for p in self.parameters.values()):
+            # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
+            self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
     def parameter_names(self) -> dict[int, str]:
@@ -266,6 +271,7 @@ class Fisher(Metric):
                 self.parameters.clear()  # in place: the curvature holds this dictionary too
                 self.parameters.update(ordered)
                 self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                self.curvature.forget_layer_of(name)
                 return name
         return None
 
@@ -273,12 +279,23 @@ class Fisher(Metric):
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
 
-    needs_refresh = True
+    def without_curvature(self) -> set[str]:
+        return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
+
+    def expect(self, due: bool) -> None:
+        self._watcher.expect(due)
+
+    @property
+    def needs_refresh(self) -> bool:
+        return not self.dropped  # statistics that were dropped will come again
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = [d for d in self._pending if self._usable(d)], []
         self._watcher.forget()
+        dtype = statistics_dtype(self.parameters.values())
+        for block in self.blocks:
+            block.move(self.parameters[block.names[0]].device, dtype)
         if draws:
             self._commit(draws, decay)
         return bool(draws)
@@ -288,7 +305,7 @@ class Fisher(Metric):
         counted.
         """
         sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
-        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
             return True
         if not self.dropped:
             warnings.warn(
@@ -342,7 +359,7 @@ class Fisher(Metric):
         df = self.check(df, "df")
         out = {n: t / damping for n, t in df.items()}  # where the metric is zero
         for block in self._ready():
-            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
+            block.unpack(block.kept_inverse(damping).apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:

@@ -59,10 +59,13 @@ class Watcher:
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
         self._inside: list[tuple[Any, Any]] = []  # calls of the criterion inside the root's forward
+        before, after = Hook(self._before, root), Hook(self._after, root)
+        at_criterion = Hook(self._criterion_called, criterion)
+        self._hooks = [before, after, at_criterion]
         self._handles = [
-            root.register_forward_pre_hook(Hook(self._before, root), with_kwargs=True),
-            root.register_forward_hook(Hook(self._after, root), with_kwargs=True, always_call=True),
-            criterion.register_forward_hook(Hook(self._criterion_called, criterion), with_kwargs=True),
+            root.register_forward_pre_hook(before, with_kwargs=True),
+            root.register_forward_hook(after, with_kwargs=True, always_call=True),
+            criterion.register_forward_hook(at_criterion, with_kwargs=True),
         ]
 
         # a metric that is gone leaves nothing on the model
@@ -71,6 +74,11 @@ class Watcher:
     def remove(self) -> None:
         remove(self._handles)
         self.forget()
+
+    def expect(self, due: bool) -> None:
+        """Have compiled code run the hooks, or leave them out."""
+        for hook in self._hooks:
+            hook.due = due
 
     def forget(self) -> None:
         """Let go of forward passes whose loss has not come."""
@@ -102,7 +110,8 @@ class Watcher:
             return
         tape.close()
         metric = self._metric()
-        if output is None or metric is None or not tape.calls:  # None: forward raised
+        leaves = [t for t in leaves_of(output) if t.requires_grad]
+        if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
         self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
         inside, self._inside = self._inside, []
@@ -111,9 +120,8 @@ class Watcher:
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, tape)
-            for t in leaves_of(output):
-                if t.requires_grad:
-                    t.register_hook(fire)
+            for t in leaves:
+                t.register_hook(fire)
 
     def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
         metric = self._metric()
