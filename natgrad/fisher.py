@@ -24,7 +24,15 @@ from natgrad import metric_file
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
+from natgrad.curvature import (
+    BLOCKS,
+    PER_DATUM,
+    TRAINING_ROWS,
+    Curvature,
+    Draw,
+    statistics_dtype,
+    usable,
+)
 from natgrad.heads import Heads
 from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
@@ -64,7 +72,8 @@ class Fisher(Metric):
         seed: of the labels drawn; the global random state is never touched.
         fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
-            ("sampled" only); a refresh then costs at most that many outer products a layer.
+            ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
+            `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -289,6 +298,7 @@ class Fisher(Metric):
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
+        self.curvature.train()
 
     def without_curvature(self) -> set[str]:
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
@@ -462,6 +472,11 @@ class Fisher(Metric):
             notes.append(f"labels drawn for {self.curvature.fraction:.0%} of the data")
         if self.curvature.max_positions is not None:
             notes.append(f"at most {self.curvature.max_positions} rows of a call enter a Kronecker factor")
+        elif self.curvature.trains and self.kind == "sampled":
+            notes.append(
+                f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
+                "as many as its larger side has"
+            )
         return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 
     def _coverage_row(self, name: str) -> CoverageRow:

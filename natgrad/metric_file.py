@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
 FORMAT = 2
+ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
 def state_of(metric: Fisher) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def state_of(metric: Fisher) -> dict[str, Any]:
                 tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
+    generators[ROWS] = metric.curvature.row_generator.get_state()
     return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
 
 
@@ -103,10 +105,12 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:
         if isinstance(block, KroneckerBlock):
-            block.max_rows = metric.curvature.max_positions
+            metric.curvature.limit_rows(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
-    for device, saved in state.get("generators", {}).items():
-        metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
+    for which, saved in state.get("generators", {}).items():
+        rows = which == ROWS
+        generator = metric.curvature.row_generator if rows else metric.curvature.generator(torch.device(which))
+        generator.set_state(saved.cpu())
 
 
 def blocks_from(

@@ -162,7 +162,7 @@ class NormalisedStep(StepRule):
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: Increments = {}
+        out: dict[str, Any] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
                 out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks
