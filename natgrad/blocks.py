@@ -5,9 +5,7 @@ over all cotangents drawn. The structures keep
 
 - dense      all of it, over one layer or several (`DenseBlock`);
 - diagonal   its diagonal, (1/m) Σ_n G_n∘G_n (`DiagonalBlock`);
-- kfac       U ⊗ V with U = (1/m) Σ g gᵀ and V = mean a aᵀ over rows (`KroneckerBlock`). "expand" takes every position
-             as a row of its own; "reduce" first sums g and averages a over the positions of a datum (Eschenhagen et
-             al. 2023, arXiv:2311.00636, eqs. 21 and 22). U carries the scale of the loss; V is a mean.
+- kfac, ekfac, input: products of two small matrices, see `natgrad.kronecker_blocks`.
 
 A block works in its own *coordinates*, a tensor with any leading dimensions; `pack` and `unpack` convert from and to
 named tensors. Statistics, damping and inverse are three things: damping is never written into the statistics, and an
@@ -16,129 +14,19 @@ named tensors. Statistics, damping and inverse are three things: damping is neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.capture import Piece
-from natgrad.kronecker import damped_inverse, factored_inverses, kron_apply, mean_eigenvalue, safe_eigh
-from natgrad.ops import View
+from natgrad.averages import Average, Statistics
+from natgrad.kronecker import damped_inverse, safe_eigh
+from natgrad.layers import Layer, Use
+from natgrad.pieces import Piece
 
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
-
-
-@dataclass
-class Layer:
-    """A weight and its biases, or one of them, as a stack of matrices (groups, d_out, d_in) with a column for each
-    bias.
-    """
-
-    op: str
-    view: View
-    weight: Piece | None
-    biases: list[Piece]
-    shapes: Mapping[str, torch.Size]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        return [p for p in (self.weight, *self.biases) if p is not None]
-
-    @property
-    def names(self) -> set[str]:
-        return {p.name for p in self.pieces}
-
-    @property
-    def key(self) -> Piece:
-        return self.pieces[0]
-
-    @property
-    def matrix_shape(self) -> torch.Size:
-        """(groups, d_out, d_in)"""
-        return self.pack({n: torch.empty(s, device="meta") for n, s in self.shapes.items()}).shape
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """{name: (…, *shape)} → (…, groups, d_out, d_in)"""
-        columns = [self.view.bias(self._slice(b, tensors)) for b in self.biases]
-        if self.weight is not None:
-            columns.insert(0, self.view.matrix(self._slice(self.weight, tensors)))
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
-
-    def unpack(self, m: Tensor, into: Mapping[str, Tensor]) -> None:
-        """(…, groups, d_out, d_in) → written into {name: (…, *shape)}"""
-        width = m.shape[-1] - len(self.biases)
-        if self.weight is not None:
-            target = self._slice(self.weight, into)
-            target.copy_(self.view.weight(m[..., :width]).reshape(target.shape))
-        for i, b in enumerate(self.biases):
-            target = self._slice(b, into)
-            target.copy_(m[..., width + i].reshape(target.shape))
-
-    def views(self, m: Tensor) -> dict[str, Tensor]:
-        """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
-        m = m.reshape(*m.shape[: m.dim() - 3], *self.matrix_shape) if m.shape[-3:] != self.matrix_shape else m
-        width = m.shape[-1] - len(self.biases)
-        out = {} if self.weight is None else {self.weight.name: self.view.weight(m[..., :width])}
-        for i, b in enumerate(self.biases):
-            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
-        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
-
-    def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
-        return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
-
-
-@dataclass
-class Use:
-    """One call of a layer in canonical form, with the gradient of one cotangent."""
-
-    a: Tensor  # (data, positions, groups, d_in), bias columns included
-    g: Tensor  # (data, positions, groups, d_out)
-
-    def gradients(self) -> Tensor:
-        """Per-datum gradients (data, groups, d_out, d_in)."""
-        if self.a.shape[1] == 1:
-            return self.g[:, 0, :, :, None] * self.a[:, 0, :, None, :]
-        return torch.einsum("npgo,npgi->ngoi", self.g, self.a)
-
-    def narrow(self, start: int, length: int) -> Use:
-        return Use(self.a.narrow(0, start, length), self.g.narrow(0, start, length))
-
-
-@dataclass
-class Average:
-    """Σ_h S_h / M_h: sums of statistics over their masses, one pair for each source of terms h (one a criterion)."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    masses: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, total: Tensor, mass: Tensor | None, source: str = "") -> None:
-        """`mass` None: a plain sum, which is never divided."""
-        if source not in self.sums:
-            self.sums[source] = total
-            self.masses[source] = total.new_ones(()) if mass is None else mass.to(total)
-            return
-        self.sums[source] = self.sums[source] + total
-        if mass is not None:
-            self.masses[source] = self.masses[source] + mass.to(total)
-
-    def merge(self, other: Average, plain: bool) -> None:
-        for source, total in other.sums.items():
-            self.add(total, None if plain else other.masses[source], source)
-
-    def value(self) -> Tensor:
-        parts = [torch.where(self.masses[h] > 0, s / self.masses[h], torch.zeros_like(s)) for h, s in self.sums.items()]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-    def fold(self, new: Average, decay: float) -> None:
-        """value ← decay·value + (1 − decay)·new value."""
-        fresh = new.value()
-        mixed = fresh if not self.sums or decay == 0 else torch.lerp(self.value(), fresh, 1 - decay)
-        self.sums, self.masses = {"": mixed}, {"": mixed.new_ones(())}
-
-
-Statistics = dict[str, Average]
 
 
 class Inverse:
@@ -180,20 +68,32 @@ class Block:
 
     # statistics
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i. `first`: the inputs are not yet
-        counted.
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i, none where it was not used.
+
+        `like`: a tensor of the dtype and device of the statistics.
         """
         raise NotImplementedError
 
-    def unused(self, mass: Tensor | None, source: str) -> Statistics:
-        """Statistics of data that do not use the block: zero. Nothing where none were taken before."""
-        new: Statistics = {}
-        for key, average in self.statistics.items():
-            if not self.is_mean(key):
-                zero = torch.zeros_like(next(iter(average.sums.values())))
-                new[key] = Average({source: zero}, {source: zero.new_ones(()) if mass is None else mass.to(zero)})
-        return new
+    # structures whose statistics need a basis that depends on the other statistics look at the data twice
+
+    looks_twice = False
+
+    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
+        """Between the two looks. `settled`: what is new will be added to the statistics as they are now."""
+
+    def observe_again(
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    ) -> None:
+        """The second look at one set of cotangents."""
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        """Statistics of several batches together; sources with a mass are weighed by it."""
+        out: Statistics = {}
+        for part in parts:
+            for key, average in part.items():
+                out.setdefault(key, Average()).merge(average, plain and not self.is_mean(key))
+        return out
 
     def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
         """Add statistics to the average (`decay` None) or fold them into a moving one."""
@@ -206,8 +106,15 @@ class Block:
         self.version += 1
 
     def is_mean(self, key: str) -> bool:
-        """Whether a statistic is a mean over rows whatever the reduction of the loss."""
+        """Whether a statistic does not scale with the loss, whatever its reduction."""
         return False
+
+    def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
+        """Over the data seen before this block was first used, its gradient was zero."""
+        for key, average in new.items():
+            for source, mass in masses.items():
+                if source in average.masses and not self.is_mean(key):
+                    average.masses[source] = average.masses[source] + mass.to(average.masses[source])
 
     def value(self, key: str) -> Tensor:
         return self.cached("value " + key, lambda: self.statistics[key].value())
@@ -313,21 +220,22 @@ class JointBlock(Block):
     def dimension(self) -> int:
         return sum(self.widths)
 
-    def per_datum(self, uses: Sequence[Sequence[Use]]) -> Any:
+    def per_datum(self, uses: Sequence[Sequence[Use]], like: Tensor) -> Iterator[Tensor]:
         """Chunks (data, P) of per-datum gradients."""
-        first = next(u for calls in uses for u in calls)
-        data = first.a.shape[0]
+        data = next((u.data for calls in uses for u in calls), 0)
+        if data == 0:  # no layer was used: the gradient is zero
+            yield like.new_zeros(1, self.dimension)
         step = max(1, CHUNK // max(1, self.dimension))
         for start in range(0, data, step):
             length = min(step, data - start)
             parts = []
             for calls, width in zip(uses, self.widths):
                 if not calls:
-                    parts.append(first.g.new_zeros(length, width))
+                    parts.append(like.new_zeros(length, width))
                     continue
-                total = calls[0].narrow(start, length).gradients()
+                total = calls[0].products(start, length)
                 for use in calls[1:]:
-                    total = total + use.narrow(start, length).gradients()
+                    total = total + use.products(start, length)
                 parts.append(total.flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -337,23 +245,27 @@ class DenseBlock(JointBlock):
 
     structure = "dense"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        if not any(uses):
-            return self.unused(mass, source)
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
-        for rows in self.per_datum(uses):
+        for rows in self.per_datum(uses, like):
             average.add(rows.mT @ rows, None, source)
-        average.masses[source] = average.masses[source] if mass is None else mass.to(average.sums[source])
+        average.weigh(mass, source)
         return {"matrix": average}
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        grown = []
+        for part in parts:  # batches from before a layer was first used
+            average = part["matrix"].copy()
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
+            grown.append({"matrix": average})
+        return super().merged(grown, plain)
 
     def extend(self, layer: Layer) -> None:
         """Take in a layer first used now; over the data seen before, its gradient was zero."""
-        before = self.dimension
         self.layers.append(layer)
         self.version += 1
-        grow = self.dimension - before
         for average in self.statistics.values():
-            average.sums = {h: torch.nn.functional.pad(s, (0, grow, 0, grow)) for h, s in average.sums.items()}
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
 
     @property
     def matrix(self) -> Tensor:
@@ -387,13 +299,11 @@ class DiagonalBlock(JointBlock):
 
     structure = "diagonal"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        if not any(uses):
-            return self.unused(mass, source)
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
-        for rows in self.per_datum(uses):
+        for rows in self.per_datum(uses, like):
             average.add(rows.square().sum(0), None, source)
-        average.masses[source] = average.masses[source] if mass is None else mass.to(average.sums[source])
+        average.weigh(mass, source)
         return {"diagonal": average}
 
     def flat(self, x: Tensor) -> Tensor:
@@ -415,102 +325,10 @@ class DiagonalBlock(JointBlock):
         return f"{self.dimension}"
 
 
-class KroneckerBlock(Block):
-    """U ⊗ V of one layer, a pair for each group. Coordinates: (…, groups, d_out, d_in)."""
-
-    structure = "kfac"
-
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
-        super().__init__(layers)
-        (self.layer,) = self.layers
-        self.sharing = sharing
-        self.needs_data = sharing == "reduce"
-
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, first: bool) -> Statistics:
-        if not uses[0]:
-            return self.unused(mass, source)
-        u, v = Average(), Average()
-        for use in uses[0]:
-            a, g = use.a, use.g
-            if self.sharing == "reduce":
-                a, g = a.mean(1, keepdim=True), g.sum(1, keepdim=True)
-            u.add(second_moment(g), None, source)
-            if first:
-                rows = a.new_tensor(float(a.shape[0] * a.shape[1]))
-                v.add(second_moment(a), rows)
-        if mass is not None:
-            u.masses[source] = mass.to(u.sums[source])
-        return {"U": u, "V": v} if first else {"U": u}
-
-    def is_mean(self, key: str) -> bool:
-        return key == "V"
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.layer.pack(tensors)
-
-    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
-        self.layer.unpack(x, into)
-
-    @property
-    def matrix_shape(self) -> torch.Size:
-        """(groups, d_out, d_in)"""
-        return self.layer.matrix_shape
-
-    @property
-    def u(self) -> Tensor:
-        """(groups, d_out, d_out)"""
-        return self.value("U")
-
-    @property
-    def v(self) -> Tensor:
-        """(groups, d_in, d_in)"""
-        return self.value("V")
-
-    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues u_i v_j (groups, d_out, d_in) and eigenvectors of both factors."""
-        return self.cached("eigen", self._eigen)
-
-    def _eigen(self) -> tuple[Tensor, Tensor, Tensor]:
-        (lu, qu), (lv, qv) = safe_eigh(self.u), safe_eigh(self.v)
-        return lu[..., :, None] * lv[..., None, :], qu, qv
-
-    def flat(self, x: Tensor) -> Tensor:
-        return kron_apply(self.u, x, self.v)
-
-    def inverse(self, damping: float) -> Inverse:
-        values, qu, qv = self.eigen()
-        return EigenInverse(1 / (values + damping), qu, qv)
-
-    def relative_inverse(self, damping: float) -> Inverse:
-        return KroneckerInverse(*factored_inverses(self.u, self.v, damping))
-
-    def diagonal(self) -> Tensor:
-        return self.u.diagonal(dim1=-2, dim2=-1)[..., :, None] * self.v.diagonal(dim1=-2, dim2=-1)[..., None, :]
-
-    def trace(self) -> Tensor:
-        out, into = self.u.shape[-1], self.v.shape[-1]
-        return (mean_eigenvalue(self.u) * out * mean_eigenvalue(self.v) * into).sum()
-
-    def logdet(self, damping: float) -> Tensor:
-        return (self.eigen()[0] + damping).log().sum()
-
-    def sample(self, z: Tensor, damping: float) -> Tensor:
-        values, qu, qv = self.eigen()
-        return qu @ ((qu.mT @ z @ qv) * (values + damping).rsqrt()) @ qv.mT
-
-    @property
-    def dimension(self) -> int:
-        return self.u.shape[0] * self.u.shape[-1] * self.v.shape[-1]
-
-    def sizes(self) -> str:
-        groups = self.u.shape[0]
-        return f"{self.u.shape[-1]}² ⊗ {self.v.shape[-1]}²" + (f" × {groups}" if groups > 1 else "")
-
-
-def second_moment(rows: Tensor) -> Tensor:
-    """(data, positions, groups, d) → Σ r rᵀ (groups, d, d)"""
-    stacked = rows.permute(2, 0, 1, 3).reshape(rows.shape[2], -1, rows.shape[3])
-    return stacked.mT @ stacked
+def grow_to(matrix: Tensor, size: int) -> Tensor:
+    """Zero rows and columns for coordinates that came later."""
+    grow = size - matrix.shape[-1]
+    return matrix if grow == 0 else torch.nn.functional.pad(matrix, (0, grow, 0, grow))
 
 
 @dataclass
@@ -527,24 +345,3 @@ class DiagonalInverse(Inverse):
 
     def apply(self, x: Tensor) -> Tensor:
         return x * self.scale
-
-
-@dataclass
-class EigenInverse(Inverse):
-    """Q_U [ (Q_Uᵀ X Q_V) ∘ scale ] Q_Vᵀ"""
-
-    scale: Tensor
-    qu: Tensor
-    qv: Tensor
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self.qu @ ((self.qu.mT @ x @ self.qv) * self.scale) @ self.qv.mT
-
-
-@dataclass
-class KroneckerInverse(Inverse):
-    u: Tensor
-    v: Tensor
-
-    def apply(self, x: Tensor) -> Tensor:
-        return kron_apply(self.u, x, self.v)

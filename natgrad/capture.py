@@ -10,7 +10,6 @@ has seen: it is how a parameter used by other means is found instead of silently
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,44 +21,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.compiled import go_on_in_python
-from natgrad.ops import RULES, Parsed, View, op_name
+from natgrad.compiled import eager, go_on_in_python
+from natgrad.decomposed import REWRITES
+from natgrad.ops import IN_PLACE, RULES, Parsed, op_name
+from natgrad.pieces import Piece, find, piece_of, weight_piece
+from natgrad.views import View
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
-
-# graph nodes that hand a parameter on unchanged, or only cast it: a weight behind them is still that parameter
-PASSING = (
-    "Alias",
-    "AsStrided",
-    "Chunk",
-    "Select",
-    "Slice",
-    "Split",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unbind",
-    "View",
-)
 
 
 class CaptureError(RuntimeError):
     """A parameter is used in a way that the metric cannot follow; the message names it."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A parameter, or a slice ``[start:stop]`` of its first dimension (packed projections)."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-
-    def of(self, tensors: Mapping[str, Tensor], batch_dims: int = 0) -> Tensor:
-        t = tensors[self.name]
-        return t if self.rows is None else t.narrow(batch_dims, self.rows[0], self.rows[1] - self.rows[0])
-
-    def __str__(self) -> str:
-        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
 
 
 @dataclass
@@ -91,7 +63,9 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
+    sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
     drawn: bool = False
+    differentiated: bool = False  # the forward pass took a derivative
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
     _stack: ExitStack | None = None
 
@@ -99,10 +73,10 @@ class Tape:
         """Start noting calls."""
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
+        self.sizes = {n for t in tensors for n in t.shape[:2]}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
         self._stack = ExitStack()
-        if "torch._dynamo" in sys.modules:  # a compiled model runs eagerly while it is watched
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
 
     def close(self) -> None:
@@ -111,37 +85,28 @@ class Tape:
             self._stack.close()
             self._stack = None
 
-    def note(self, func: Any, parsed: Parsed, out: Tensor) -> None:
-        """Keep a call if its weight or bias is a parameter of interest."""
+    def note(self, func: Any, parsed: Parsed, out: Tensor, before: Sequence[Edge] = ()) -> None:
+        """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
         refuse_selective_checkpointing()
-        weight, bias = self.piece(parsed.weight), self.piece(parsed.bias)
+        held = weight_piece(parsed.weight, parsed.view, self.names)
+        weight, view = (None, parsed.view) if held is None else held
+        bias = piece_of(parsed.bias, self.names)
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
+            return
+        if parsed.needs_data and self.sizes and all(n % s for n in view.leading(parsed.x) for s in self.sizes):
             return
         claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
         if not any(t.requires_grad for t in claimed):
             return
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
-        self.behind[edge] = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
-        self.calls.append(Call(op_name(func), weight, bias, parsed.view, parsed.x.detach(), edge))
+        edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
+        self.behind[edge] = [*edges, *before]
+        self.calls.append(Call(op_name(func), weight, bias, view, parsed.x.detach(), edge))
 
-    def piece(self, w: Any) -> Piece | None:
-        """The parameter of interest that `w` is, a row slice or a cast of one; None for anything else."""
-        if not isinstance(w, Tensor):
-            return None
-        if not w.requires_grad:  # frozen after the metric was made: its layer keeps its shape
-            return Piece(self.names[id(w)]) if id(w) in self.names else None
-        p = leaf_behind(w)
-        name = None if p is None else self.names.get(id(p))
-        if p is None or name is None:
-            return None
-        if w is p or (w.shape == p.shape and (same_place(w, p) or w.dtype != p.dtype)):
-            return Piece(name)
-        row = p[0].numel() if p.dim() and p.shape[0] else 0
-        if row and same_storage(w, p) and w.shape[1:] == p.shape[1:] and w.stride() == p.stride():
-            start, odd = divmod(int(w.storage_offset() - p.storage_offset()), row)
-            return None if odd else Piece(name, (start, start + w.shape[0]))
-        return None
+    def owns(self, t: Any) -> bool:
+        """Whether a tensor is a parameter of interest, or a view or cast of one."""
+        return find(t, self.names) is not None
 
 
 def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
@@ -154,7 +119,8 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
     names = {i: n for tape in tapes for i, n in tape.names.items()}
     reached: set[Edge] = set()
     missed: dict[str, Uncaptured] = {}
-    seen: set[Edge] = set().union(*(tape.inputs for tape in tapes))
+    # what made the input is none of ours, unless it is another watched pass: m(m(x))
+    seen: set[Edge] = set(tapes[0].inputs) if len(tapes) == 1 else set()
     entered: set[Any] = set()
     todo = [(e, "the output itself") for t in outputs if (e := edge_of(t)) is not None]
     while todo:
@@ -199,7 +165,7 @@ def refuse_opaque(node: str) -> None:
 
 
 class _Watch(TorchFunctionMode):
-    """Hands every call of an op with a rule to the tape."""
+    """Hands every call of an op with a rule to the tape, and runs opaque ops as the ops they are made of."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -207,12 +173,26 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = RULES.get(func)
-        out = func(*args, **kwargs)
-        if rule is not None and torch.is_grad_enabled() and out.requires_grad and not in_backward():
-            parsed = rule(*args, **kwargs)
+        following = torch.is_grad_enabled() and not in_backward() and not in_transform()
+        if following and (decomposed := REWRITES.get(func)) is not None:
+            with self:
+                return decomposed(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.tape.differentiated = True
+        rule = RULES.get(func) if following else None
+        if rule is None:
+            return func(*args, **kwargs)
+        before: list[Edge] = []
+        if func in IN_PLACE and self.tape.owns(args[1]):
+            before = [e for e in [edge_of(args[0])] if e is not None]
+            args, given = (args[0].detach().clone(), *args[1:]), args
+        else:
+            given = args
+        out = func(*given, **kwargs)
+        if out.requires_grad:
+            parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is not None:
-                self.tape.note(func, parsed, out)
+                self.tape.note(func, parsed, out, before)
         return out
 
 
@@ -234,29 +214,6 @@ def in_backward() -> bool:
 def in_transform() -> bool:
     """Inside torch.func (vmap, grad, functional_call under a transform) there is no graph of ours to follow."""
     return torch._C._functorch.maybe_current_level() is not None
-
-
-def leaf_behind(w: Tensor) -> Tensor | None:
-    """The leaf that `w` is a view or a cast of."""
-    node = w.grad_fn
-    if node is None:
-        return w
-    while not hasattr(node, "variable"):
-        if not node.name().startswith(PASSING):
-            return None
-        parents = [n for n, _ in node.next_functions if n is not None]
-        if len(parents) != 1:
-            return None
-        node = parents[0]
-    return node.variable
-
-
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def same_place(a: Tensor, b: Tensor) -> bool:
-    return same_storage(a, b) and a.storage_offset() == b.storage_offset() and a.stride() == b.stride()
 
 
 class Hook:

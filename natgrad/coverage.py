@@ -28,6 +28,7 @@ class Coverage:
     """Rows in the order of the metric's names; ``str()`` prints a table, ``coverage["fc.weight"]`` is one row."""
 
     rows: tuple[CoverageRow, ...]
+    note: str = ""  # how the data were subsampled
 
     def __iter__(self) -> Iterator[CoverageRow]:
         return iter(self.rows)
@@ -59,7 +60,8 @@ class Coverage:
             )
         out = io.StringIO()
         Console(file=out, width=160, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     def without_curvature(self) -> Iterator[CoverageRow]:
         return (row for row in self if row.block == "no curvature")

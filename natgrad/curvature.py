@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, Layer, Statistics, Use
-from natgrad.capture import Call, CaptureError, Piece, Tape, Uncaptured, as_gradient_edge, coverage_walk
-from natgrad.layers import Layers, canonical_input, uses_of
+from natgrad.averages import Statistics
+from natgrad.blocks import Block, DenseBlock, DiagonalBlock
+from natgrad.capture import Call, CaptureError, Tape, Uncaptured, as_gradient_edge, coverage_walk
+from natgrad.kronecker_blocks import EigenvalueBlock, InputBlock, KroneckerBlock
+from natgrad.layers import Layer, Layers, Use, key_of, use_of
+from natgrad.layouts import element_layout, flat_layout
 from natgrad.likelihoods import Reading
-from natgrad.ops import ElementView, FlatView
-from natgrad.passes import cotangents, count_data, of_data, separable
+from natgrad.passes import MAX_PASSES, axes_that_fit, cotangents, count_data, data_axes, of_data
+from natgrad.pieces import Piece
 from natgrad.trees import Tensors, replace_tensors
+from natgrad.views import GradientView
 
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
@@ -26,6 +30,8 @@ BLOCKS: dict[str, Callable[[Sequence[Layer], str], Block]] = {
     "block": lambda layers, sharing: DenseBlock(layers),
     "diagonal": lambda layers, sharing: DiagonalBlock(layers),
     "kfac": KroneckerBlock,
+    "ekfac": EigenvalueBlock,
+    "input": InputBlock,
 }
 
 
@@ -35,7 +41,23 @@ class Draw:
 
     statistics: list[tuple[Block, Statistics]]
     data: int
-    masses: dict[str, Tensor]  # what their sums are divided by, for each source of terms; empty for a sum
+    masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
+
+
+@dataclass
+class Part:
+    """One source of loss terms behind an output (one a criterion), with what is needed to take its statistics."""
+
+    source: str
+    reading: Reading
+    outputs: Tensors  # detached
+    output: Any
+    targets: Any
+    shot: Shot
+    mass: Tensor | None
+    axes: list[int]  # of each call: which dimension of its rows counts data
+    data: int
+    apart: bool  # whether each datum has a backward pass of its own
 
 
 @dataclass
@@ -53,13 +75,15 @@ class Curvature:
     parameters: dict[str, Tensor]
     structure_of: Callable[[str], str]
     sharing_of: Callable[[str], str]
+    fraction: float = 1.0
+    max_positions: int | None = None
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = Layers({n: p.shape for n, p in self.parameters.items()})
         self.generators: dict[torch.device, torch.Generator] = {}
-        self._separable: dict[tuple[object, ...], bool] = {}
+        self._axes: dict[tuple[object, ...], list[int] | None] = {}
         self._warned_batch_norm = False
 
     # one draw ------------------------------------------------------------------------------------------
@@ -67,7 +91,8 @@ class Curvature:
     def draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
         """Statistics from one output; None if no parameter of the tapes lies behind it.
 
-        `per_datum`: give parameters that no op rule covers a block from per-datum gradients.
+        `per_datum`: give parameters that no op rule covers a block from per-datum gradients; the statistics will be
+        added to those that are there now.
 
         Raises:
             CaptureError: a parameter is used both by covered and by uncovered ops.
@@ -86,73 +111,131 @@ class Curvature:
         if not usable(found):
             return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
-        calls = [c for tape in tapes for c in tape.calls if c.out in reached]
-        self._sort_out(calls, missed)
+        noted = [c for tape in tapes for c in tape.calls if c.out in reached]
+        self._sort_out(noted, missed, any(tape.differentiated for tape in tapes))
         for tape in tapes:
             tape.drawn = True
 
         dtype = statistics_dtype(self.parameters.values())
-        local_output = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
-        outputs = self.reading.outputs(local_output)
         from_inputs = next((t.data for t in tapes if t.data), None)
-        data = 1 if self.reading.unbatched(outputs) else count_data(outputs, from_inputs)
-        shot = Shot(live, [o.requires_grad for o in found], calls, self.parameters)
+        data = 1 if self.reading.unbatched(self.reading.outputs(output)) else count_data(found, from_inputs)
+        local = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         extra = self._per_datum_calls(missed, data) if per_datum else []
-        self._learn([*calls, *extra])
-        inputs = [canonical_input(c, self.layers.of(c), dtype) for c in (*calls, *extra)]
-        apart = not self._data_apart(outputs, shot, [a.shape[0] for a in inputs[: len(calls)]], data)
-        mass = self._mass(outputs, targets, data)
+        calls = self._learn([*noted, *extra])
+        parts = [
+            self._part(source, reading, here, there, labels, calls, data)
+            for (source, reading, here, labels), (_, _, there, _) in zip(
+                self.reading.parts(self.kind, local, targets), self.reading.parts(self.kind, output, targets)
+            )
+        ]
+        masses = {part.source: part.mass for part in parts if part.mass is not None}
+        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses)
 
+    def _part(
+        self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
+    ) -> Part:
+        attached = reading.outputs(output)
+        outputs = reading.outputs(local)  # last: the reading remembers what it was shown
+        shot = Shot(
+            [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters
+        )
+        axes = self._data_axes(source, outputs, shot, data)
+        mass = self._mass(reading, outputs, targets, data)
+        apart = axes is None
+        return Part(source, reading, outputs, local, targets, shot, mass, axes or [0] * len(calls), data, apart)
+
+    def _look(
+        self, parts: Sequence[Part], calls: Sequence[Call], dtype: torch.dtype, settled: bool
+    ) -> list[tuple[Block, Statistics]]:
+        """Statistics of every block; those that look twice see the same cotangents again."""
+        twice = [b for b in self.blocks if b.looks_twice]
+        self.generator(parts[0].outputs[0].device)
+        generators = {d: g.get_state() for d, g in self.generators.items()}
         statistics: dict[Block, Statistics] = {}
-        source = ""
-        for v in cotangents(
-            self.reading,
-            outputs,
-            local_output,
-            targets,
-            self.kind,
-            self.samples,
-            data,
-            apart,
-            self.generator(outputs[0].device),
-        ):
-            grads = [*shot.backward(v), *(shot.per_datum(c, v, 1 if apart else data) for c in extra)]
-            self._observe(statistics, [*calls, *extra], inputs, grads, 1 if apart else data, mass, source)
-        return Draw(list(statistics.items()), data, {} if mass is None else {source: mass})
+        counted: set[int] = set()  # calls whose inputs have been counted
+        kept: list[tuple[Part, list[Tensor | None]]] = []
+        passes = 0
+        for part, grads in self._passes(parts):
+            passes += 1
+            kept = [(part, grads)] if twice and passes == 1 else []
+            for block, uses, like in self._uses(self.blocks, part, calls, grads, dtype, counted):
+                new = block.observe(uses, part.mass, part.source, like)
+                if block not in statistics:
+                    statistics[block] = new
+                    continue
+                held = statistics[block]
+                for key, average in new.items():
+                    known = key in held and set(average.sums) <= set(held[key].sums)
+                    held.setdefault(key, type(average)()).merge(average, known and not block.is_mean(key))
+            counted |= {i for i, g in enumerate(grads) if g is not None}
+        if not twice:
+            return [(block, new) for block, new in statistics.items() if new]
+        plain = self.reading.reduction == "sum"
+        for block in twice:
+            block.between_looks(statistics[block], settled, plain)
+        if not kept:
+            for d, state in generators.items():
+                self.generators[d].set_state(state)
+        for part, grads in kept or self._passes(parts):
+            for block, uses, like in self._uses(twice, part, calls, grads, dtype, counted):
+                block.observe_again(statistics[block], uses, part.mass, part.source, like)
+        return [(block, new) for block, new in statistics.items() if new]
 
-    def _observe(
+    def _passes(self, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Tensor | None]]]:
+        """One backward pass after another: gradients at the calls."""
+        for part in parts:
+            for v in cotangents(
+                part.reading,
+                part.outputs,
+                part.output,
+                part.targets,
+                self.kind,
+                self.samples,
+                part.data,
+                part.apart,
+                self.generator(part.outputs[0].device),
+                self.fraction,
+            ):
+                yield part, part.shot.backward(v, 1 if part.apart else part.data)
+
+    def _uses(
         self,
-        statistics: dict[Block, Statistics],
+        blocks: Iterable[Block],
+        part: Part,
         calls: Sequence[Call],
-        inputs: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        data: int,
-        mass: Tensor | None,
-        source: str,
-    ) -> None:
-        uses: dict[Piece, list[Use]] = {}
-        aligned = data if any(b.needs_data for b in self.blocks) else None
-        for call, use in zip(calls, uses_of(calls, inputs, grads, aligned)):
-            if use is not None:
-                uses.setdefault(self.layers.of(call).key, []).append(use)
-        for block in self.blocks:
+        dtype: torch.dtype,
+        counted: set[int],
+    ) -> Iterator[tuple[Block, list[list[Use]], Tensor]]:
+        """The uses of each block's layers in one pass; one block at a time, so that its inputs can be let go."""
+        of_layer: dict[Piece, list[int]] = {}
+        for i, call in enumerate(calls):
+            if grads[i] is not None:
+                of_layer.setdefault(key_of(call), []).append(i)
+        like = part.outputs[0].new_zeros((), dtype=dtype)
+        for block in blocks:
             if not any(self.parameters[n].requires_grad for n in block.names):
                 continue  # frozen: its curvature stays as it was
-            first = block not in statistics
-            new = block.observe([uses.get(layer.key, []) for layer in block.layers], mass, source, first)
-            if first:
-                statistics[block] = new
-                continue
-            for key, average in new.items():
-                statistics[block][key].merge(average, plain=True)
+            aligned = None if not block.needs_data else 1 if part.apart else part.data
+            uses: list[list[Use]] = []
+            for layer in block.layers:
+                here = []
+                for i in of_layer.get(layer.key, []):
+                    g = grads[i]
+                    assert g is not None
+                    use = use_of(calls[i], layer, g, part.axes[i], part.data, aligned, dtype)
+                    use.first = i not in counted
+                    here.append(use)
+                uses.append(here)
+            yield block, uses, like
 
-    def _mass(self, outputs: Tensors, targets: Any, data: int) -> Tensor | None:
+    def _mass(self, reading: Reading, outputs: Tensors, targets: Any, data: int) -> Tensor | None:
         """What to divide the sum over cotangents by; None for a sum."""
-        if self.reading.reduction == "sum":
+        if reading.reduction == "sum":
             return None
         if self.kind == "empirical":
             return outputs[0].new_tensor(float(data))
-        return self.reading.term_mass(outputs, targets).sum()
+        return reading.term_mass(outputs, targets).sum()
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
@@ -168,33 +251,46 @@ class Curvature:
         if why is not None:
             raise ValueError(
                 f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
-                f"module in the "
-                "training loop, or give `targets=` (a callable) to pick them out of what the model receives"
+                "module in the training loop, or give `targets=` (a callable) to pick them out of what the model "
+                "receives"
             )
 
-    def _sort_out(self, calls: Sequence[Call], missed: Sequence[Uncaptured]) -> None:
+    def _sort_out(self, calls: Sequence[Call], missed: Sequence[Uncaptured], differentiated: bool) -> None:
         used_by = {p.name: c.op for c in calls for p in (c.weight, c.bias) if p is not None}
         for use in missed:
             earlier = use.name in self.layers.captured_names() and use.name not in self.uncovered
             if use.name in used_by or earlier:
+                where = self._module_of(use.name)
+                if differentiated:
+                    raise CaptureError(
+                        f"parameter {use.name!r} (of {where}) also acts through a derivative that the model takes in "
+                        "its forward pass (torch.autograd.grad), which a Fisher metric cannot follow. For losses on "
+                        "derivatives of the network use a function-space metric: ng.GaussNewton(model, terms)"
+                    )
                 raise CaptureError(
-                    f"parameter {use.name!r} is used by {used_by.get(use.name, 'a covered op')}, which the "
-                    f"metric follows, and also "
-                    f"in a way that no op rule covers (reached through {use.used_by}); its block would be wrong. "
-                    "Use it through covered ops only, or leave it out with `params=`"
+                    f"parameter {use.name!r} (of {where}) is used by {used_by.get(use.name, 'a covered op')}, which "
+                    f"the metric follows, and also in a way that no op rule covers (reached through {use.used_by}); "
+                    "its block would be wrong. Use it through covered ops only, or leave it out with `params=`"
                 )
             self.uncovered[use.name] = use
+
+    def _module_of(self, name: str) -> str:
+        path = name.rpartition(".")[0]
+        found = dict(self.module.named_modules()).get(path)
+        return f"module {path!r}, a {type(found).__name__}" if path and found is not None else "the model itself"
 
     def _per_datum_calls(self, missed: Sequence[Uncaptured], data: int) -> list[Call]:
         found = []
         for use in missed:
             p = self.parameters[use.name]
-            view = FlatView(tuple(p.shape)) if p.numel() <= DENSE_LIMIT else ElementView(tuple(p.shape))
+            shape = tuple(p.shape)
+            view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
             found.append(Call(PER_DATUM, Piece(use.name), None, view, p.detach().new_ones(data), (None, 0)))
         return found
 
-    def _learn(self, calls: Sequence[Call]) -> None:
-        for layer in self.layers.learn(calls):
+    def _learn(self, calls: Sequence[Call]) -> list[Call]:
+        fresh, calls = self.layers.learn(calls)
+        for layer in fresh:
             structure = self.structure_of(layer.key.name)
             if structure == "dense":
                 joint = next((b for b in self.blocks if isinstance(b, DenseBlock) and b.structure == "dense"), None)
@@ -203,7 +299,10 @@ class Curvature:
                     continue
             block = BLOCKS[structure]([layer], self.sharing_of(layer.key.name))
             block.structure = structure
+            if isinstance(block, KroneckerBlock):
+                block.max_rows = self.max_positions
             self.blocks.append(block)
+        return calls
 
     def forget_layer_of(self, name: str) -> None:
         """A parameter was thawed: let its layer be found anew, together with it."""
@@ -216,33 +315,43 @@ class Curvature:
 
     # which rows belong to which datum ------------------------------------------------------------------
 
-    def _data_apart(self, outputs: Tensors, shot: Shot, rows: Sequence[int], data: int) -> bool:
-        """Whether all data can share a backward pass; ``rows[i]`` is the first dimension of call i."""
+    def _data_axes(self, source: str, outputs: Tensors, shot: Shot, data: int) -> list[int] | None:
+        """Which dimension of each call's rows counts data, if all data can share a backward pass; else None."""
+        calls = shot.calls
+        leading = [c.view.leading(c.x) for c in calls]
         if self.kind == "sampled" and not any(b.needs_data for b in self.blocks):
-            return True
-        batch_norm = [
-            n for n, m in self.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-        ]
-        if batch_norm and self.kind != "exact":
-            if not self._warned_batch_norm:
-                warnings.warn(
-                    f"batch normalisation in training mode ({batch_norm[0]!r} and {len(batch_norm) - 1} more) "
-                    f"mixes the data of a "
-                    "batch; the metric takes its batch statistics as fixed. Call model.eval() first for the "
-                    "metric of the "
-                    "model that is deployed",
-                    stacklevel=6,
-                )
-                self._warned_batch_norm = True
-            return True
+            return [0] * len(calls)
+        if self._batch_norm() and self.kind != "exact":
+            choices = [axes_that_fit(sizes, data) for sizes in leading]
+            return [fit[0] for fit in choices] if all(choices) else None
         key = (
+            source,
             self.module.training,
-            tuple(r // data if r % data == 0 else r for r in rows),
+            tuple(sizes[0] // data if sizes and sizes[0] % data == 0 else sizes for sizes in leading),
             tuple(o.shape[1:] for o in outputs),
         )
-        if key not in self._separable:
-            self._separable[key] = separable(outputs, shot.backward, rows, data)
-        return self._separable[key]
+        if key not in self._axes:
+            views = [(sizes, c.view.gradient_rows) for sizes, c in zip(leading, calls) if c.op != PER_DATUM]
+            self._axes[key] = data_axes(outputs, shot.at_calls, views, data)
+        axes = self._axes[key]
+        return None if axes is None else axes + [0] * (len(calls) - len(axes))
+
+    def _batch_norm(self) -> list[str]:
+        modules = self.module.named_modules()
+        return [n for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+    def warn_of_batch_norm(self) -> None:
+        """Say once what the metric of a model in training mode means."""
+        found = self._batch_norm()
+        if not found or self.kind == "exact" or self._warned_batch_norm:
+            return
+        self._warned_batch_norm = True
+        warnings.warn(
+            f"batch normalisation in training mode ({found[0]!r} and {len(found) - 1} more) mixes the data of a batch; "
+            "the metric takes its batch statistics as fixed. Call model.eval() first for the metric of the model that "
+            "is deployed",
+            stacklevel=4,
+        )
 
 
 @dataclass
@@ -251,29 +360,43 @@ class Shot:
 
     live: Sequence[Tensor]  # outputs that carry a graph
     carries: Sequence[bool]  # which of all outputs those are
-    calls: Sequence[Call]
+    calls: Sequence[Call]  # those without an op rule last
     parameters: dict[str, Tensor]
 
-    def backward(self, v: Tensors) -> list[Tensor | None]:
-        """Gradients at the noted calls."""
-        if not self.calls:
-            return []
-        return list(self._grad([as_gradient_edge(c.out) for c in self.calls], v))
+    def backward(self, v: Tensors, data: int) -> list[Tensor | None]:
+        """Gradients at all calls; where there is no op rule, the gradients (data, P) of the parameter itself."""
+        return [*self.at_calls(v), *self.per_datum(v, data)]
 
-    def per_datum(self, call: Call, v: Tensors, data: int) -> Tensor | None:
-        """Gradients (data, P) of a parameter no op rule covers, one backward pass a datum."""
-        assert call.weight is not None
-        p = self.parameters[call.weight.name]
-        rows = []
+    def at_calls(self, v: Tensors) -> list[Tensor | None]:
+        """Gradients at the noted calls."""
+        edges = [c.out for c in self.calls if c.op != PER_DATUM]
+        once = list(dict.fromkeys(edges))
+        if not once:
+            return []
+        found = dict(zip(once, self._grad([as_gradient_edge(e) for e in once], v)))
+        return [found[e] for e in edges]
+
+    def per_datum(self, v: Tensors, data: int) -> list[Tensor | None]:
+        """One backward pass a datum."""
+        names = [c.weight.name for c in self.calls if c.op == PER_DATUM and c.weight is not None]
+        if not names:
+            return []
+        held = [self.parameters[n] for n in names]
+        rows: list[list[Tensor]] = [[] for _ in names]
         for masked in self._one_datum_each(v, data):
-            (g,) = self._grad([p], masked)
-            rows.append(torch.zeros_like(p).flatten() if g is None else g.flatten())
-        return torch.stack(rows)
+            for into, p, g in zip(rows, held, self._grad(held, masked)):
+                into.append(torch.zeros_like(p).flatten() if g is None else g.flatten())
+        return [torch.stack(r) for r in rows]
 
     def _one_datum_each(self, v: Tensors, data: int) -> Iterator[Tensors]:
         if data == 1:
             yield v
             return
+        if data > MAX_PASSES:
+            raise ValueError(
+                f"parameters without an op rule need a backward pass for each of {data} data (limit {MAX_PASSES}); "
+                "pass fewer data an update, or leave them out with `params=`"
+            )
         for n in range(data):
             keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
             keep[n] = True
@@ -281,8 +404,16 @@ class Shot:
 
     def _grad(self, inputs: Sequence[Any], v: Tensors) -> tuple[Tensor | None, ...]:
         held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]
-        with torch.autocast(self.live[0].device.type, enabled=False):
+        try:
             return torch.autograd.grad(self.live, inputs, held, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "selective activation checkpoint" not in str(error):
+                raise
+            raise CaptureError(
+                "the model uses selective activation checkpointing, which lets a region be backpropagated only once; "
+                "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
+                "context_fn, or take the metric with update() on a model without it"
+            ) from error
 
 
 def usable(outputs: Tensors) -> bool:

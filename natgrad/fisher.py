@@ -21,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
-from natgrad.blocks import Average, Block, KroneckerBlock
+from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
+from natgrad.heads import Heads
+from natgrad.kronecker import diagonal_of, is_diagonal
+from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
-from natgrad.watch import Watcher, unwatched
+from natgrad.watch import Called, Watcher, unwatched
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -47,16 +50,21 @@ class Fisher(Metric):
 
     Args:
         model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile`` or not.
-        criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`.
+        criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`; for
+            several heads a dictionary ``{output key: criterion}``, whose sum is the loss.
         kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
             labels; one outer product a datum).
-        structure: "dense", "block", "diagonal" or "kfac", or ``{name pattern: structure}`` (first match; else "kfac").
+        structure: "dense", "block", "diagonal", "kfac", "ekfac" or "input" (the input factor alone), or
+            ``{name pattern: structure}`` (first match; else "kfac").
         sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
         samples: labels drawn for each datum with kind "sampled".
         params: names or patterns of the parameters to take; None takes all that require grad.
         output: callable from what the model returns to what the criterion takes, where that is not the same.
         targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
         seed: of the labels drawn; the global random state is never touched.
+        fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
+        max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
+            ("sampled" only); a refresh then costs at most that many outer products a layer.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -67,7 +75,7 @@ class Fisher(Metric):
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
+        criterion: nn.Module | Mapping[str, nn.Module],
         *,
         kind: str = "sampled",
         structure: str | Mapping[str, str] = "kfac",
@@ -77,18 +85,23 @@ class Fisher(Metric):
         output: Callable[[Any], Any] | None = None,
         targets: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        fraction: float = 1.0,
+        max_positions: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
-        self.reading = read(criterion)
+        self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
+        check_curvature_batch(kind, fraction, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
         for what, given in (("output", output), ("targets", targets)):
             if given is not None and not callable(given):
                 raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
-        self.model, self.criterion, self.kind = model, criterion, kind
+        self.criterion: Any = criterion  # a module, or one a head
+        self.model, self.kind = model, kind
         self.module = unwrapped(model)
+        refuse_modules(self.module)
         super().__init__(chosen_parameters(self.module, params))
         self.structure, self.sharing, self.samples = structure, sharing, samples
         self._output, self._targets = output, targets
@@ -101,6 +114,8 @@ class Fisher(Metric):
             self.parameters,
             by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
+            fraction,
+            max_positions,
         )
         # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
         self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
@@ -108,7 +123,8 @@ class Fisher(Metric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
-        self._watcher = Watcher(self, model, criterion)
+        self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
+        self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
     @property
     def blocks(self) -> list[Block]:
@@ -154,6 +170,7 @@ class Fisher(Metric):
                 tape.close()
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
+            self.curvature.warn_of_batch_norm()
             if not usable(self.reading.outputs(output)):
                 raise ValueError(
                     "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
@@ -206,36 +223,25 @@ class Fisher(Metric):
         for block in self.blocks:
             block.statistics = {}
             block.version += 1
-        self.seen, self._pending = 0, []
+        self.seen, self._pending, self._masses = 0, [], {}
 
     def _commit(self, draws: list[Draw], decay: float | None) -> None:
         plain = self.reading.reduction == "sum"
-        merged: dict[Block, dict[str, Average]] = {}
-        for draw in draws:
-            for block, new in draw.statistics:
-                into = merged.setdefault(block, {})
-                for key, average in new.items():
-                    into.setdefault(key, Average()).merge(average, plain and not block.is_mean(key))
-            self.seen += draw.data
-        self._share_masses(merged, draws, decay)
-        for block, new in merged.items():
+        for block in self.blocks:
+            parts = [new for draw in draws for held, new in draw.statistics if held is block]
+            if not parts:
+                continue
+            new = block.merged(parts, plain)
+            without = [draw.masses for draw in draws if all(held is not block for held, _ in draw.statistics)]
+            if decay is None and not block.statistics:
+                without.append(self._masses)
+            for masses in without:  # its gradient was zero there
+                block.backdate(new, masses)
             block.commit(new, decay, plain)
-
-    def _share_masses(self, merged: dict[Block, dict[str, Average]], draws: list[Draw], decay: float | None) -> None:
-        """Divide every block by the mass of all data, whether they use it or not: its gradient is zero where not."""
-        total: dict[str, Tensor] = {}
-        for source, mass in (item for draw in draws for item in draw.masses.items()):
-            total[source] = mass if source not in total else total[source] + mass
-        held = [a for b in self.blocks for key, a in b.statistics.items() if not b.is_mean(key)]
-        earlier = held[0].masses if held and decay is None else {}
-        for block, new in merged.items():
-            for key, average in new.items():
-                if block.is_mean(key):
-                    continue
-                late = earlier if key not in block.statistics else {}
-                for source in average.masses.keys() & total.keys():
-                    mass = total[source].to(average.sums[source])
-                    average.masses[source] = mass + late[source] if source in late else mass
+        for draw in draws:
+            for source, mass in draw.masses.items():
+                self._masses[source] = self._masses.get(source, 0) + mass
+        self.seen += sum(draw.data for draw in draws)
 
     # what the watcher asks -----------------------------------------------------------------------------
 
@@ -248,8 +254,13 @@ class Fisher(Metric):
     def parameter_names(self) -> dict[int, str]:
         return {id(p): n for n, p in self.parameters.items()}
 
-    def draw_at_criterion(self, args: Any, kwargs: Any, tapes: list[Tape]) -> Draw | None:
-        output, targets = self.reading.split(*args, **kwargs)
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None:
+        if isinstance(self.reading, Heads):
+            split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
+            output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
+        else:
+            args, kwargs = called[""]
+            output, targets = self.reading.split(*args, **kwargs)
         return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
@@ -321,9 +332,7 @@ class Fisher(Metric):
         return {"dropped_statistics": self.dropped, "data_seen": self.seen}
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is still to come keeps its
-        place.
-        """
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
         self._pending = []
 
     def default_step(self) -> StepRule:
@@ -405,7 +414,8 @@ class Fisher(Metric):
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
         inputs.
 
-        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …).
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …); a side longer
+        than `natgrad.kronecker_blocks.FULL_SIDE` is kept as its diagonal and returned as that vector.
 
         Raises:
             ValueError: there is no such parameter, or its block is no Kronecker product.
@@ -422,7 +432,7 @@ class Fisher(Metric):
         if len(kron) > 1:
             pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
             raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
-        u, v = kron[0].u, kron[0].v
+        u, v = (whole_side(s) for s in (kron[0].u, kron[0].v))
         return (u[0], v[0]) if u.shape[0] == 1 else (u, v)
 
     def _ready(self) -> list[Block]:
@@ -447,7 +457,12 @@ class Fisher(Metric):
 
     def coverage(self) -> Coverage:
         """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
-        return Coverage(tuple(self._coverage_row(n) for n in self.parameters))
+        notes = []
+        if self.curvature.fraction < 1:
+            notes.append(f"labels drawn for {self.curvature.fraction:.0%} of the data")
+        if self.curvature.max_positions is not None:
+            notes.append(f"at most {self.curvature.max_positions} rows of a call enter a Kronecker factor")
+        return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 
     def _coverage_row(self, name: str) -> CoverageRow:
         shape = tuple(self.parameters[name].shape)
@@ -456,7 +471,8 @@ class Fisher(Metric):
             blocks = list(dict.fromkeys(b for b, _ in held))
             memory = sum(b.memory() for b in blocks)
             ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
-            why = "no op rule covers its use" if ops == PER_DATUM else ""
+            use = self.curvature.uncovered.get(name)
+            why = f"no op rule covers its use (reached through {use.used_by})" if use and ops == PER_DATUM else ""
             sizes = ", ".join(b.sizes() for b in blocks if b.statistics)
             return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
         if (use := self.curvature.uncovered.get(name)) is not None:
@@ -503,10 +519,43 @@ class Fisher(Metric):
         metric_file.load(self, path)
 
 
+def whole_side(side: Tensor) -> Tensor:
+    """A Kronecker side as a matrix, or as the vector of its diagonal where the matrix is too large."""
+    if not is_diagonal(side):
+        return side
+    diagonal = diagonal_of(side)
+    return torch.diag_embed(diagonal) if diagonal.shape[-1] <= FULL_SIDE else diagonal
+
+
 def choose(what: str, value: Any, known: Iterable[str]) -> None:
     """Raise a ValueError unless `value` is one of `known`."""
     if value not in (known := tuple(known)):
         raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
+
+
+def check_curvature_batch(kind: str, fraction: float, max_positions: int | None) -> None:
+    """Raise a ValueError for an option out of range."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
+    if max_positions is not None and (not isinstance(max_positions, int) or max_positions < 1):
+        raise ValueError(f"max_positions must be a whole number of at least 1 or None, got {max_positions!r}")
+    if kind != "sampled" and (fraction < 1 or max_positions is not None):
+        raise ValueError(f"kind={kind!r} uses all the data; fraction and max_positions belong to kind='sampled'")
+
+
+def refuse_modules(root: nn.Module) -> None:
+    """Raise a ValueError for modules that no metric can follow."""
+    for path, module in root.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise ValueError(
+                f"module {path!r} ({type(module).__name__}) is quantised: its weights are packed integers without "
+                "gradients. Take the metric of the model before it is converted"
+            )
+        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"module {path!r} is an {type(module).__name__} with sparse=True, which leaves sparse gradients; "
+                "natgrad takes dense ones: build it with sparse=False"
+            )
 
 
 def by_pattern(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from natgrad.rows import Rows
+from natgrad.jacobian import Rows
 from natgrad.solvers import damped_cholesky
 
 CG_TOLERANCE = 1e-12  # of the residual norm, relative to the right-hand side

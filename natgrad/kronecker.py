@@ -28,8 +28,34 @@ class FactorisationError(RuntimeError):
 
 
 def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, d_out, d_in)."""
-    return u @ x @ v
+    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (…, d, d), or its diagonal (…, 1, d)."""
+    return times(left_times(u, x), v)
+
+
+def left_times(u: Tensor, x: Tensor) -> Tensor:
+    return u.mT * x if is_diagonal(u) else u @ x
+
+
+def times(x: Tensor, v: Tensor) -> Tensor:
+    return x * v if is_diagonal(v) else x @ v
+
+
+def is_diagonal(side: Tensor) -> bool:
+    return side.shape[-2] == 1
+
+
+def diagonal_of(side: Tensor) -> Tensor:
+    return side[..., 0, :] if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
+
+
+def trace_of(side: Tensor) -> Tensor:
+    """(groups,)"""
+    return diagonal_of(side).sum(-1)
+
+
+def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues (groups, d) and eigenvectors; None where the side is diagonal: the axes themselves."""
+    return (diagonal_of(side).clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
 
 
 def symmetrise(m: Tensor) -> Tensor:
@@ -87,17 +113,17 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def factored_inverses(u: Tensor, v: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(U/t_U + √λ I)⁻¹ and (V/t_V + √λ I)⁻¹ with t the mean eigenvalue: relative, factored damping.
+    """(U/t_U + √λ I)⁻¹ and (V/t_V + √λ I)⁻¹ with t the mean eigenvalue over all groups: relative, factored damping.
 
     A factor that is zero stays at its damping: its inverse is I/√λ.
     """
     return _relative_inverse(u, damping**0.5), _relative_inverse(v, damping**0.5)
 
 
-def _relative_inverse(m: Tensor, damping: float) -> Tensor:
-    size = mean_eigenvalue(m)
-    scale = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    return damped_inverse(m * scale[..., None, None], damping)
+def _relative_inverse(side: Tensor, damping: float) -> Tensor:
+    size = diagonal_of(side).mean()
+    scaled = side * torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    return 1 / (scaled + damping) if is_diagonal(side) else damped_inverse(scaled, damping)
 
 
 def finite(m: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ parameters, options, layers) is one JSON string, so that a file can be checked b
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -18,14 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from natgrad.blocks import Average, Block, Layer
-from natgrad.capture import Piece
-from natgrad.ops import VIEWS
+from natgrad.averages import Average
+from natgrad.blocks import Block
+from natgrad.kronecker_blocks import KroneckerBlock
+from natgrad.layers import Layer
+from natgrad.layouts import LAYOUTS
+from natgrad.pieces import Piece
 
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 1
+FORMAT = 2
 
 
 def state_of(metric: Fisher) -> dict[str, Any]:
@@ -33,8 +35,8 @@ def state_of(metric: Fisher) -> dict[str, Any]:
     for i, block in enumerate(metric.blocks):
         for key, average in block.statistics.items():
             for source, total in average.sums.items():
-                tensors[f"{i}.{key}.{source}.sum"] = total
-                tensors[f"{i}.{key}.{source}.mass"] = average.masses[source]
+                tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
+                tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
 
@@ -49,6 +51,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "seen": metric.seen,
+        "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "blocks": [
             {
                 "structure": block.structure,
@@ -63,21 +66,21 @@ def about(metric: Fisher) -> dict[str, Any]:
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
-        "view": [type(layer.view).__name__, fields_of(layer.view)],
+        "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
         "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
         "biases": [[b.name, b.rows] for b in layer.biases],
+        "one_hot": layer.one_hot,
+        "swapped": layer.swapped,
+        "fan_in": layer.fan_in,
     }
 
 
-def fields_of(view: Any) -> dict[str, Any]:
-    return {f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.init}
-
-
 def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Layer:
-    name, fields = data["view"]
-    view = VIEWS[name](**{k: tuples(v) for k, v in fields.items()})
+    name, fields = data["layout"]
+    layout = LAYOUTS[name](**{k: tuples(v) for k, v in fields.items()})
     weight = None if data["weight"] is None else piece(data["weight"])
-    return Layer(data["op"], view, weight, [piece(b) for b in data["biases"]], shapes)
+    rest = {k: data[k] for k in ("one_hot", "swapped", "fan_in")}
+    return Layer(data["op"], layout, weight, [piece(b) for b in data["biases"]], shapes, **rest)
 
 
 def piece(data: list[Any]) -> Piece:
@@ -97,6 +100,10 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
+    metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
+    for block in blocks:
+        if isinstance(block, KroneckerBlock):
+            block.max_rows = metric.curvature.max_positions
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
     for device, saved in state.get("generators", {}).items():
         metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
@@ -114,10 +121,11 @@ def blocks_from(
         block = BLOCKS[data["structure"]](layers, data["sharing"])
         block.structure = data["structure"]
         for name, tensor in tensors.items():
-            number, key, source, part = name.split(".")
+            number, key, rest = name.split(".", 2)
+            source, part = rest.rsplit(".", 1)
             if int(number) == i:
                 average = block.statistics.setdefault(key, Average())
-                (average.sums if part == "sum" else average.masses)[source] = tensor.to(device)
+                (average.sums if part == "sum" else average.masses)[source] = tensor.to(device, copy=True)
         blocks.append(block)
     return blocks
 
@@ -160,7 +168,7 @@ def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir() or target.is_dir():
         raise OSError(f"cannot write the metric to {target}: it must be a file in a folder that exists")
     beside = target.with_name(target.name + ".partial")
-    tensors = {n: t.detach().contiguous().clone() for n, t in state["tensors"].items()}
+    tensors = {n: t.detach().contiguous() for n, t in state["tensors"].items()}
     tensors.update({f"generator.{d}": g for d, g in state["generators"].items()})
     try:
         save_file(tensors, beside, metadata={"natgrad": state["about"]})

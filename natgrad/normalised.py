@@ -164,7 +164,8 @@ class NormalisedStep(StepRule):
             deltas = self._deltas(active, states, grads, options, scale)
         out: Increments = {}
         for i, block in enumerate(active):
-            out.update(block.named(deltas[i], metric.parameters))
+            for n, delta in block.named(deltas[i], metric.parameters).items():
+                out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
@@ -297,6 +298,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def unit(layer: Any) -> float:
     """An update of rms η / unit is a natural size for this layer."""
-    if layer.weight is None or layer.view.elementwise:
+    if layer.weight is None or layer.layout.elementwise:
         return 1 / VECTOR_SHARE
-    return (layer.matrix_shape[-1] - len(layer.biases) + 1) ** 0.5
+    return (layer.fan_in + 1) ** 0.5

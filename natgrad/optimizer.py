@@ -38,8 +38,8 @@ class NaturalGradient(torch.optim.Optimizer):
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
-            matrices alone and in proportion to the step length: `Fisher` has 0.1 for classification, where
-            separable data otherwise drive the weights to infinity, and 0 for other likelihoods.
+            matrices alone and in proportion to the step length: `Fisher` has 0.1 for classification, where separable
+            data otherwise drive the weights to infinity, and 0 for other likelihoods.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -154,6 +154,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _step(self, df: Vector) -> None:
         options = self._options()
         df = {n: -g if options[n].maximize else g for n, g in df.items()}
+        for n, g in df.items():
+            if g.is_sparse:
+                raise ValueError(
+                    f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
+                )
         fine = all_finite(df)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
@@ -198,7 +203,8 @@ class NaturalGradient(torch.optim.Optimizer):
         elif due and self.metric.needs_refresh and not self.refreshes:
             raise RuntimeError(
                 "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
-                "Call the model itself (`model(x)`, not a submodule or model.forward), with grad enabled, and "
+                "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
+                "compiled model to Fisher), with grad enabled, and "
                 "backpropagate its loss"
             )
         self.steps += 1

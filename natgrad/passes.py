@@ -7,7 +7,7 @@ Every kind is a set of cotangents v on the outputs, F = (1/m) Σ_v Jᵀ v vᵀ J
 - empirical  the gradient of the observed loss of every datum.
 
 Cotangents of different data may share one backward pass if the data do not mix inside the model: then the rows of each
-layer that belong to datum n hold the gradient of datum n alone. `separable` tests this, by backpropagating a random
+layer that belong to datum n hold the gradient of datum n alone. `data_axes` tests this, by backpropagating a random
 cotangent that is zero outside a random half of the data. Where data mix (graph nets, batch statistics) or sit in
 another order, every datum, or for the exact kind every term, gets a pass of its own.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from natgrad.likelihoods import Reading
 from natgrad.trees import Tensors, describe
+from natgrad.views import INNER, data_first
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 
@@ -38,8 +39,11 @@ def cotangents(
     data: int,
     apart: bool,
     generator: torch.Generator,
+    fraction: float = 1.0,
 ) -> Iterator[Tensors]:
     """The cotangents, one backward pass each. With `apart`, every pass belongs to one datum (exact: one term).
+
+    ``fraction`` of the data, drawn at random, stands for all of them with kind "sampled".
 
     Raises:
         ValueError: there would be more than `MAX_PASSES`.
@@ -56,11 +60,19 @@ def cotangents(
         if kind == "empirical":
             v = reading.observed(outputs, output, targets, data)
         else:
-            v = tuple(t * samples**-0.5 for t in reading.draw(outputs, targets, generator))
+            v = reading.draw(outputs, targets, generator)
+            v = v if samples == 1 else tuple(t * samples**-0.5 for t in v)
+        chosen: Sequence[int] = range(data)
+        if fraction < 1:
+            count = max(1, round(fraction * data))
+            chosen = torch.randperm(data, generator=generator, device=generator.device)[:count].tolist()
+            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
+            keep[chosen] = True
+            v = tuple(of_data(t, keep) * (data / count) ** 0.5 for t in v)
         if not apart:
             yield v
             continue
-        for n in range(data):
+        for n in chosen:
             keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
             keep[n] = True
             yield tuple(of_data(t, keep) for t in v)
@@ -107,14 +119,19 @@ def count_data(outputs: Tensors, from_inputs: int | None) -> int:
     return min(rows)
 
 
-def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: int) -> bool:
-    """Whether the gradient at every call's rows stays with the data it came from; rows[i] is call i's first
-    dimension.
+def data_axes(outputs: Tensors, backward: Backward, views: Sequence[Leading], data: int) -> list[int] | None:
+    """For each call, which leading dimension of its rows counts data; None if the data mix inside the model.
+
+    A random cotangent that is zero outside a random half of the data is backpropagated: where the gradient at a call
+    stays with that half along a dimension, that dimension counts data.
     """
     if data == 1:
-        return True
-    if any(r % data for r in rows) or any(o.dim() == 0 or o.shape[0] % data for o in outputs):
-        return False
+        return [0] * len(views)
+    choices = [axes_that_fit(sizes, data) for sizes, _ in views]
+    if not all(choices):
+        return None
+    if any(o.dim() == 0 or o.shape[0] % data for o in outputs):
+        return None
     generator = torch.Generator().manual_seed(data)
     keep = torch.rand(data, generator=generator) < 0.5
     keep[int(torch.randint(data, (1,), generator=generator))] = True
@@ -122,11 +139,29 @@ def separable(outputs: Tensors, backward: Backward, rows: Sequence[int], data: i
         keep[0] = False
     keep = keep.to(outputs[0].device)
     probe = tuple(of_data(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o), keep) for o in outputs)
-    for g in backward(probe):
-        if g is None:
-            continue
-        size = g.abs().reshape(data, -1).amax(1)
-        leak = torch.where(keep, torch.zeros_like(size), size).max()
-        if float(leak) > 100 * torch.finfo(g.dtype).eps * float(size.max()):
-            return False
-    return True
+    axes = []
+    for g, candidates, (_, rows) in zip(backward(probe), choices, views):
+        if g is not None:
+            size = rows(g).abs()
+            candidates = [i for i in candidates if stays(data_first(size, i, data), keep)]
+        if not candidates:
+            return None
+        axes.append(candidates[0])
+    return axes
+
+
+Leading = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]  # sizes of the leading dimensions; gradient → rows
+
+
+def axes_that_fit(sizes: tuple[int, ...], data: int) -> list[int]:
+    """Leading dimensions that may count data by their size: the first may hold several rows a datum."""
+    several = bool(sizes) and sizes[0] > data and sizes[0] % data == 0
+    exact = [i for i, n in enumerate(sizes) if n == data]
+    return [*([0] if several else []), *exact, *([INNER] if several else [])]
+
+
+def stays(size: Tensor, keep: Tensor) -> bool:
+    """Whether |gradient| vanishes for the data that `keep` leaves out."""
+    by_datum = size.reshape(len(keep), -1).amax(1)
+    leak = torch.where(keep, torch.zeros_like(by_datum), by_datum).max()
+    return float(leak) <= 100 * torch.finfo(size.dtype).eps * float(by_datum.max())

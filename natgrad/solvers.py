@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from natgrad.rows import Rows, gathered
+from natgrad.jacobian import Rows, gathered
 
 JITTER_TRIES = 6  # each ten times the last
 NOT_FINITE = (

@@ -13,7 +13,7 @@ what they leave on the graph holds statistics only, so no cycle keeps a graph al
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -28,6 +28,9 @@ from natgrad.trees import leaves_of
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
+
+
+Called = dict[str, tuple[Any, Any]]  # head → (args, kwargs) of the call of its criterion; the only head is ""
 
 
 @contextmanager
@@ -45,7 +48,7 @@ class Watched(Protocol):
 
     def wants_statistics(self) -> bool: ...
     def parameter_names(self) -> dict[int, str]: ...
-    def draw_at_criterion(self, args: Any, kwargs: Any, tapes: list[Tape]) -> Draw | None: ...
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> Draw | None: ...
     def count(self, draw: Draw) -> None: ...
 
@@ -53,19 +56,21 @@ class Watched(Protocol):
 class Watcher:
     """Opens tapes on the root's forward passes and asks the metric for draws."""
 
-    def __init__(self, metric: Watched, root: nn.Module, criterion: nn.Module) -> None:
+    def __init__(self, metric: Watched, root: nn.Module, criteria: Mapping[str, nn.Module]) -> None:
         self._metric = weakref.ref(metric)
         self.root = root
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
-        self._inside: list[tuple[Any, Any]] = []  # calls of the criterion inside the root's forward
+        self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self._called: Called = {}  # of the criteria of several heads, until all have been called
+        self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
-        at_criterion = Hook(self._criterion_called, criterion)
-        self._hooks = [before, after, at_criterion]
+        at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
+        self._hooks = [before, after, *at_criteria]
         self._handles = [
             root.register_forward_pre_hook(before, with_kwargs=True),
             root.register_forward_hook(after, with_kwargs=True, always_call=True),
-            criterion.register_forward_hook(at_criterion, with_kwargs=True),
+            *(c.register_forward_hook(hook, with_kwargs=True) for c, hook in zip(criteria.values(), at_criteria)),
         ]
 
         # a metric that is gone leaves nothing on the model
@@ -86,6 +91,7 @@ class Watcher:
             self._open.close()
         self._open = None
         self.tapes = []
+        self._called = {}
 
     # hooks ---------------------------------------------------------------------------------------------
 
@@ -115,28 +121,32 @@ class Watcher:
             return
         self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
         inside, self._inside = self._inside, []
-        for call_args, call_kwargs in inside:
-            self._criterion_called(call_args, call_kwargs, None)
+        for key, call_args, call_kwargs in inside:
+            self.criterion_called(key, call_args, call_kwargs)
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, tape)
             for t in leaves:
                 t.register_hook(fire)
 
-    def _criterion_called(self, args: Any, kwargs: Any, result: Any) -> None:
+    def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
         metric = self._metric()
         if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
-            self._inside.append((args, kwargs))
+            self._inside.append((key, args, kwargs))
             return
         if not self.tapes or not torch.is_grad_enabled():
             return
-        draw = metric.draw_at_criterion(args, kwargs, self.tapes)
+        self._called[key] = (args, kwargs)
+        if len(self._called) < len(self._listeners):
+            return
+        called, self._called = self._called, {}
+        draw = metric.draw_at_criterion(called, self.tapes)
         if draw is not None:
-            self._count_on_backward(draw, args, kwargs)
+            self._count_on_backward(draw, called)
 
-    def _count_on_backward(self, draw: Draw, args: Any, kwargs: Any) -> None:
+    def _count_on_backward(self, draw: Draw, called: Called) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
         metric, tapes = self._metric, weakref.WeakMethod(self.forget_drawn)
 
@@ -147,13 +157,24 @@ class Watcher:
             if (forget := tapes()) is not None:
                 forget()
 
-        for t in leaves_of((args, kwargs)):
+        for t in leaves_of(called):
             if t.requires_grad:
                 t.register_hook(count)
 
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
         self.tapes = [t for t in self.tapes if not t.drawn]
+
+
+class Listener:
+    """Tells the watcher which head's criterion was called."""
+
+    def __init__(self, watcher: Watcher, key: str) -> None:
+        self._watcher, self.key = weakref.ref(watcher), key
+
+    def called(self, args: Any, kwargs: Any, result: Any) -> None:
+        if (watcher := self._watcher()) is not None:
+            watcher.criterion_called(self.key, args, kwargs)
 
 
 def remove(handles: list[RemovableHandle]) -> None:

@@ -1,0 +1,378 @@
+"""Blocks that are products of two small matrices.
+
+- kfac    U ⊗ V with U = (1/m) Σ g gᵀ and V = mean a aᵀ over rows (`KroneckerBlock`; Martens & Grosse 2015,
+          arXiv:1503.05671). "expand" takes every position as a row of its own; "reduce" first sums g and averages a
+          over the positions of a datum (Eschenhagen et al. 2023, arXiv:2311.00636, eqs. 21 and 22). U carries the
+          scale of the loss; V is a mean.
+- ekfac   the eigenbases Q_U, Q_V of those factors with eigenvalues of their own (`EigenvalueBlock`; George et al. 2018,
+          arXiv:1806.03884): S = (1/m) Σ_n (Q_Uᵀ G_n Q_V)², G_n the gradient of datum n summed over positions and calls:
+          the diagonal of the block in that basis. When the basis moves, Q → Q', S follows by squared overlaps,
+          S' = (R_U∘R_U) S (R_V∘R_V)ᵀ with R = Q'ᵀ Q, which keeps the trace.
+- input   c·I ⊗ V, c the mean of the diagonal of U (`InputBlock`): the input factor alone, at the trace of K-FAC
+          (FOOF, Benzing 2022, arXiv:2201.12250).
+
+A side longer than `FULL_SIDE` is kept as its diagonal; so is the input side of a table, which is exact: the rows are
+unit vectors. A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
+U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁ + tr V₂·U₂) ⊗ (tr U₁·V₁ + tr U₂·V₂) / Σ tr U_i tr V_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.averages import Average, Statistics
+from natgrad.blocks import CHUNK, Block, Inverse
+from natgrad.kronecker import (
+    diagonal_of,
+    eigen_of,
+    factored_inverses,
+    kron_apply,
+    left_times,
+    times,
+    trace_of,
+)
+from natgrad.layers import Layer, Use
+from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
+
+FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
+FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal
+
+
+class KroneckerBlock(Block):
+    """U ⊗ V of one layer, a pair for each group. Coordinates: (…, groups, d_out, d_in)."""
+
+    structure = "kfac"
+
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
+        super().__init__(layers)
+        (self.layer,) = self.layers
+        self.sharing = sharing
+        self.needs_data = sharing == "reduce"
+        self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
+        self.generator: torch.Generator | None = None
+        _, out, into = self.matrix_shape
+        exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
+        self.full = (1 < out <= FULL_SIDE, 1 < into <= FULL_SIDE and not exactly_diagonal)
+
+    # U′, V′: the second product of a layer that is used in the transposed layout too
+
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        new: Statistics = {}
+        if not uses[0] and not self.statistics:
+            return new
+        for use in uses[0]:
+            u, v = ("V′", "U′") if use.swapped else ("U", "V")
+            gradients, inputs, scale = self._rows(use)
+            moment = second_moment(gradients, self.full[use.swapped])
+            new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
+            if use.first and inputs is not None:
+                total = second_moment(inputs, self.full[not use.swapped])
+                new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
+        # a product that this batch does not use has zero gradient there
+        for key in {"U"} | {k for k in self.statistics if k == "V′"}:
+            if key not in new:
+                new[key] = Average({source: like.new_zeros(self._shape(key))}, {source: like.new_ones(())})
+        for key, average in new.items():
+            if not self.is_mean(key):
+                average.weigh(mass, source)
+        return new
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        groups, out, into = self.matrix_shape
+        side = int(key[0] == "V")
+        d = (out, into)[side]
+        return (groups, d, d) if self.full[side] else (groups, 1, d)
+
+    def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
+        """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
+        if self.sharing == "reduce":
+            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+        data, positions = use.gradients.shape[:2]
+        rows = data * positions
+        if self.max_rows is None or rows <= self.max_rows:
+            return use.gradients, use.inputs if use.first else None, 1.0
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(data, generator=self.generator)[: max(FEWEST_DATA, -(-self.max_rows // positions))]
+        chosen = chosen.to(use.gradients.device)
+        keep = torch.randperm(len(chosen) * positions, generator=self.generator)[: self.max_rows].to(chosen.device)
+        inputs = None
+        if use.first:  # patches are unfolded for the chosen data alone
+            inputs = use.make_inputs(chosen) if use.by_datum else of_data(use.inputs, chosen)
+            inputs = thinned(inputs, keep)
+        return thinned(use.gradients[chosen], keep), inputs, rows / len(keep)
+
+    def is_mean(self, key: str) -> bool:
+        return key in ("V", "U′", "Q_U", "Q_V")
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.layer.pack(tensors)
+
+    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
+        self.layer.unpack(x, into)
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """(groups, d_out, d_in)"""
+        shape: torch.Size = self.cached("shape", lambda: self.layer.matrix_shape)
+        return shape
+
+    @property
+    def u(self) -> Tensor:
+        """(groups, d_out, d_out), or (groups, 1, d_out) where it is diagonal"""
+        u: Tensor = self.cached("sides", self._sides)[0]
+        return u
+
+    @property
+    def v(self) -> Tensor:
+        """(groups, d_in, d_in), or (groups, 1, d_in) where it is diagonal"""
+        v: Tensor = self.cached("sides", self._sides)[1]
+        return v
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        pairs = [
+            (self.value(u), self.value(v))
+            for u, v in (("U", "V"), ("U′", "V′"))
+            if u in self.statistics and v in self.statistics
+        ]
+        if len(pairs) == 1:
+            return pairs[0]
+        (u1, v1), (u2, v2) = pairs
+        share1, share2 = trace_of(u1) * trace_of(v1), trace_of(u2) * trace_of(v2)
+        total = share1 + share2
+        per = torch.where(total > 0, 1 / total, torch.zeros_like(total))
+        u = beside(trace_of(v1)) * u1 + beside(trace_of(v2)) * u2
+        v = beside(per * trace_of(u1)) * v1 + beside(per * trace_of(u2)) * v2
+        return u, v
+
+    def eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Eigenvalues (groups, d_out, d_in) and eigenvectors of both sides, None for the axes."""
+        found: tuple[Tensor, Tensor | None, Tensor | None] = self.cached("eigen", self._eigen)
+        return found
+
+    def _eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (lu, qu), (lv, qv) = eigen_of(self.u), eigen_of(self.v)
+        return lu[..., :, None] * lv[..., None, :], qu, qv
+
+    def flat(self, x: Tensor) -> Tensor:
+        return kron_apply(self.u, x, self.v)
+
+    def inverse(self, damping: float) -> Inverse:
+        values, qu, qv = self.eigen()
+        return EigenInverse(1 / (values + damping), qu, qv)
+
+    def relative_inverse(self, damping: float) -> Inverse:
+        return KroneckerInverse(*factored_inverses(self.u, self.v, damping))
+
+    def diagonal(self) -> Tensor:
+        return diagonal_of(self.u)[..., :, None] * diagonal_of(self.v)[..., None, :]
+
+    def trace(self) -> Tensor:
+        return (trace_of(self.u) * trace_of(self.v)).sum()
+
+    def logdet(self, damping: float) -> Tensor:
+        return (self.eigen()[0] + damping).log().sum()
+
+    def sample(self, z: Tensor, damping: float) -> Tensor:
+        values, qu, qv = self.eigen()
+        return out_of_basis(into_basis(z, qu, qv) * (values + damping).rsqrt(), qu, qv)
+
+    @property
+    def dimension(self) -> int:
+        return self.matrix_shape.numel()
+
+    def sizes(self) -> str:
+        groups, out, into = self.matrix_shape
+        sides = [f"{d}²" if full else f"diag {d}" if d > 1 else "1" for d, full in zip((out, into), self.full)]
+        return " ⊗ ".join(sides) + (f" × {groups}" if groups > 1 else "")
+
+
+class InputBlock(KroneckerBlock):
+    """c·I ⊗ V."""
+
+    structure = "input"
+
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
+        super().__init__(layers, sharing)
+        self.full = (False, self.full[1])
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        u, v = super()._sides()
+        return u.mean(-1, keepdim=True).expand_as(u), v
+
+
+class EigenvalueBlock(KroneckerBlock):
+    """S in the eigenbases of U and V."""
+
+    structure = "ekfac"
+    looks_twice = True
+
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
+        super().__init__(layers, sharing)
+        self.needs_data = True
+
+    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
+        """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
+        if not new:
+            return
+        if settled or not self.statistics:
+            twin = EigenvalueBlock(self.layers, self.sharing)
+            twin.full = self.full
+            factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
+            twin.statistics = self.merged([s for s in factors if s], plain)
+            bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
+        else:
+            bases = [self.basis("Q_U"), self.basis("Q_V")]
+        for key, q in zip(("Q_U", "Q_V"), bases):
+            if q is not None:
+                new[key] = Average({"": q}, {"": q.new_ones(())})
+
+    def observe_again(
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    ) -> None:
+        if not new:
+            return
+        average = Average()
+        qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
+        average.add(like.new_zeros(self.matrix_shape), None, source)
+        data = uses[0][0].data if uses[0] else 0
+        step = max(1, CHUNK // max(1, self.dimension))
+        for start in range(0, data, step):
+            length = min(step, data - start)
+            total = uses[0][0].products(start, length, (qu, qv))
+            for use in uses[0][1:]:
+                total = total + use.products(start, length, (qu, qv))
+            average.add(total.square().sum(0), None, source)
+        average.weigh(mass, source)
+        if "S" in new:
+            new["S"].merge(average, plain=source in new["S"].sums)
+        else:
+            new["S"] = average
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        if len(parts) == 1:
+            return parts[0]
+        bases = {k: a for k, a in parts[-1].items() if k in ("Q_U", "Q_V")}
+        rest = [turned(p, bases) for p in parts]
+        return {**super().merged(rest, plain), **bases}
+
+    def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
+        bases = {k: a for k, a in new.items() if k in ("Q_U", "Q_V")}
+        old = self.statistics
+        self.statistics = {k: a for k, a in old.items() if k not in ("Q_U", "Q_V")}
+        super().commit({k: a for k, a in new.items() if k not in ("Q_U", "Q_V", "S")}, decay, plain)
+        if decay is not None and old:  # the factors moved between the second look and now
+            for key, side in (("Q_U", self.u), ("Q_V", self.v)):
+                if (q := eigen_of(side)[1]) is not None:
+                    bases[key] = Average({"": q}, {"": q.new_ones(())})
+        if "S" in old:
+            self.statistics["S"] = turned(old, bases)["S"]
+        super().commit({"S": turned(new, bases)["S"]}, decay, plain)
+        self.statistics.update(bases)
+        self.version += 1
+
+    def basis(self, key: str) -> Tensor | None:
+        return basis_of(self.statistics, key)
+
+    def _eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.value("S"), self.basis("Q_U"), self.basis("Q_V")
+
+    def flat(self, x: Tensor) -> Tensor:
+        values, qu, qv = self.eigen()
+        return out_of_basis(into_basis(x, qu, qv) * values, qu, qv)
+
+    def relative_inverse(self, damping: float) -> Inverse:
+        values, qu, qv = self.eigen()
+        mean = values.mean()
+        scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
+        return EigenInverse(1 / (scaled + damping), qu, qv)
+
+    def diagonal(self) -> Tensor:
+        values, qu, qv = self.eigen()
+        return overlapped(values, qu, qv)
+
+    def trace(self) -> Tensor:
+        return self.value("S").sum()
+
+    def sizes(self) -> str:
+        groups, out, into = self.matrix_shape
+        return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
+
+
+def basis_of(statistics: Statistics, key: str) -> Tensor | None:
+    return statistics[key].sums[""] if key in statistics else None
+
+
+def turned(statistics: Statistics, bases: Statistics) -> Statistics:
+    """Statistics with S brought to other bases by squared overlaps."""
+    overlaps = []
+    for key in ("Q_U", "Q_V"):
+        q, to = basis_of(statistics, key), basis_of(bases, key)
+        overlaps.append(None if q is to or q is None or to is None else to.mT @ q)
+    if all(r is None for r in overlaps):
+        return statistics
+    moved = statistics["S"].copy()
+    moved.sums = {h: overlapped(s, *overlaps) for h, s in moved.sums.items()}
+    return {**statistics, "S": moved}
+
+
+def overlapped(s: Tensor, ru: Tensor | None, rv: Tensor | None) -> Tensor:
+    """(R_U∘R_U) S (R_V∘R_V)ᵀ"""
+    s = s if ru is None else ru.square() @ s
+    return s if rv is None else s @ rv.square().mT
+
+
+def into_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
+    """Q_Uᵀ X Q_V"""
+    x = x if qu is None else qu.mT @ x
+    return x if qv is None else x @ qv
+
+
+def out_of_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
+    """Q_U X Q_Vᵀ"""
+    x = x if qu is None else qu @ x
+    return x if qv is None else x @ qv.mT
+
+
+def summed_positions(rows: Rows) -> Rows:
+    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
+
+
+def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Tensor:
+    """How many rows a second moment was summed over; by group, where the call uses a region of them."""
+    rows = count(inputs)
+    if region is None:
+        return rows
+    seen = total.new_zeros(total.shape[0])
+    seen[region[0] : region[1]] = 1
+    return rows * beside(seen)
+
+
+def beside(share: Tensor) -> Tensor:
+    """(groups,) beside (groups, ·, ·)"""
+    return share[:, None, None]
+
+
+@dataclass
+class EigenInverse(Inverse):
+    """Q_U [ (Q_Uᵀ X Q_V) ∘ scale ] Q_Vᵀ"""
+
+    scale: Tensor
+    qu: Tensor | None
+    qv: Tensor | None
+
+    def apply(self, x: Tensor) -> Tensor:
+        return out_of_basis(into_basis(x, self.qu, self.qv) * self.scale, self.qu, self.qv)
+
+
+@dataclass
+class KroneckerInverse(Inverse):
+    u: Tensor
+    v: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        return times(left_times(self.u, x), self.v)

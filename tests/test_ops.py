@@ -1,0 +1,88 @@
+"""Every op × structure × kind × criterion against a dense oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import natgrad as ng
+from tests.layer_oracle import block_mask, empirical, gauss_newton, relative
+from tests.op_cases import CASES, Case, N, criteria
+
+TOLERANCE = 1e-9
+
+
+def build(case: Case, seed: int = 0) -> tuple[torch.nn.Module, object]:
+    torch.manual_seed(seed)
+    return case.model().double(), case.x()
+
+
+def metric(model, x, y, criterion, **options):
+    found = ng.Fisher(model, criterion, **options)
+    found.update(x, y)
+    return found
+
+
+@pytest.mark.parametrize("criterion", list(criteria()))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_exact_kind_is_the_gauss_newton_matrix(case, criterion):
+    model, x = build(case)
+    loss, y = criteria()[criterion]
+    expected = gauss_newton(model, loss, x, y)
+    assert relative(metric(model, x, y, loss, kind="exact", structure="dense").dense(), expected) < TOLERANCE
+    found = metric(model, x, y, loss, kind="exact", structure="block")
+    assert all(row.why == "" for row in found.coverage()), str(found.coverage())
+    blocks = expected * block_mask(model, case.groups)
+    assert relative(found.dense(), blocks) < TOLERANCE
+    diagonal = metric(model, x, y, loss, kind="exact", structure="diagonal")
+    assert relative(diagonal.dense().diagonal(), expected.diagonal()) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_empirical_kind(case):
+    model, x = build(case)
+    loss, y = criteria()["cross-entropy"]
+    expected = empirical(model, loss, x, y, N)
+    assert relative(metric(model, x, y, loss, kind="empirical", structure="dense").dense(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_ekfac_is_nearer_than_kfac(case, kind):
+    model, x = build(case)
+    loss, y = criteria()["cross-entropy"]
+    expected = metric(model, x, y, loss, kind=kind, structure="block").dense()
+    kfac = metric(model, x, y, loss, kind=kind, structure="kfac").dense()
+    ekfac = metric(model, x, y, loss, kind=kind, structure="ekfac")
+    far, near = relative(kfac, expected), relative(ekfac.dense(), expected)
+    assert near < far or far < TOLERANCE
+    # the diagonal in its own basis is exact: so is the trace
+    assert torch.isclose(ekfac.trace(), expected.trace(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["dense", "kfac"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_sampled_kind_tends_to_exact(case, structure):
+    model, x = build(case)
+    loss, y = criteria()["cross-entropy"]
+    expected = metric(model, x, y, loss, kind="exact", structure=structure).dense()
+    few = metric(model, x, y, loss, structure=structure, samples=100).dense()
+    assert relative(few, expected) < 0.4
+
+
+@pytest.mark.parametrize("structure", ["dense", "block", "diagonal", "kfac", "ekfac", "input"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_verbs_are_those_of_the_dense_matrix(case, structure):
+    model, x = build(case)
+    loss, y = criteria()["cross-entropy"]
+    found = metric(model, x, y, loss, kind="exact", structure=structure)
+    dense = found.dense()
+    damped = dense + 0.1 * torch.eye(len(dense), dtype=dense.dtype)
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(len(dense), dtype=dense.dtype, generator=generator)
+    vector = found.flat_to_vector(v)
+    assert relative(found.vector_to_flat(found.flat(vector)), dense @ v) < TOLERANCE
+    assert relative(found.vector_to_flat(found.sharp(vector, 0.1)), torch.linalg.solve(damped, v)) < 1e-8
+    assert torch.isclose(found.logdet(0.1), torch.logdet(damped), rtol=1e-9)
+    assert torch.isclose(found.trace(), dense.trace(), rtol=1e-9)
+    assert relative(found.vector_to_flat(found.diagonal()), dense.diagonal()) < TOLERANCE
