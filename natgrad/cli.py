@@ -177,6 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         message = str(error.format_message()).strip().rstrip(".")
         if message:  # empty where no command was given and the help has been shown
-            typer.echo(f"natgrad: {message}. Try 'natgrad --help' or 'natgrad train --help'.", err=True)
+            words = sys.argv[1:] if arguments is None else arguments
+            command = f" {words[0]}" if words[:1] and words[0] in ("train", "solve", "inspect") else ""
+            end = "" if message.endswith("?") else "."
+            typer.echo(f"natgrad: {message}{end} Try 'natgrad{command} --help'.", err=True)
         return BAD_INPUT
     return code if isinstance(code, int) else 0

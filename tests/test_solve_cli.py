@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import natgrad as ng
+from natgrad.cli import main
 from natgrad.solve_cli import pick_network, solve
 from natgrad.tasks.burgers import VISCOSITY, exact_solution
 from natgrad.tasks.catalogue import PROBLEMS
@@ -118,3 +119,10 @@ def test_widths_and_names():
     assert pick_network(problem, "") == ("small", (2, 64, 1))
     assert pick_network(problem, "large") == ("large", (2, 64, 64, 48, 48, 1))
     assert pick_network(problem, "2-7-1") == ("2-7-1", (2, 7, 1))
+
+
+def test_errors_point_to_the_help_of_the_command_that_was_typed(capsys):
+    assert main(["solve", "poisson2d", "--solver", "qr"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("got 'qr'. Try 'natgrad solve --help'.")
+    assert main(["slove"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("Did you mean 'solve'? Try 'natgrad --help'.")
