@@ -1,14 +1,15 @@
 """What a step costs, in parts: ``python benchmarks/step_cost.py [--steps 60]``.
 
-Forward and backward of the plain model are the floor; the same with a metric watching shows what hooks cost on steps that do
-not refresh; the step is split into the products that apply the metric and everything else; refresh steps stand apart. CPU time
-of one thread, median over steps, all in one process; ratios are to the plain forward + backward.
+Forward and backward of the plain model are the floor; the same with a metric watching shows what hooks cost on steps
+that do not refresh; the step is split into the products that apply the metric and everything else; refresh steps stand
+apart. CPU time of one thread, median over steps, all in one process; ratios are to the plain forward + backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def autoencoder() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     sizes = [784, 400, 200, 100, 50, 25, 6]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:]):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.Tanh()]
     x = torch.rand(512, 784)
     return nn.Sequential(*layers[:-1]), nn.BCEWithLogitsLoss(), x, x
@@ -66,7 +67,9 @@ def timed(run: Callable[[], object]) -> float:
 class Loop:
     """One training step after the other, with the time of each part in ms."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, opt: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, opt: torch.optim.Optimizer
+    ) -> None:
         self.model, self.criterion, self.x, self.y, self.opt = model, criterion, x, y, opt
 
     def step(self) -> dict[str, float]:

@@ -1,12 +1,13 @@
 """The workloads: data, model, loss and metric of each, all offline.
 
-Data that is not shipped with scikit-learn or drawn here comes from a folder named by ``NATGRAD_DATA`` (MNIST test images, tiny
-Shakespeare, UCI tables).
+Data that is not shipped with scikit-learn or drawn here comes from a folder named by ``NATGRAD_DATA`` (MNIST test
+images, tiny Shakespeare, UCI tables).
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Workload:
 
 def perceptron(sizes: list[int], activation: type[nn.Module], xavier: bool = False) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:]):
+    for a, b in itertools.pairwise(sizes):
         linear = nn.Linear(a, b)
         if xavier:
             nn.init.xavier_normal_(linear.weight)
@@ -94,9 +95,7 @@ def autoencoder(
 
 
 def digits_autoencoder() -> Workload:
-    data = torch.tensor(load_digits().data / 16, dtype=torch.float32)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return autoencoder("digits_ae", data[order], 1497, mirror(64, 128, 64, 32, 10), 256, 5)
+    return autoencoder("digits_ae", digits()[0], 1497, mirror(64, 128, 64, 32, 10), 256, 5)
 
 
 MNIST_SIZES = mirror(784, 400, 200, 100, 50, 25, 6)
@@ -139,7 +138,14 @@ def convnet() -> Workload:
     x, y = mnist()
     x = x.reshape(-1, 1, 28, 28)
     return Workload(
-        "convnet", small_convnet, nn.CrossEntropyLoss(), (x[:8000], y[:8000]), (x[:2000], y[:2000]), (x[8000:], y[8000:]), 128, 10
+        "convnet",
+        small_convnet,
+        nn.CrossEntropyLoss(),
+        (x[:8000], y[:8000]),
+        (x[:2000], y[:2000]),
+        (x[8000:], y[8000:]),
+        128,
+        10,
     )
 
 
@@ -195,7 +201,14 @@ def transformer(batch: int, seconds: float) -> Workload:
     some = windows(codes[:cut], 5003)
     valid = (valid[0][:300], valid[1][:300])
     return Workload(
-        f"transformer_{batch}", lambda: CharTransformer(len(symbols)), nn.CrossEntropyLoss(), train, some, valid, batch, seconds
+        f"transformer_{batch}",
+        lambda: CharTransformer(len(symbols)),
+        nn.CrossEntropyLoss(),
+        train,
+        some,
+        valid,
+        batch,
+        seconds,
     )
 
 
@@ -213,12 +226,41 @@ def tabular(name: str, file: str, separator: str | None, header: int, seconds: f
     cut = int(0.9 * len(x))
     sizes = [x.shape[1], 128, 128, 128, 1]
     return Workload(
-        name, lambda: perceptron(sizes, nn.ReLU), nn.MSELoss(), (x[:cut], y[:cut]), (x[:cut], y[:cut]), (x[cut:], y[cut:]), 128, seconds
+        name,
+        lambda: perceptron(sizes, nn.ReLU),
+        nn.MSELoss(),
+        (x[:cut], y[:cut]),
+        (x[:cut], y[:cut]),
+        (x[cut:], y[cut:]),
+        128,
+        seconds,
     )
 
 
 def concrete() -> Workload:
     return tabular("concrete", "concrete.txt", None, 0, 3)
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits (1797, 64) in [0, 1], shuffled, and their labels."""
+    found = load_digits()
+    order = torch.randperm(len(found.data), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+
+
+def digits_classifier() -> Workload:
+    x, y = digits()
+    train, valid = (x[:1497], y[:1497]), (x[1497:], y[1497:])
+    return Workload(
+        "digits_classifier",
+        lambda: perceptron([64, 128, 128, 10], nn.Tanh),
+        nn.CrossEntropyLoss(),
+        train,
+        train,
+        valid,
+        128,
+        3,
+    )
 
 
 class RowReader(nn.Module):
@@ -233,12 +275,17 @@ class RowReader(nn.Module):
 
 
 def recurrent() -> Workload:
-    digits = load_digits()
-    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
-    x = torch.tensor(digits.data / 16, dtype=torch.float32).view(-1, 8, 8)[order]
-    y = torch.tensor(digits.target)[order]
+    flat, y = digits()
+    x = flat.view(-1, 8, 8)
     return Workload(
-        "recurrent", RowReader, nn.CrossEntropyLoss(), (x[:1497], y[:1497]), (x[:1497], y[:1497]), (x[1497:], y[1497:]), 128, 8
+        "recurrent",
+        RowReader,
+        nn.CrossEntropyLoss(),
+        (x[:1497], y[:1497]),
+        (x[:1497], y[:1497]),
+        (x[1497:], y[1497:]),
+        128,
+        8,
     )
 
 
@@ -253,6 +300,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "concrete": concrete,
     "power_plant": lambda: tabular("power_plant", "power-plant.txt", None, 0, 5),
     "wine": lambda: tabular("wine", "wine-quality-red.txt", None, 0, 3),
+    "digits_classifier": digits_classifier,
     "recurrent": recurrent,
 }
-

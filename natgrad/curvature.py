@@ -108,6 +108,8 @@ class Curvature:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
+        if not usable(found):
+            return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
         noted = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(noted, missed, any(tape.differentiated for tape in tapes))
@@ -115,7 +117,8 @@ class Curvature:
             tape.drawn = True
 
         dtype = statistics_dtype(self.parameters.values())
-        data = count_data(found, next((t.data for t in tapes if t.data), None))
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(self.reading.outputs(output)) else count_data(found, from_inputs)
         local = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         extra = self._per_datum_calls(missed, data) if per_datum else []
         calls = self._learn([*noted, *extra])
@@ -399,6 +402,11 @@ class Shot:
                 "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
                 "context_fn, or take the metric with update() on a model without it"
             ) from error
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
 
 
 def statistics_dtype(parameters: Any) -> torch.dtype:

@@ -24,13 +24,13 @@ from natgrad import metric_file
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
 from natgrad.heads import Heads
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
-from natgrad.watch import Called, Watcher
+from natgrad.watch import Called, Watcher, unwatched
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -94,6 +94,9 @@ class Fisher(Metric):
         check_curvature_batch(kind, fraction, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        for what, given in (("output", output), ("targets", targets)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
         self.model, self.criterion, self.kind = model, criterion, kind
         self.module = unwrapped(model)
         refuse_modules(self.module)
@@ -107,8 +110,8 @@ class Fisher(Metric):
             samples,
             seed,
             self.parameters,
-            by_pattern("structure", structure, tuple(BLOCKS), "kfac"),
-            by_pattern("sharing", sharing, SHARINGS, "expand"),
+            by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
+            by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             fraction,
             max_positions,
         )
@@ -152,8 +155,11 @@ class Fisher(Metric):
         buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
         devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
         tape = Tape(self.parameter_names())
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched():
             tape.open(args, kwargs)
+            if tape.data == 0:
+                tape.close()
+                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
             try:
                 result = torch.func.functional_call(self.module, buffers, args, kwargs)
             finally:
@@ -161,6 +167,11 @@ class Fisher(Metric):
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
             self.curvature.warn_of_batch_norm()
+            if not usable(self.reading.outputs(output)):
+                raise ValueError(
+                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
+                    "metric of; nothing was added. Look at the inputs and the parameters"
+                )
             draw = self.curvature.draw(output, targets, [tape], per_datum=True)
         if draw is None:
             raise CaptureError(
@@ -180,8 +191,8 @@ class Fisher(Metric):
                 self.reading.sum_loss(output, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: {error}. "
-                "If the training loop reshapes the output first, do the same in `output=`"
+                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
+                f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
             ) from error
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
@@ -343,9 +354,9 @@ class Fisher(Metric):
         out = self._like().new_zeros(size, size)
         for block in self._ready():
             where = block.pack(index)
-            eye = torch.eye(where.numel(), dtype=out.dtype, device=out.device).reshape(-1, *where.shape)
+            eye = torch.eye(where.numel(), dtype=block.dtype, device=out.device).reshape(-1, *where.shape)
             rows = where.flatten()
-            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows))
+            out[rows[:, None], rows[None, :]] = block.flat(eye).reshape(len(rows), len(rows)).to(out.dtype)
         return out
 
     def diagonal(self) -> Vector:
@@ -462,19 +473,25 @@ class Fisher(Metric):
         """Take over statistics.
 
         Raises:
-            ValueError: they belong to another model or another kind of metric; the message names the differences.
+            ValueError: they belong to another model or another kind of metric; the message names the differences. The
+                metric stays as it was.
         """
         metric_file.restore(self, state)
 
     def save(self, path: Any) -> None:
-        """Write the statistics to a safetensors file, beside it first and then renamed."""
+        """Write the statistics to a safetensors file, beside it first and then renamed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metric_file.save(self, path)
 
     def load(self, path: Any) -> None:
         """Read statistics that `save` wrote.
 
         Raises:
-            ValueError: the file is cut short, no metric file, or of another model.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
         metric_file.load(self, path)
 
@@ -510,11 +527,23 @@ def refuse_modules(root: nn.Module) -> None:
             )
 
 
-def by_pattern(what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str) -> Callable[[str], str]:
-    """Name → option, from one option or from {pattern: option}."""
+def by_pattern(
+    what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str, names: Iterable[str]
+) -> Callable[[str], str]:
+    """Name → option, from one option or from {pattern: option}.
+
+    Raises:
+        TypeError: `given` is neither.
+        ValueError: an option that does not exist, or a pattern that matches no name.
+    """
+    if not isinstance(given, (str, Mapping)):
+        raise TypeError(f"{what} takes one of {known} or {{name pattern: {what}}}, got {describe(given)}")
+    names = list(names)
     rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
-    for value in rules.values():
+    for pattern, value in rules.items():
         choose(what, value, known)
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
+            raise ValueError(f"{what}: no trainable parameter matches {pattern!r}; there are {names}")
     return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))
 
 

@@ -80,7 +80,9 @@ def safe_eigh(m: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     for attempt in range(TRIES):
         try:
-            values, vectors = torch.linalg.eigh(m if attempt == 0 else m + eye * (size * JITTER * 100.0**attempt))
+            values, vectors = torch.linalg.eigh(
+                m if attempt == 0 else m + eye * (size * JITTER * 100.0 ** (attempt - 1))
+            )
             return values.clamp(min=0), vectors
         except torch.linalg.LinAlgError:
             continue
@@ -95,7 +97,7 @@ def safe_eigh(m: Tensor) -> tuple[Tensor, Tensor]:
 def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     """(M + damping·I)⁻¹ of a positive semi-definite stack, by Cholesky. `damping` broadcasts over the stack.
 
-    The ladder: symmetrise → as it is → jitter → float64 eigenvalues, clamped at zero.
+    The ladder: symmetrise → as it is → float64 eigenvalues, clamped at zero. No jitter: the damping is exact.
 
     Raises:
         FactorisationError: the matrix holds NaN or Inf.
@@ -103,14 +105,9 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     m = finite(symmetrise(m))
     damping = torch.as_tensor(damping, dtype=m.dtype, device=m.device)
     eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
-    damped = m + eye * damping[..., None, None]
-    size = mean_eigenvalue(damped)[..., None, None]
-    for attempt in range(TRIES):
-        lower, info = torch.linalg.cholesky_ex(
-            damped if attempt == 0 else damped + eye * (size * JITTER * 100.0**attempt)
-        )
-        if not bool(info.any()):
-            return torch.cholesky_inverse(lower)
+    lower, info = torch.linalg.cholesky_ex(m + eye * damping[..., None, None])
+    if not bool(info.any()):
+        return torch.cholesky_inverse(lower)
     values, vectors = safe_eigh(m.double())
     return ((vectors / (values + damping.double()[..., None])[..., None, :]) @ vectors.mT).to(m.dtype)
 

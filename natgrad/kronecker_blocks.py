@@ -62,6 +62,8 @@ class KroneckerBlock(Block):
 
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         new: Statistics = {}
+        if not uses[0] and not self.statistics:
+            return new  # nothing is known of its inputs yet
         # a product that this batch does not use has zero gradient there
         for key in {"U"} | {k for k in self.statistics if k == "V′"}:
             new[key] = Average()

@@ -46,7 +46,7 @@ class Root:
     def pull(self, outputs: Tensors, keep: Callable[[Tensor], Tensor]) -> Tensors:
         """The cotangent with respect to the outputs of the terms for which `keep` is true."""
         masked = tuple(torch.where(keep(t), v, torch.zeros_like(v)) for v, t in zip(self.cotangents, self.terms))
-        if all(a is b for a, b in zip(self.tensors, outputs)):
+        if len(self.tensors) == len(outputs) and all(a is b for a, b in zip(self.tensors, outputs)):
             return masked
         live = [(t, v) for t, v in zip(self.tensors, masked) if t.requires_grad]
         if not live:
@@ -104,6 +104,10 @@ class Reading:
         """Why the metric depends on the labels, or None where it does not."""
         return None
 
+    def unbatched(self, outputs: Tensors) -> bool:
+        """Whether the output is that of one datum, without a dimension of data."""
+        return False
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())
@@ -149,6 +153,9 @@ class CrossEntropy(Reading):
         if c.weight is not None:
             return "`weight` depends on the labels"
         return None if c.ignore_index == -100 else f"`ignore_index={c.ignore_index}` depends on the labels"
+
+    def unbatched(self, outputs: Tensors) -> bool:
+        return outputs[0].dim() == 1
 
     def rows(self, f: Tensor) -> Tensor:
         """(N, C, d1, …) → (N·d1·…, C)"""
@@ -215,6 +222,11 @@ class NegativeLogLikelihood(CrossEntropy):
 
 class Elementwise(Reading):
     """Losses whose terms are the elements of one output, each with curvature c·h."""
+
+    def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        if isinstance(targets, Tensor) and targets.shape != output.shape:
+            raise ValueError("the shapes differ, and broadcasting them would make another loss")
+        return super().sum_loss(output, targets)
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         """c·h of each element."""

@@ -241,7 +241,7 @@ class Metric:
         Raises:
             ValueError: it is not positive and finite (zero is allowed where the metric is positive definite).
         """
-        value = float(damping)
+        value = float(damping) if isinstance(damping, (int, float, Tensor)) else math.nan
         if not math.isfinite(value) or value < 0 or (value == 0 and not self.positive_definite):
             raise ValueError(
                 f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got "

@@ -46,6 +46,8 @@ def about(metric: Fisher) -> dict[str, Any]:
         "kind": metric.kind,
         "criterion": metric.reading.name,
         "reduction": metric.reading.reduction,
+        "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
+        "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "seen": metric.seen,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "blocks": [
@@ -88,6 +90,8 @@ def tuples(value: Any) -> Any:
 
 
 def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
+    if missing := {"about", "tensors"} - set(state):
+        raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
     refuse_differences(about(metric), there)
     from natgrad.curvature import BLOCKS
@@ -135,6 +139,12 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
         for k in ("kind", "criterion", "reduction")
         if here[k] != there[k]
     ]
+    said += [
+        f"the {k} of {n} is {here[k][n]!r} here and {there[k][n]!r} in the state"
+        for k in ("structure", "sharing")
+        for n in here[k]
+        if n in there[k] and here[k][n] != there[k][n]
+    ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))
 
@@ -142,6 +152,8 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
 def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
     state = state_of(metric)
     target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise OSError(f"cannot write the metric to {target}: it must be a file in a folder that exists")
     beside = target.with_name(target.name + ".partial")
     tensors = {n: t.detach().contiguous().clone() for n, t in state["tensors"].items()}
     tensors.update({f"generator.{d}": g for d, g in state["generators"].items()})
@@ -153,6 +165,8 @@ def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
 
 
 def load(metric: Fisher, path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no metric file {path}; metric.save(path) writes one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

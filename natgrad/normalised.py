@@ -27,8 +27,8 @@ from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
-from natgrad.metric import Metric, Vector
-from natgrad.steps import Options, StepRule, one_value
+from natgrad.metric import Metric
+from natgrad.steps import Increments, Options, StepRule, one_value
 
 ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
 SLOPE_CLIP = 2.0
@@ -133,7 +133,7 @@ class NormalisedStep(StepRule):
         self._adam: dict[str, AdamState] = {}
         self._slope: Slope | None = None
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
@@ -143,7 +143,7 @@ class NormalisedStep(StepRule):
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: Vector = {}
+        out: Increments = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
                 out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks

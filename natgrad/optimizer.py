@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natgrad.metric import Metric, Vector
-from natgrad.steps import Options, StepRule
+from natgrad.steps import Along, Options, StepRule
 
 GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
@@ -150,11 +150,14 @@ class NaturalGradient(torch.optim.Optimizer):
         increments = self.rule.update(self.metric, df, options)
         for group in self.param_groups:
             for p in group["params"]:
-                if (delta := increments.get(self._name_of[p])) is not None:
-                    delta = delta if on_host else torch.where(fine, delta, torch.zeros_like(delta))
-                    if group["weight_decay"]:
-                        delta = delta - p * (group["lr"] * group["weight_decay"])
-                    p.add_(delta)
+                if (delta := increments.get(self._name_of[p])) is None:
+                    continue
+                way, length = delta if isinstance(delta, Along) else (delta, 1.0)
+                if not on_host:
+                    way = torch.where(fine, way, torch.zeros_like(way))
+                if group["weight_decay"]:
+                    way, length = way * length - p * (group["lr"] * group["weight_decay"]), 1.0
+                p.add_(way, alpha=length)
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -289,7 +292,10 @@ class Skips:
 
 
 def all_finite(df: Mapping[str, Tensor]) -> Tensor:
-    """Whether every entry is finite, a scalar tensor: from norms, which need one pass and no temporaries."""
+    """Whether every norm is finite, a scalar tensor.
+
+    A norm takes one pass and no temporaries; where it overflows and no entry does, the gradient is as useless.
+    """
     return torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all()
 
 

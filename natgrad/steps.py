@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +27,22 @@ class Options:
     maximize: bool = False
 
 
+class Along(NamedTuple):
+    """Δθ = length · way, written in one fused operation as `torch.optim` does."""
+
+    way: Tensor
+    length: float
+
+
+Increments = dict[str, Tensor | Along]
+
+
 class StepRule:
     """What a step rule is.
 
     ``lr``, ``momentum`` and ``damping`` are the defaults it brings; ``damping_meaning`` says in words what its
-    damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}; names left out stay
-    where they are. State that must survive a checkpoint goes through `state_dict`.
+    damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
+    `Along`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
     """
 
     lr: float = 1.0
@@ -43,7 +53,7 @@ class StepRule:
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 
@@ -63,7 +73,7 @@ class FixedStep(StepRule):
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._buffer: Vector = {}
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         damping = one_value({o.damping for o in options.values()}, "damping")
         full = {n: df.get(n, torch.zeros_like(p)) for n, p in metric.parameters.items()}
         for n, g in full.items():
@@ -71,7 +81,7 @@ class FixedStep(StepRule):
             if mu:
                 full[n] = self._buffer[n] = g.clone() if n not in self._buffer else self._buffer[n].mul_(mu).add_(g)
         direction = metric.sharp(full, damping)
-        return {n: direction[n] * -options[n].lr for n in df}
+        return {n: Along(direction[n], -options[n].lr) for n in df}
 
     def state_dict(self) -> dict[str, Any]:
         return {"buffer": dict(self._buffer)}

@@ -13,20 +13,34 @@ what they leave on the graph holds statistics only, so no cycle keeps a graph al
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
+_unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
 
 
 Called = dict[str, tuple[Any, Any]]  # head → (args, kwargs) of the call of its criterion; the only head is ""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Forward passes in here are a metric's own: no other metric of the model takes them for training."""
+    token = _unwatched.set(True)
+    try:
+        yield
+    finally:
+        _unwatched.reset(token)
 
 
 class Watched(Protocol):
@@ -59,9 +73,11 @@ class Watcher:
             ),
         ]
 
+        # a metric that is gone leaves nothing on the model
+        weakref.finalize(metric, remove, self._handles)
+
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        remove(self._handles)
         self.forget()
 
     def forget(self) -> None:
@@ -76,8 +92,8 @@ class Watcher:
 
     def _before(self, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if in_backward() or in_transform():
-            return  # a recomputation of checkpointing, or a transform of torch.func
+        if in_backward() or in_transform() or _unwatched.get():
+            return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self._open is not None:  # the last forward raised
             self.forget()
         if metric is None or not torch.is_grad_enabled() or not metric.wants_statistics():
@@ -110,7 +126,7 @@ class Watcher:
 
     def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if metric is None or in_backward() or in_transform():
+        if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
             self._inside.append((key, args, kwargs))
@@ -154,6 +170,11 @@ class Listener:
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
         if (watcher := self._watcher()) is not None:
             watcher.criterion_called(self.key, args, kwargs)
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class Once:

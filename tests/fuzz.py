@@ -119,9 +119,13 @@ ANY: dict[str, Build] = {  # on the last dimension
     "penalised": lambda d: Step("penalised", penalised),
     "by two ops": lambda d: Step("by two ops", by_two_ops),
     "weight norm": lambda d: module("weight norm", parametrizations.weight_norm(nn.Linear(d, 3))),
-    "merged lora": lambda d: Step("lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)),
+    "merged lora": lambda d: Step(
+        "lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)
+    ),
     "lora": lambda d: Step("lora", lambda m, x, _: F.linear(x, m.w) + x @ m.a @ m.b, w=p(3, d), a=p(d, 1), b=p(1, 3)),
-    "residual": lambda d: Step("residual", lambda m, x, _: x + m.b(m.a(x).tanh()), a=nn.Linear(d, 2), b=nn.Linear(2, d)),
+    "residual": lambda d: Step(
+        "residual", lambda m, x, _: x + m.b(m.a(x).tanh()), a=nn.Linear(d, 2), b=nn.Linear(2, d)
+    ),
 }
 
 

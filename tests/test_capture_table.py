@@ -64,10 +64,14 @@ MODELS = {
         b=nn.Linear(5, 3),
     ).double(),
     "transposed weight": lambda: Act(
-        lambda m, x: (x @ m.a.weight.T + m.a.bias).tanh() @ m.b.weight.T, a=nn.Linear(4, 5), b=nn.Linear(5, 3, bias=False)
+        lambda m, x: (x @ m.a.weight.T + m.a.bias).tanh() @ m.b.weight.T,
+        a=nn.Linear(4, 5),
+        b=nn.Linear(5, 3, bias=False),
     ).double(),
     "tied": lambda: Act(
-        lambda m, x: m.b(F.linear(F.linear(x, m.a.weight).tanh(), m.a.weight.T)), a=nn.Linear(4, 5, bias=False), b=nn.Linear(4, 3)
+        lambda m, x: m.b(F.linear(F.linear(x, m.a.weight).tanh(), m.a.weight.T)),
+        a=nn.Linear(4, 5, bias=False),
+        b=nn.Linear(4, 3),
     ).double(),
     "attention": lambda: Act(
         lambda m, x: m.b(m.a(x[:, None], x[:, None], x[:, None])[0][:, 0]),
@@ -350,6 +354,7 @@ def test_bad_input(wrong):
         with pytest.raises(ValueError, match="sparse=False"):
             opt.step()
     elif wrong == "quantised":
+
         class Packed(nn.Module):
             pass
 

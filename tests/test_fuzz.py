@@ -14,7 +14,13 @@ PARTS = 4  # so that workers share them
 def test_random_models_meet_the_oracle_or_are_refused(part):
     counts = {"met": 0}
 
-    @settings(max_examples=200 // PARTS, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=200 // PARTS,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(specs())
     def run(spec: Spec) -> None:
         said = try_one(Spec(**{**vars(spec), "seed": spec.seed + 1000 * part}))

@@ -30,7 +30,9 @@ def fisher(model, x, y, loss=None, **options):
 def errors(model, x, y, loss, groups=None, **options):
     """Errors of K-FAC and EKFAC against the blocks of the dense oracle."""
     expected = gauss_newton(model, loss, x, y) * block_mask(model, groups or {})
-    return tuple(relative(fisher(model, x, y, loss, structure=s, **options).dense(), expected) for s in ("kfac", "ekfac"))
+    return tuple(
+        relative(fisher(model, x, y, loss, structure=s, **options).dense(), expected) for s in ("kfac", "ekfac")
+    )
 
 
 EXACT_CASES = {
@@ -142,7 +144,9 @@ def test_fit_is_the_same_as_updates(tmp_path):
 
 
 SHARED = {
-    "called twice": lambda: Act(lambda m, x: m.head(m.a(m.a(x).tanh()).tanh()), a=nn.Linear(4, 4), head=nn.Linear(4, 3)),
+    "called twice": lambda: Act(
+        lambda m, x: m.head(m.a(m.a(x).tanh()).tanh()), a=nn.Linear(4, 4), head=nn.Linear(4, 3)
+    ),
     "called twice, biased once": lambda: Act(
         lambda m, x: m.head(F.linear(m.a(x).tanh(), m.a.weight).tanh()), a=nn.Linear(4, 4), head=nn.Linear(4, 3)
     ),
@@ -237,9 +241,15 @@ def test_sharing_by_pattern(sharing):
 
 
 LORA = Act(
-    lambda m, x: m.head((F.linear(x, m.w) + x @ m.a @ m.b).tanh()), w=p(4, 4), a=p(4, 2), b=p(2, 4), head=nn.Linear(4, 3)
+    lambda m, x: m.head((F.linear(x, m.w) + x @ m.a @ m.b).tanh()),
+    w=p(4, 4),
+    a=p(4, 2),
+    b=p(2, 4),
+    head=nn.Linear(4, 3),
 )
-MERGED = Act(lambda m, x: m.head(F.linear(x, m.w + m.a @ m.b).tanh()), w=p(4, 4), a=p(4, 2), b=p(2, 4), head=nn.Linear(4, 3))
+MERGED = Act(
+    lambda m, x: m.head(F.linear(x, m.w + m.a @ m.b).tanh()), w=p(4, 4), a=p(4, 2), b=p(2, 4), head=nn.Linear(4, 3)
+)
 PARAMETRIZED = {
     "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "spectral norm": lambda: nn.Sequential(

@@ -1,0 +1,103 @@
+"""Variants of the default step rule side by side, by steps: ``python -m benchmarks.step_rule [--seeds 2] [--workloads
+…]``.
+
+For each small workload and variant: training and held-out loss after a fixed number of steps, with the weights as they
+are and with an exponential average of them (decay 0.98), the mean over seeds. Steps and not seconds, so that the
+numbers do not depend on the machine; the columns say how many refreshes a variant took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import natgrad as ng
+from benchmarks.workloads import WORKLOADS, Workload
+from natgrad import normalised, optimizer
+
+STEPS = {"digits_ae": 600, "concrete": 800, "wine": 600, "convnet": 250, "digits_classifier": 400}
+AVERAGE = 0.98
+
+Make = Callable[[torch.nn.Module, torch.nn.Module], ng.NaturalGradient]
+
+
+def with_constant(module: object, name: str, value: float, make: Make) -> Make:
+    """`make` with a constant of the rule replaced."""
+
+    def build(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+        setattr(module, name, value)
+        return make(model, criterion)
+
+    return build
+
+
+def default(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+    return ng.NaturalGradient(ng.Fisher(model, criterion), average=AVERAGE)
+
+
+def decayed(decay: float) -> Make:
+    return lambda model, criterion: ng.NaturalGradient(ng.Fisher(model, criterion), average=AVERAGE, weight_decay=decay)
+
+
+VARIANTS: dict[str, Make] = {
+    "default": default,
+    "refresh at a quarter of the steps": with_constant(optimizer, "GAP_GROWTH", 4, default),
+    "refresh at all of the steps": with_constant(optimizer, "GAP_GROWTH", 1, default),
+    "s moves three times as fast": with_constant(normalised, "ADAPT", 0.09, default),
+    "s moves a third as fast": with_constant(normalised, "ADAPT", 0.01, default),
+    "no weight decay": decayed(0.0),
+    "weight decay 0.1": decayed(0.1),
+    "weight decay 0.3": decayed(0.3),
+}
+CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "ADAPT"))
+
+
+def train(workload: Workload, make: Make, steps: int, seed: int) -> tuple[list[float], int]:
+    """Training and held-out loss, as the weights are and averaged; and the number of refreshes."""
+    before = [(module, name, getattr(module, name)) for module, name in CONSTANTS]
+    torch.manual_seed(seed)
+    model = workload.model()
+    try:
+        opt = make(model, workload.criterion)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            x, y = workload.draw(generator)
+            opt.zero_grad()
+            workload.loss(model, x, y).backward()
+            opt.step()
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+    losses = [workload.evaluate(model, workload.train_eval), workload.evaluate(model, workload.valid)]
+    with opt.averaged():
+        losses += [workload.evaluate(model, workload.train_eval), workload.evaluate(model, workload.valid)]
+    return losses, opt.info["refreshes"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workloads", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=130)
+    for name in args.workloads:
+        workload = WORKLOADS[name]()
+        table = Table(title=f"{name}, {STEPS[name]} steps, mean of {args.seeds} seeds")
+        for column in ("variant", "train", "held out", "train, averaged", "held out, averaged", "refreshes"):
+            table.add_column(column, justify="left" if column == "variant" else "right")
+        for variant in args.variants:
+            runs = [train(workload, VARIANTS[variant], STEPS[name], seed) for seed in range(args.seeds)]
+            means = [statistics.mean(losses[i] for losses, _ in runs) for i in range(4)]
+            table.add_row(variant, *(f"{m:.4g}" for m in means), str(runs[0][1]))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""NaturalGradient: plain descent is SGD, steps that are not finite are skipped, the average has no start value."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import STRUCTURES, mlp
+from torch import Tensor, nn
+
+import natgrad as ng
+from natgrad.optimizer import AVERAGE_LIMIT
+from natgrad.steps import FixedStep
+
+Close = Callable[[Tensor, Tensor, float], None]
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3).sin()
+Y = torch.tensor([0, 2, 1, 2, 0, 1, 1, 0])
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def train(opt: Any, model: nn.Module, steps: int) -> list[float]:
+    criterion = getattr(getattr(opt, "metric", None), "criterion", nn.CrossEntropyLoss())
+    losses = []
+    for i in range(steps):
+        model.zero_grad()  # not the optimizer's, which would forget statistics too
+        loss = criterion(model(X + 0.1 * i), Y)
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+# Euclidean --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lr", [0.3, 0.0123])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_euclidean_is_sgd_bit_for_bit(dtype: torch.dtype, lr: float, momentum: float, maximize: bool) -> None:
+    model, twin = mlp(hidden=37).to(dtype), mlp(hidden=37).to(dtype)
+    ours = ng.NaturalGradient(ng.Euclidean(model), lr=lr, momentum=momentum, maximize=maximize)
+    theirs = torch.optim.SGD(twin.parameters(), lr=lr, momentum=momentum, maximize=maximize)
+    x = X.to(dtype)
+    for i in range(20):
+        for m, opt in ((model, ours), (twin, theirs)):
+            opt.zero_grad()
+            nn.functional.cross_entropy(m(x + 0.1 * i), Y).backward()
+            opt.step()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_weight_decay_is_decoupled(close: Close) -> None:
+    """θ ← (1 − η w) θ − η d: SGD's for no momentum; with momentum SGD's decay goes through the buffer, ours not."""
+    model, twin = mlp(), mlp()
+    train(ng.NaturalGradient(ng.Euclidean(model), lr=0.2, weight_decay=0.1), model, 10)
+    train(torch.optim.SGD(twin.parameters(), lr=0.2, weight_decay=0.1), twin, 10)
+    close(flat(model), flat(twin), 1e-14)
+    model, before = mlp(), flat(mlp())
+    opt = ng.NaturalGradient(ng.Euclidean(model), lr=0.2, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    close(flat(model), before * (1 - 0.02) ** 3, 1e-14)
+
+
+def test_closure_scheduler_and_groups(close: Close) -> None:
+    model, twin = mlp(), mlp()
+    ours = ng.NaturalGradient(
+        ng.Euclidean(model), lr=0.2, momentum=0.5, groups=[{"params": "2.*", "lr": 0.05, "momentum": 0.0}]
+    )
+    theirs = torch.optim.SGD(
+        [{"params": twin[0].parameters()}, {"params": twin[2].parameters(), "lr": 0.05, "momentum": 0.0}],
+        lr=0.2,
+        momentum=0.5,
+    )
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (ours, theirs)]
+    for _ in range(5):
+        losses = []
+        for m, opt in ((model, ours), (twin, theirs)):
+
+            def closure(m: nn.Module = m, opt: Any = opt) -> Tensor:
+                opt.zero_grad()
+                loss = nn.functional.cross_entropy(m(X), Y)
+                loss.backward()
+                return loss
+
+            losses.append(opt.step(closure))
+        assert torch.equal(*losses)
+        for s in schedules:
+            s.step()
+    close(flat(model), flat(twin), 1e-15)
+
+
+# the metric's own steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["dense", "block", "kfac"])
+def test_one_undamped_step_solves_a_linear_regression(structure: str, close: Close) -> None:
+    torch.manual_seed(3)
+    model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
+    x, y = torch.randn(20, 3).double(), torch.randn(20, 2).double()
+    rule = FixedStep(lr=1.0, damping=1e-13)
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact", structure=structure), step=rule)
+    criterion(model(x), y).backward()
+    opt.step()
+    a = torch.cat([x, torch.ones(20, 1).double()], 1)
+    best = torch.linalg.lstsq(a, y).solution
+    close(torch.cat([model.weight.detach().T, model.bias.detach()[None]]), best, 1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_fixed_step_is_sharp_of_the_gradient(structure: str, close: Close) -> None:
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(
+        ng.Fisher(model, criterion, kind="exact", structure=structure), step=FixedStep(), lr=0.3, damping=0.05
+    )
+    before = flat(model)
+    metric = ng.Fisher(model, criterion, kind="exact", structure=structure)
+    metric.update(X, Y)
+    criterion(model(X), Y).backward()
+    expected = metric.sharp({n: p.grad for n, p in model.named_parameters()}, 0.05)
+    opt.step()
+    close(flat(model) - before, -0.3 * metric.vector_to_flat(expected), 1e-11)
+    assert "absolute" in opt.info["damping_meaning"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_precondition_serves_another_optimizer(structure: str, close: Close) -> None:
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    metric = ng.Fisher(model, criterion, kind="exact", structure=structure)
+    metric.update(X, Y)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion(model(X), Y).backward()
+    expected = metric.sharp({n: p.grad.clone() for n, p in model.named_parameters()}, 0.2)
+    before = flat(model)
+    metric.precondition_(0.2)
+    opt.step()
+    close(flat(model) - before, -0.1 * metric.vector_to_flat(expected), 1e-12)
+    model[0].bias.grad = None  # a parameter without a gradient stays so
+    metric.precondition_(0.2)
+    assert model[0].bias.grad is None
+
+
+# averages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_moving_average_is_bias_corrected(structure: str, close: Close) -> None:
+    """Weights 1; 1/2, 1/2; … and then an exponential average: they sum to 1, and no start value is among them."""
+    model, criterion = mlp(), nn.CrossEntropyLoss()
+    metric = ng.Fisher(model, criterion, kind="exact", structure=structure)
+    opt = ng.NaturalGradient(metric, lr=0.0, refresh=1)
+    expected: dict[str, list[Tensor]] = {}
+    for i in range(12):
+        x = X * (1 + 0.3 * i)
+        opt.zero_grad()
+        criterion(model(x), Y).backward()
+        opt.step()
+        assert opt.info["refreshes"] == i + 1
+        fresh = ng.Fisher(model, criterion, kind="exact", structure=structure)
+        fresh.update(x, Y)
+        decay = min(AVERAGE_LIMIT, 1 - 1 / (i + 1))
+        for name in metric.names:
+            new = list(fresh.factors(name)) if structure == "kfac" else [fresh.dense()]
+            old = expected.get(name, [torch.zeros_like(t) for t in new])
+            expected[name] = [decay * o + (1 - decay) * n for o, n in zip(old, new)]
+            found = list(metric.factors(name)) if structure == "kfac" else [metric.dense()]
+            for f, e in zip(found, expected[name]):
+                close(f, e, 1e-12)
+    assert AVERAGE_LIMIT < 1 - 1 / 12  # both regimes were seen
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_micro_batches_are_one_batch(structure: str, reduction: str, close: Close) -> None:
+    models = [mlp(), mlp()]
+    parts = [[slice(0, 8)], [slice(0, 1), slice(1, 4), slice(4, 8)]]
+    for model, slices in zip(models, parts):
+        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact", structure=structure))
+        for _ in range(6):
+            opt.zero_grad()
+            for s in slices:
+                share = len(Y[s]) / len(Y) if reduction == "mean" else 1.0
+                (share * criterion(model(X[s]), Y[s])).backward()
+            opt.step()
+    close(flat(models[1]), flat(models[0]), 1e-9)
+
+
+# steps that are not finite -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "input", "loss"])
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+def test_a_step_that_is_not_finite_is_skipped(kind: str, where: str, bad: float) -> None:
+    model, twin, criterion = mlp(), mlp(), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind), refresh=1)
+    plain = ng.NaturalGradient(ng.Fisher(twin, nn.CrossEntropyLoss(), kind=kind), refresh=1)
+    train(opt, model, 3)
+    train(plain, twin, 3)
+    before = flat(model)
+
+    def broken() -> None:
+        model.zero_grad()
+        x = 3 * X
+        if where == "input":
+            x[0, 0] = float("nan")
+        loss = criterion(model(x), Y)
+        (loss * bad if where == "loss" else loss).backward()
+        if where == "gradient":
+            model[0].weight.grad[0, 0] = bad
+        opt.step()
+
+    with pytest.warns(UserWarning, match="gradient holds NaN or Inf: the step is skipped"):
+        broken()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        broken()  # said once
+    assert torch.equal(flat(model), before)
+    assert opt.info["skipped"] == 2
+    assert opt.info["steps"] == 3
+    if kind != "sampled":  # the stream of drawn labels has moved on
+        assert train(opt, model, 5) == train(plain, twin, 5)
+        assert torch.equal(flat(model), flat(twin))
+    assert bool(torch.isfinite(flat(model)).all())
+
+
+def test_the_first_step_may_be_bad() -> None:
+    model = mlp()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
+    nn.functional.cross_entropy(model(X * float("nan")), Y).backward()
+    with pytest.warns(UserWarning, match="skipped"):
+        opt.step()
+    losses = train(opt, model, 20)
+    assert losses[-1] < losses[0]
+
+
+def test_a_gradient_whose_norm_overflows_is_skipped_too() -> None:
+    """Its momentum would hold every later step back."""
+    model = mlp().float()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
+    lengths = []
+    for i in range(8):
+        opt.zero_grad()
+        out = model(X.float())
+        (nn.functional.mse_loss(out, torch.zeros_like(out)) * (1e25 if i == 2 else 1.0)).backward()
+        with pytest.warns(UserWarning, match="skipped") if i == 2 else contextlib.nullcontext():
+            opt.step()
+        lengths.append(opt.info["step_length"])
+    assert bool(torch.isfinite(flat(model)).all())
+    assert opt.info["skipped"] == 1
+    assert len(set(lengths[-4:])) == 4  # it still learns
+
+
+def test_without_any_gradient_nothing_happens() -> None:
+    model = mlp()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
+    before = flat(model)
+    opt.step()
+    assert torch.equal(flat(model), before)
+    assert opt.info["steps"] == 0
+
+
+# going on ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_checkpoint_goes_on_bit_for_bit(structure: str, tmp_path: Any) -> None:
+    model = mlp()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), structure=structure))
+    train(opt, model, 7)
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    twin = mlp()
+    again = ng.NaturalGradient(ng.Fisher(twin, nn.CrossEntropyLoss(), structure=structure))
+    twin.load_state_dict(state["model"])
+    again.load_state_dict(state["opt"])
+    assert train(opt, model, 15) == train(again, twin, 15)
+    assert torch.equal(flat(model), flat(twin))
+    assert again.info["steps"] == 22
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    model = mlp()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
+    train(opt, model, 2)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=r"no NaturalGradient state.*'natgrad'"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
+    other = ng.NaturalGradient(ng.Fisher(mlp(), nn.CrossEntropyLoss()), step=FixedStep())
+    with pytest.raises(ValueError, match="step rule FixedStep, this optimizer has NormalisedStep"):
+        opt.load_state_dict(other.state_dict())
+    wider = mlp(hidden=5)
+    other = ng.NaturalGradient(ng.Fisher(wider, nn.CrossEntropyLoss()))
+    train(other, wider, 1)
+    with pytest.raises(ValueError, match=r"0.weight has shape \(4, 3\) here and \(5, 3\)"):
+        opt.load_state_dict(other.state_dict())
+    assert str(opt.state_dict()) == str(before)
+
+
+def test_info_says_what_happened() -> None:
+    model = mlp()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
+    train(opt, model, 5)
+    info = opt.info
+    assert info["steps"] == 5
+    assert info["skipped"] == 0
+    assert info["refreshes"] >= 1
+    assert 0 < info["share_of_time"] < 1
+    assert "relative" in info["damping_meaning"]
+    for key in ("damping", "step_length", "reduction_ratio", "refreshed"):
+        assert key in info
+
+
+# training ------------------------------------------------------------------------------------------------------------
+
+
+def digits() -> Tensor:
+    from sklearn.datasets import load_digits
+
+    return torch.tensor(load_digits().data[:600], dtype=torch.float32) / 16
+
+
+def autoencoder() -> nn.Module:
+    torch.manual_seed(0)
+    widths = (64, 32, 8, 32, 64)
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def fit(opt: Any, model: nn.Module, criterion: nn.Module, data: Tensor, steps: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = data[torch.randint(len(data), (200,), generator=generator)]
+        opt.zero_grad()
+        criterion(model(x), x).backward()
+        opt.step()
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(model(data), data))
+
+
+def test_no_option_set_beats_adam_on_the_digits() -> None:
+    data, criterion, steps = digits(), nn.MSELoss(), 40
+    rivals = []
+    for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+        model = autoencoder()
+        rivals.append(fit(torch.optim.Adam(model.parameters(), lr=lr), model, criterion, data, steps))
+    model = autoencoder()
+    ours = fit(ng.NaturalGradient(ng.Fisher(model, criterion)), model, criterion, data, steps)
+    assert ours < 0.8 * min(rivals), (ours, rivals)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
+def test_every_structure_and_kind_descends(structure: str, kind: str) -> None:
+    model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind, structure=structure))
+    for _ in range(60):
+        opt.zero_grad()
+        loss = criterion(model(X), Y)
+        loss.backward()
+        opt.step()
+    assert float(loss.detach()) < 0.6 * float(nn.functional.cross_entropy(mlp(hidden=8)(X), Y).detach())
+
+
+def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> None:
+    """With one refresh and lr tiny: Δ ∝ ((U/t + √λ)⁻¹ ⊗ (V/t + √λ)⁻¹) df, by hand."""
+    model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
+    y = torch.randn(8, 2).double()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), lr=1e-3, damping=0.04)
+    before = model.weight.detach().clone()
+    criterion(model(X), y).backward()
+    g = model.weight.grad.clone()
+    opt.step()
+    v = X.mT @ X / 8
+    u = torch.eye(2).double()  # 2I/16 per datum and element, over its own mean eigenvalue
+    left, right = u + 0.2 * torch.eye(2).double(), 3 * v / v.trace() + 0.2 * torch.eye(3).double()
+    direction = torch.linalg.inv(left) @ g @ torch.linalg.inv(right)
+    size = direction.square().mean().sqrt() * 2.0  # √(fan_in + 1)
+    close(model.weight.detach() - before, -1e-3 * direction / size, 1e-9)
+    assert oracle.relative_error(g, direction) > 0.05
