@@ -17,9 +17,11 @@ class Average:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     masses: dict[str, Tensor] = field(default_factory=dict)
+    settled: bool = False  # one source of mass 1, as a moving average has it
 
     def add(self, total: Tensor, mass: Tensor | None, source: str = "") -> None:
         """`mass` None: a plain sum, which is never divided."""
+        self.settled = False
         if source not in self.sums:
             self.sums[source] = total
             self.masses[source] = total.new_ones(()) if mass is None else mass.to(total)
@@ -32,6 +34,7 @@ class Average:
         """Divide the sum of a source by `mass`, or by nothing."""
         if mass is not None:
             self.masses[source] = mass.to(self.sums[source])
+            self.settled = False
 
     def merge(self, other: Average, plain: bool) -> None:
         for source, total in other.sums.items():
@@ -41,14 +44,21 @@ class Average:
         return Average(dict(self.sums), dict(self.masses))
 
     def value(self) -> Tensor:
-        parts = [torch.where(self.masses[h] > 0, s / self.masses[h], torch.zeros_like(s)) for h, s in self.sums.items()]
+        if self.settled:
+            return self.sums[""]
+        parts = [s * reciprocal(self.masses[h]) for h, s in self.sums.items()]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def fold(self, new: Average, decay: float) -> None:
         """value ← decay·value + (1 − decay)·new value."""
         fresh = new.value()
         mixed = fresh if not self.sums or decay == 0 else torch.lerp(self.value(), fresh, 1 - decay)
-        self.sums, self.masses = {"": mixed}, {"": mixed.new_ones(())}
+        self.sums, self.masses, self.settled = {"": mixed}, {"": mixed.new_ones(())}, True
+
+
+def reciprocal(mass: Tensor) -> Tensor:
+    """1/m, 0 where m is."""
+    return torch.where(mass > 0, 1 / mass, torch.zeros_like(mass))
 
 
 Statistics = dict[str, Average]

@@ -108,6 +108,10 @@ class Block:
         """Whether a statistic does not scale with the loss, whatever its reduction."""
         return False
 
+    def is_symmetric(self, key: str) -> bool:
+        """Whether a statistic is a stack of symmetric matrices."""
+        return False
+
     def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
         """Over the data seen before this block was first used, its gradient was zero."""
         for key, average in new.items():
@@ -234,6 +238,9 @@ class DenseBlock(JointBlock):
             average.add(rows.mT @ rows, None, source)
         average.weigh(mass, source)
         return {"matrix": average}
+
+    def is_symmetric(self, key: str) -> bool:
+        return True
 
     def extend(self, layer: Layer) -> None:
         """Take in a layer first used now; over the data seen before, its gradient was zero."""

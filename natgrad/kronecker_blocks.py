@@ -37,8 +37,9 @@ from natgrad.kronecker import (
     trace_of,
 )
 from natgrad.layers import Layer, Use
-from natgrad.rows import Rows, count, mean_position, second_moment, thinned
+from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
 
+FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal
 
 
@@ -64,24 +65,18 @@ class KroneckerBlock(Block):
         new: Statistics = {}
         if not uses[0] and not self.statistics:
             return new  # nothing is known of its inputs yet
-        # a product that this batch does not use has zero gradient there
-        for key in {"U"} | {k for k in self.statistics if k == "V′"}:
-            new[key] = Average()
-            new[key].add(like.new_zeros(self._shape(key)), None, source)
         for use in uses[0]:
-            gradients = use.gradients
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
-            wants_inputs = use.first or self.sharing == "reduce"
-            inputs = use.inputs if wants_inputs else None
-            if self.sharing == "reduce":
-                gradients = summed_positions(gradients)
-                inputs = None if inputs is None else mean_position(inputs)
-            gradients, inputs, scale = self._thin(gradients, inputs)
+            gradients, inputs, scale = self._rows(use)
             moment = second_moment(gradients, self.full[use.swapped])
             new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
             if use.first and inputs is not None:
                 total = second_moment(inputs, self.full[not use.swapped])
                 new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
+        # a product that this batch does not use has zero gradient there
+        for key in {"U"} | {k for k in self.statistics if k == "V′"}:
+            if key not in new:
+                new[key] = Average({source: like.new_zeros(self._shape(key))}, {source: like.new_ones(())})
         for key, average in new.items():
             if not self.is_mean(key):
                 average.weigh(mass, source)
@@ -93,17 +88,30 @@ class KroneckerBlock(Block):
         d = (out, into)[side]
         return (groups, d, d) if self.full[side] else (groups, d)
 
-    def _thin(self, gradients: Rows, inputs: Rows | None) -> tuple[Rows, Rows | None, float]:
-        rows = gradients.shape[0] * gradients.shape[1]
-        if self.max_rows is None or rows <= self.max_rows or self.sharing == "reduce":
-            return gradients, inputs, 1.0
+    def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
+        """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
+        if self.sharing == "reduce":
+            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+        data, positions = use.gradients.shape[:2]
+        rows = data * positions
+        if self.max_rows is None or rows <= self.max_rows:
+            return use.gradients, use.inputs if use.first else None, 1.0
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(0)
-        keep = torch.randperm(rows, generator=self.generator)[: self.max_rows]
-        return thinned(gradients, keep), None if inputs is None else thinned(inputs, keep), rows / self.max_rows
+        chosen = torch.randperm(data, generator=self.generator)[: max(FEWEST_DATA, -(-self.max_rows // positions))]
+        chosen = chosen.to(use.gradients.device)
+        keep = torch.randperm(len(chosen) * positions, generator=self.generator)[: self.max_rows].to(chosen.device)
+        inputs = None
+        if use.first:  # patches are unfolded for the chosen data alone
+            inputs = use.make_inputs(chosen) if use.by_datum else of_data(use.inputs, chosen)
+            inputs = thinned(inputs, keep)
+        return thinned(use.gradients[chosen], keep), inputs, rows / len(keep)
 
     def is_mean(self, key: str) -> bool:
         return key in ("V", "U′", "Q_U", "Q_V")
+
+    def is_symmetric(self, key: str) -> bool:
+        return key[0] in "UV" and self.full[key[0] == "V"]
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layer.pack(tensors)

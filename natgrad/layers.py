@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Layer:
     one_hot: bool = False  # every input row is a unit vector
     swapped: bool = False  # there are calls in the transposed layout too
     fan_in: int = 1  # inputs that are not zero at once
+    _shape_of: Any = None  # the pieces that `_shape` belongs to
+    _shape: torch.Size = torch.Size()
 
     @property
     def pieces(self) -> list[Piece]:
@@ -45,7 +48,11 @@ class Layer:
     @property
     def matrix_shape(self) -> torch.Size:
         """(groups, d_out, d_in)"""
-        return self.pack({n: torch.empty(s, device="meta") for n, s in self.shapes.items()}).shape
+        known = (self.weight, *self.biases)
+        if self._shape_of != known:
+            held = {n: torch.empty(self.shapes[n], device="meta") for n in self.names}
+            self._shape_of, self._shape = known, self.pack(held).shape
+        return self._shape
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """{name: (…, *shape)} → (…, groups, d_out, d_in)"""
@@ -86,11 +93,12 @@ class Use:
     large, and most passes of K-FAC need gradients alone.
     """
 
-    gradients: Rows  # (data, positions, groups, d)
-    make_inputs: Callable[[], Rows]
+    gradients: Tensor  # (data, positions, groups, d)
+    make_inputs: Callable[[Tensor | None], Rows]  # of all data, or of those chosen
     swapped: bool = False
     region: tuple[int, int] | None = None  # groups that the call uses; None for all
     first: bool = True  # the inputs of this call have not been counted yet
+    by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
     _inputs: Rows | None = None
 
     @property
@@ -101,7 +109,7 @@ class Use:
     def inputs(self) -> Rows:
         """(data, positions, groups, d), bias columns included"""
         if self._inputs is None:
-            self._inputs = self.make_inputs()
+            self._inputs = self.make_inputs(None)
         return self._inputs
 
     @property
@@ -200,18 +208,21 @@ def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int, aligned: i
     swapped = call.weight is not None and layer.layout != call.view.layout
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
 
-    def inputs() -> Rows:
-        a = canonical(call.view.input_rows(x, dtype), axis, data)
+    def inputs(keep: Tensor | None) -> Rows:
+        some = x if keep is None else call.view.take(x, keep)
+        a = canonical(call.view.input_rows(some, dtype), axis, data)
         if layer.weight is None and isinstance(a, Tensor):
             a = a[..., :0]
         if not swapped:
             a = with_columns(a, [float(b == call.bias) for b in layer.biases])
-        return regroup(a, aligned)
+        return a if keep is not None else regroup(a, aligned)
 
-    gradients: Rows = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
+    gradients = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
+    assert isinstance(gradients, Tensor)
     use = Use(gradients, inputs, swapped, call.view.region)
-    if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot) and isinstance(gradients, Tensor):
+    use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
+    if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on
     return use

@@ -97,6 +97,18 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
 
     @property
+    def schedule(self) -> dict[str, Any]:
+        """What ranks must agree on for their steps to be the same, and their refreshes at the same ones."""
+        options = ("lr", "momentum", "damping", "weight_decay", "maximize")
+        return {
+            "rule": type(self.rule).__name__,
+            "refresh": self.refresh,
+            "steps": self.steps,
+            "next refresh": self._next_refresh,
+            **{f"{o} of group {i}": float(g[o]) for i, g in enumerate(self.param_groups) for o in options},
+        }
+
+    @property
     def refresh_due(self) -> bool:
         """Whether the forward passes before the next step are to refresh the metric."""
         return self.steps >= self._next_refresh
@@ -138,6 +150,8 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )
         fine = all_finite(df)
+        if self.refresh_due:  # ranks are about to meet: if one of them skips, so do all
+            fine = self.metric.agree(fine)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
             self.metric.discard_pending()

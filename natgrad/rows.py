@@ -82,6 +82,9 @@ def second_moment(rows: Rows, full: bool) -> Tensor:
         rows = rows.dense()
     if not full:
         return rows.square().sum((0, 1))
+    if rows.shape[2] == 1:  # gemm is faster than a batch of one
+        flat = rows.reshape(-1, rows.shape[3])
+        return (flat.mT @ flat)[None]
     stacked = rows.permute(2, 0, 1, 3).reshape(rows.shape[2], -1, rows.shape[3])
     return stacked.mT @ stacked
 
@@ -124,6 +127,13 @@ def with_columns(rows: Rows, values: Sequence[float]) -> Rows:
         rows = rows.dense()
     extra = rows.new_tensor(list(values)).expand(*rows.shape[:-1], len(values))
     return torch.cat([rows, extra], dim=-1)
+
+
+def of_data(rows: Rows, chosen: Tensor) -> Rows:
+    """The rows of these data."""
+    if isinstance(rows, OneHot):
+        return OneHot(rows.index[chosen], rows.scale[chosen], rows.size)
+    return rows[chosen]
 
 
 def thinned(rows: Rows, keep: Tensor) -> Rows:

@@ -32,6 +32,10 @@ class View:
         """Sizes of the dimensions of the call's output that may count data or positions."""
         raise NotImplementedError
 
+    def take(self, x: Tensor, keep: Tensor) -> Tensor:
+        """The input with these entries of its first leading dimension."""
+        return x.index_select(0, keep)
+
     def input_rows(self, x: Tensor, dtype: torch.dtype) -> Rows:
         """Input of the call → (*leading, groups, d_in)"""
         raise NotImplementedError
@@ -83,6 +87,9 @@ class DimsView(View):
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[d] for d in self.positions)
+
+    def take(self, x: Tensor, keep: Tensor) -> Tensor:
+        return x.index_select(self.positions[0], keep)
 
     def input_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.spread(arranged(x.to(dtype), self.positions, self.group, self.into))

@@ -233,11 +233,15 @@ def build(spec: Spec) -> tuple[nn.Module, Tensor]:
         steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)))
     channel = 1 if spec.shape == "image" else -1
     for op in spec.ops:
-        now = Chain(steps, 2).double().eval()
         h = x
-        for i, step in enumerate(now.steps):
-            h = step(h, steps[:i])
-        steps.append(table[op](h.shape[channel]).double())
+        for i, step in enumerate(steps):
+            h = step.eval()(h, steps[:i])
+        step = table[op](h.shape[channel]).double().eval()
+        try:
+            step.train()(h, steps)
+        except (RuntimeError, ValueError):  # torch cannot run it here: a kernel larger than what is left of an image
+            continue
+        steps.append(step)
     model = Chain(steps, 2).double().eval()
     model(x)  # gives the head its width
     return model.train(), x
