@@ -298,6 +298,7 @@ class Curvature:
             block.structure = structure
             if isinstance(block, KroneckerBlock):
                 block.max_rows = self.max_positions
+                block.seed = self.seed
             self.blocks.append(block)
         return calls
 

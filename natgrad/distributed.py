@@ -150,7 +150,7 @@ class Ranks:
         """
         entries = entries_of(curvature.blocks, draw)
         blocks = [block_to_json(b) for b in curvature.blocks]
-        told = {
+        told: dict[str, Any] = {
             "blocks": blocks, "entries": [list(vars(e).values()) for e in entries], "masses": sorted(draw.masses)
         }  # fmt: skip
         answers = self.gather([digest_of({"said": said, **told}), draw.data, int(bool(entries))])

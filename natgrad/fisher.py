@@ -546,6 +546,10 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
     for draw in draws:
         for source, mass in draw.masses.items():
             masses[source] = masses[source] + mass if source in masses else mass
+    for block, new in statistics:
+        for key, average in new.items():
+            for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
+                average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
     return Draw(statistics, sum(draw.data for draw in draws), masses)
 
 

@@ -49,6 +49,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "seen": metric.seen,
+        "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "blocks": [
             {
@@ -114,7 +115,12 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.seen = there["seen"]
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for device, saved in state.get("generators", {}).items():
-        metric.curvature.generator(torch.device(device)).set_state(saved.cpu())
+        generator = metric.curvature.generator(torch.device(device))
+        generator.set_state(saved.cpu())
+        if metric.ranks is not None and metric.ranks.rank != there.get("rank", 0):
+            # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
+            start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+            generator.manual_seed(metric.ranks.seed(start))
 
 
 def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

@@ -143,10 +143,11 @@ class NormalisedStep(StepRule):
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: Increments = {}
+        moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
-                out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks
+                moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+        out: Increments = dict(moved)
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:

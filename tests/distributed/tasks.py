@@ -102,12 +102,15 @@ def train(
     options: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
 ) -> Result:
-    """Train and tell what came out. With `size` 1 there is no wrapper, and the batch is the whole one."""
+    """Train and tell what came out. With `size` 1 there is no wrapper, and the batch is the whole one.
+
+    `sizes`: of the ranks' shards; on one process, of the parts whose mean losses are averaged.
+    """
     net, loss_of = build(model), criterion_of(criterion)
     torch.manual_seed(rank)
     inner = net
     net = DistributedDataParallel(net, **(ddp or {})) if size > 1 else net
-    sizes = sizes or [BATCH // size] * size
+    sizes = sizes or ([BATCH // size] * size if size > 1 else None)
     metric = ng.Fisher(net, loss_of, **{"kind": "exact", **(options or {})})
     opt = ng.NaturalGradient(metric, **{"refresh": 4, **(optimizer or {})})
     losses = []
@@ -116,11 +119,12 @@ def train(
         mine = shard(BATCH, sizes, rank) if size > 1 else slice(None)
         x, y = x[mine], labels(loss_of, y)[mine]
         opt.zero_grad()
-        for i, (a, b) in enumerate(zip(x.chunk(micro), y.chunk(micro))):
-            last = i == micro - 1
+        parts = sizes if size == 1 and sizes else [len(x) // micro] * micro
+        for i, (a, b) in enumerate(zip(x.split(list(parts)), y.split(list(parts)))):
+            last = i == len(parts) - 1
             held = contextlib.nullcontext() if size == 1 or last else net.no_sync()
             with held:
-                loss = loss_of(net(a), b) / micro
+                loss = loss_of(net(a), b) / len(parts)
                 loss.backward()
         opt.step()
         losses.append(float(loss.detach()))

@@ -60,3 +60,39 @@ def test_ranks_are_one_process(case: str, size: int, pool_of: PoolOf) -> None:
 
 def call(rank: int, size: int, arguments: dict[str, Any]) -> Result:
     return train(rank, size, **arguments)
+
+
+UNEVEN: dict[str, dict[str, Any]] = {
+    "mlp": {"sizes": (11, 5)},
+    "dense": {"sizes": (15, 1), "options": {"structure": "dense"}},
+    "weighted": {"criterion": "weighted", "sizes": (4, 12)},
+    "empirical": {"sizes": (3, 13), "options": {"kind": "empirical"}},
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_uneven_shards(case: str, pool_of: PoolOf) -> None:
+    """The metric is that of all data; the gradient is DDP's, the mean of the means, as of micro-batches."""
+    compare(pool_of(2).run(call, UNEVEN[case]), train(0, 1, **UNEVEN[case]))
+
+
+def test_uneven_shards_leave_the_metric_of_the_whole_batch(pool_of: PoolOf) -> None:
+    still = {"optimizer": {"lr": 0.0}, "steps": 6}
+    found = pool_of(2).run(call, {"sizes": (11, 5), **still})
+    np.testing.assert_allclose(found[0]["metric"], train(0, 1, **still)["metric"], atol=CLOSE, rtol=0)
+
+
+def test_a_sum_is_the_sum_over_all_ranks(pool_of: PoolOf) -> None:
+    """DDP divides the gradient by the number of ranks all the same; the step rule does not see lengths."""
+    compare(pool_of(2).run(call, {"criterion": "sum"}), train(0, 1, criterion="sum"))
+
+
+def test_layers_that_some_ranks_do_not_use(pool_of: PoolOf) -> None:
+    arguments = {"model": "branches", "sizes": (9, 7), "ddp": {"find_unused_parameters": True}}
+    compare(pool_of(2).run(call, arguments), train(0, 1, model="branches", sizes=(9, 7)))
+
+
+def test_messages_are_few_and_at_refreshes_only(pool_of: PoolOf) -> None:
+    found = pool_of(2).run(call, {})[0]
+    assert found["messages"]["statistics"] == found["info"]["refreshes"] < found["info"]["steps"]
+    assert found["messages"]["agreement"] == 1 + 2 * found["info"]["refreshes"]
