@@ -77,6 +77,7 @@ class Ranks:
         self.group = dist.new_group(ranks, use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self.group), len(ranks)
         self.device, self.exchange = device, exchange
+        self.refresh = 1  # steps between refreshes, once an optimizer drives the metric
         self.sent: Counter[str] = Counter()  # bytes a rank sent, by what they hold
         self.messages: Counter[str] = Counter()  # collectives, by what they hold
 
@@ -150,9 +151,8 @@ class Ranks:
         """
         entries = entries_of(curvature.blocks, draw)
         blocks = [block_to_json(b) for b in curvature.blocks]
-        told: dict[str, Any] = {
-            "blocks": blocks, "entries": [list(vars(e).values()) for e in entries], "masses": sorted(draw.masses)
-        }  # fmt: skip
+        told: dict[str, Any] = {"blocks": blocks, "masses": sorted(draw.masses)}
+        told["entries"] = [list(vars(e).values()) for e in entries]
         answers = self.gather([digest_of({"said": said, **told}), draw.data, int(bool(entries))])
         data, sources = sum(a[1] for a in answers), told["masses"]
         if not any(a[2] for a in answers):

@@ -311,6 +311,7 @@ class Fisher(Metric):
         self._driver = driver
         if self.ranks is not None:
             self.ranks.check_same(described(self))
+            self.ranks.refresh = driver.refresh
 
     needs_refresh = True
 

@@ -36,6 +36,7 @@ LEVELS = {
     "fisher": 2,
     "function_space": 2,
     "steps": 2,
+    "ownership": 2,
     "normalised": 2,
     "distributed": 2,
     "optimizer": 3,
