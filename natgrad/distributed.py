@@ -273,6 +273,26 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
     return Ranks(parent, device, exchange) if dist.get_world_size(parent) > 1 else None
 
 
+def refuse_structures(structures: Mapping[str, str]) -> None:
+    """Raise a ValueError for a structure that several ranks cannot share, given {name: structure}."""
+    for name, structure in structures.items():
+        if structure == "ekfac":
+            raise ValueError(
+                f"the structure of {name!r} is 'ekfac', which is not supported on several ranks: they would need one "
+                "eigenbasis before the first look at their data. Use structure='kfac'"
+            )
+
+
+def refuse_join(model: nn.Module) -> None:
+    """Raise a RuntimeError inside DistributedDataParallel's ``join``, where some ranks have stopped stepping."""
+    for m in model.modules():
+        if isinstance(m, nn.parallel.DistributedDataParallel) and m._join_config.enable:
+            raise RuntimeError(
+                "training inside DistributedDataParallel's join() is not supported: a rank without data would not meet "
+                "the others at a refresh. Give every rank the same number of batches, as DistributedSampler does"
+            )
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A metric's own backward pass leaves the first one of DistributedDataParallel(static_graph=True) to the loss.

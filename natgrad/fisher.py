@@ -26,7 +26,7 @@ from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
-from natgrad.distributed import described, ranks_of, undisturbed
+from natgrad.distributed import described, ranks_of, refuse_join, refuse_structures, undisturbed
 from natgrad.heads import Heads
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
@@ -124,6 +124,8 @@ class Fisher(Metric):
             fraction,
             max_positions,
         )
+        if self.ranks is not None:
+            refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -325,7 +327,10 @@ class Fisher(Metric):
         return bool(draws) and self._commit(draws, decay)
 
     def agree(self, fine: Tensor) -> Tensor:
-        return fine if self.ranks is None else self.ranks.all_fine(fine)
+        if self.ranks is None:
+            return fine
+        refuse_join(self.model)
+        return self.ranks.all_fine(fine)
 
     def _usable(self, draw: Draw) -> bool:
         """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and

@@ -186,6 +186,28 @@ def test_sharded_models_are_refused(how: str, pool_of: PoolOf) -> None:
         assert "DistributedDataParallel(model)" in said
 
 
+def ekfac(rank: int, size: int) -> None:
+    setup({"structure": "ekfac"})
+
+
+def test_ekfac_is_refused(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(ekfac):
+        assert said.startswith("ValueError: the structure of '0.weight' is 'ekfac'")
+        assert "structure='kfac'" in said
+
+
+def joined(rank: int, size: int) -> None:
+    net, criterion, opt = setup()
+    with net.join():
+        one_step(net, criterion, opt, 0, rank, size)
+
+
+def test_join_is_refused(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(joined):
+        assert "join() is not supported" in said
+        assert "DistributedSampler" in said
+
+
 def test_data_parallel_is_refused() -> None:
     with pytest.raises(ValueError, match=r"DataParallel.*wrap it as torch.nn.parallel.DistributedDataParallel"):
         ng.Fisher(nn.DataParallel(build("mlp")), nn.CrossEntropyLoss())
