@@ -19,24 +19,21 @@ time out, instead of mixing up their messages with those of DistributedDataParal
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from natgrad.agreement import Entry, block_to_json, digest_of, entries_of, flattened, reconcile
 from natgrad.averages import Average, Statistics
-from natgrad.blocks import Block
-from natgrad.curvature import BLOCKS, Curvature, Draw, statistics_dtype
-from natgrad.metric_file import layer_from_json, layer_to_json
+from natgrad.curvature import Curvature, Draw, statistics_dtype
+from natgrad.wrappers import refuse_wrappers, wrapper_of
 
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
@@ -45,22 +42,6 @@ BUCKET = 2**22  # numbers in one message, so that packing needs little memory be
 SEED_STRIDE = 1_000_003  # between the seeds of ranks: seeds that users choose close together do not meet
 NAMED = 5  # differences that one message lists
 EXCHANGES = ("auto", "inverses", "directions")
-SWITCH = "wrap it as torch.nn.parallel.DistributedDataParallel(model) instead"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sum of a block's statistics, and how the ranks exchange it."""
-
-    block: int
-    key: str
-    source: str
-    shape: tuple[int, ...]
-    mass: tuple[int, ...] | None  # shape of a mass of its own; None takes that of all data
-
-    @property
-    def name(self) -> tuple[int, str, str]:
-        return self.block, self.key, self.source
 
 
 class Ranks:
@@ -259,8 +240,7 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
                 "torch.distributed.init_process_group() first and wrap the model in DistributedDataParallel"
             )
         return None
-    wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    parent = process_group if process_group is not None else wrapped[0].process_group if wrapped else None
+    parent = process_group if process_group is not None else getattr(wrapper_of(model), "process_group", None)
     if parent is None:
         if dist.get_world_size() > 1:
             warnings.warn(
@@ -271,158 +251,6 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
             )
         return None
     return Ranks(parent, device, exchange) if dist.get_world_size(parent) > 1 else None
-
-
-def refuse_structures(structures: Mapping[str, str]) -> None:
-    """Raise a ValueError for a structure that several ranks cannot share, given {name: structure}."""
-    for name, structure in structures.items():
-        if structure == "ekfac":
-            raise ValueError(
-                f"the structure of {name!r} is 'ekfac', which is not supported on several ranks: they would need one "
-                "eigenbasis before the first look at their data. Use structure='kfac'"
-            )
-
-
-def refuse_join(model: nn.Module) -> None:
-    """Raise a RuntimeError inside DistributedDataParallel's ``join``, where some ranks have stopped stepping."""
-    for m in model.modules():
-        if isinstance(m, nn.parallel.DistributedDataParallel) and m._join_config.enable:
-            raise RuntimeError(
-                "training inside DistributedDataParallel's join() is not supported: a rank without data would not meet "
-                "the others at a refresh. Give every rank the same number of batches, as DistributedSampler does"
-            )
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A metric's own backward pass leaves the first one of DistributedDataParallel(static_graph=True) to the loss.
-
-    The wrapper reduces gradients at the end of the first backward pass that goes through its output, whose it may be
-    (`_DDPSink` in torch/nn/parallel/distributed.py); the gradients of the loss would then be left as they are.
-    """
-    wrapper = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
-    if wrapper is None or not wrapper.static_graph:
-        yield
-        return
-    before = wrapper._static_graph_delay_allreduce_enqueued
-    wrapper._static_graph_delay_allreduce_enqueued = True
-    try:
-        yield
-    finally:
-        wrapper._static_graph_delay_allreduce_enqueued = before
-
-
-def refuse_wrappers(model: nn.Module) -> None:
-    """Raise a ValueError for what shares a model out in a way that is not followed."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    for path, module in model.named_modules():
-        where = f"module {path!r}" if path else "the model"
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(f"{where} is wrapped in DataParallel, whose threads the metric cannot follow; {SWITCH}")
-        if isinstance(module, FullyShardedDataParallel):
-            raise ValueError(
-                f"{where} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; {SWITCH}"
-            )
-        if isinstance(module, FSDPModule):
-            raise ValueError(f"{where} is sharded by fully_shard (FSDP2), which is not supported; {SWITCH}")
-    for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor (tensor parallel or sharded), which is not supported; {SWITCH}"
-            )
-
-
-# layouts -------------------------------------------------------------------------------------------------
-
-
-def entries_of(blocks: Sequence[Block], draw: Draw) -> list[Entry]:
-    place = {b: i for i, b in enumerate(blocks)}
-    found = [
-        Entry(place[b], key, source, tuple(s.shape), tuple(a.masses[source].shape) if b.is_mean(key) else None)
-        for b, new in draw.statistics
-        for key, a in new.items()
-        for source, s in a.sums.items()
-    ]
-    return sorted(found, key=lambda e: e.name)
-
-
-def block_to_json(block: Block) -> dict[str, Any]:
-    layers = [layer_to_json(layer) for layer in block.layers]
-    return {"structure": block.structure, "sharing": getattr(block, "sharing", "expand"), "layers": layers}
-
-
-def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], list[str]]:
-    """Give every rank the same blocks in the same order, and the entries that any rank has.
-
-    Ranks differ where a batch of one does not use a layer, or where it has no data.
-    """
-    every: dict[str, dict[str, Any]] = {}
-    entries: dict[tuple[int, str, str], Entry] = {}
-    names = [[name_of(b) for b in text["blocks"]] for text in texts]
-    for text, known in zip(texts, names):
-        for name, data in zip(known, text["blocks"]):
-            joined(every.setdefault(name, json.loads(json.dumps(data))), data)
-    order = list(every)
-    for text, known in zip(texts, names):
-        for number, key, source, shape, mass in text["entries"]:
-            e = Entry(order.index(known[number]), key, source, tuple(shape), None if mass is None else tuple(mass))
-            if entries.setdefault(e.name, e) != e:
-                raise RuntimeError(
-                    f"the block of {known[number]} has statistics {key!r} of shape {list(e.shape)} on one rank and "
-                    f"{list(entries[e.name].shape)} on another: its layers are used in different ways. Let every "
-                    "rank run the same forward pass, or leave them out with `params=`"
-                )
-    mine = {name_of(block_to_json(b)): b for b in curvature.blocks}
-    shapes = curvature.layers.shapes
-    for name, data in every.items():
-        if name not in mine:
-            mine[name] = block = BLOCKS[data["structure"]](
-                [layer_from_json(d, shapes) for d in data["layers"]], data["sharing"]
-            )
-            block.structure = data["structure"]
-            curvature.layers.found.update({layer.key: layer for layer in block.layers})
-        for layer, d in zip(mine[name].layers, data["layers"]):
-            layer.fan_in = d["fan_in"]
-    curvature.blocks[:] = [mine[name] for name in order]
-    ordered = sorted(entries.values(), key=lambda e: e.name)
-    return ordered, sorted({s for text in texts for s in text["masses"]})
-
-
-def name_of(block: Mapping[str, Any]) -> str:
-    """What a block is called on every rank: the piece that its first layer is known by."""
-    first = block["layers"][0]
-    return str([block["structure"], first["weight"] or first["biases"][0]])
-
-
-def joined(held: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Take the larger fan-in of two descriptions of one block; they must agree otherwise."""
-    for mine, theirs in zip(held["layers"], other["layers"]):
-        mine["fan_in"] = fan_in = max(mine["fan_in"], theirs["fan_in"])
-        if mine != {**theirs, "fan_in": fan_in}:
-            raise RuntimeError(
-                f"the layer of {mine['weight'] or mine['biases']} is {mine} on one rank and {dict(theirs)} on another. "
-                "Let every rank run the same forward pass, or leave it out with `params=`"
-            )
-    if len(held["layers"]) != len(other["layers"]):
-        names = [[d["weight"] or d["biases"] for d in b["layers"]] for b in (held, other)]
-        raise RuntimeError(
-            f"one joint block is over {names[0]} on one rank and over {names[1]} on another; let every rank use every "
-            "layer in its first forward pass, or use a structure with a block a layer"
-        )
-
-
-def digest_of(said: Mapping[str, Any]) -> int:
-    """63 bits of a hash, which fit into a message of integers."""
-    return int.from_bytes(hashlib.sha256(json.dumps(said).encode()).digest()[:8], "big") >> 1
-
-
-def flattened(said: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    out = {}
-    for key, value in said.items():
-        name = f"{path} {key}".strip()
-        out.update(flattened(value, name) if isinstance(value, Mapping) else {name: repr(value)})
-    return out
 
 
 def triangle(m: Tensor) -> Tensor:

@@ -26,13 +26,14 @@ from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
-from natgrad.distributed import described, ranks_of, refuse_join, refuse_structures, undisturbed
+from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
+from natgrad.wrappers import refuse_join, refuse_structures, undisturbed
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule

@@ -36,6 +36,8 @@ LEVELS = {
     "fisher": 2,
     "function_space": 2,
     "steps": 2,
+    "agreement": 2,
+    "wrappers": 1,
     "ownership": 2,
     "normalised": 2,
     "distributed": 2,
