@@ -1,9 +1,25 @@
 """natgrad: natural-gradient descent for PyTorch."""
 
+from natgrad import operators
 from natgrad.fisher import Fisher
+from natgrad.function_space import GaussNewton
+from natgrad.hessian import Hessian
 from natgrad.likelihoods import Likelihood
 from natgrad.metric import Euclidean, Metric
 from natgrad.optimizer import NaturalGradient
+from natgrad.quantum import QuantumGeometry
+from natgrad.variational import Energy
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Euclidean", "Fisher", "Likelihood", "Metric", "NaturalGradient"]
+__all__ = [
+    "Energy",
+    "Euclidean",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "Likelihood",
+    "Metric",
+    "NaturalGradient",
+    "QuantumGeometry",
+    "operators",
+]

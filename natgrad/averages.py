@@ -51,8 +51,12 @@ class Average:
 
     def fold(self, new: Average, decay: float) -> None:
         """value ← decay·value + (1 − decay)·new value."""
-        fresh = new.value()
-        mixed = fresh if not self.sums or decay == 0 else torch.lerp(self.value(), fresh, 1 - decay)
+        if not self.sums or decay == 0:
+            mixed = new.value()
+        else:  # in place: factors are large, and allocation slow
+            mixed = self.value().mul_(decay)
+            for source, total in new.sums.items():
+                mixed.addcmul_(total, reciprocal(new.masses[source]) * (1 - decay))
         self.sums, self.masses, self.settled = {"": mixed}, {"": mixed.new_ones(())}, True
 
 

@@ -261,14 +261,20 @@ class DenseBlock(JointBlock):
     def is_symmetric(self, key: str) -> bool:
         return True
 
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        grown = []
+        for part in parts:  # batches from before a layer was first used
+            average = part["matrix"].copy()
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
+            grown.append({"matrix": average})
+        return super().merged(grown, plain)
+
     def extend(self, layer: Layer) -> None:
         """Take in a layer first used now; over the data seen before, its gradient was zero."""
-        before = self.dimension
         self.layers.append(layer)
         self.version += 1
-        grow = self.dimension - before
         for average in self.statistics.values():
-            average.sums = {h: torch.nn.functional.pad(s, (0, grow, 0, grow)) for h, s in average.sums.items()}
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
 
     @property
     def matrix(self) -> Tensor:
@@ -333,6 +339,12 @@ class DiagonalBlock(JointBlock):
 
     def sizes(self) -> str:
         return f"{self.dimension}"
+
+
+def grow_to(matrix: Tensor, size: int) -> Tensor:
+    """Zero rows and columns for coordinates that came later."""
+    grow = size - matrix.shape[-1]
+    return matrix if grow == 0 else torch.nn.functional.pad(matrix, (0, grow, 0, grow))
 
 
 @dataclass

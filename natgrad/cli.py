@@ -19,6 +19,7 @@ from rich.console import Console
 
 import natgrad
 from natgrad.report import comparison_table
+from natgrad.solve_cli import solve
 from natgrad.tasks import TASKS
 from natgrad.tasks.compare import Comparison
 from natgrad.tasks.contenders import CONTENDERS
@@ -34,6 +35,7 @@ DEFAULT_TASK = "digits-autoencoder"
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
+app.command()(solve)
 
 
 def version(asked: bool) -> None:

@@ -134,7 +134,8 @@ class Curvature:
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
     ) -> Part:
-        outputs, attached = reading.outputs(local), reading.outputs(output)
+        attached = reading.outputs(output)
+        outputs = reading.outputs(local)  # last: the reading remembers what it was shown
         shot = Shot(
             [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters
         )
@@ -168,7 +169,7 @@ class Curvature:
                     held.setdefault(key, type(average)()).merge(average, known and not block.is_mean(key))
             counted |= {i for i, g in enumerate(grads) if g is not None}
         if not twice:
-            return list(statistics.items())
+            return [(block, new) for block, new in statistics.items() if new]
         plain = self.reading.reduction == "sum"
         for block in twice:
             block.between_looks(statistics[block], settled, plain)
@@ -178,7 +179,7 @@ class Curvature:
         for part, grads in kept or self._passes(parts):
             for block, uses, like in self._uses(twice, part, calls, grads, dtype, counted):
                 block.observe_again(statistics[block], uses, part.mass, part.source, like)
-        return list(statistics.items())
+        return [(block, new) for block, new in statistics.items() if new]
 
     def _passes(self, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Tensor | None]]]:
         """One backward pass after another: gradients at the calls."""

@@ -28,6 +28,7 @@ from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
+from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import read
 from natgrad.metric import Metric, Vector
@@ -455,7 +456,7 @@ class Fisher(Metric):
         if len(kron) > 1:
             pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
             raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
-        u, v = (torch.diag_embed(s) if s.dim() == 2 and s.shape[-1] <= FULL_SIDE else s for s in (kron[0].u, kron[0].v))
+        u, v = (whole_side(s) for s in (kron[0].u, kron[0].v))
         return (u[0], v[0]) if u.shape[0] == 1 else (u, v)
 
     def _ready(self) -> list[Block]:
@@ -558,6 +559,14 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
     return Draw(statistics, sum(draw.data for draw in draws), masses)
+
+
+def whole_side(side: Tensor) -> Tensor:
+    """A Kronecker side as a matrix, or as the vector of its diagonal where the matrix is too large."""
+    if not is_diagonal(side):
+        return side
+    diagonal = diagonal_of(side)
+    return torch.diag_embed(diagonal) if diagonal.shape[-1] <= FULL_SIDE else diagonal
 
 
 def choose(what: str, value: Any, known: Iterable[str]) -> None:

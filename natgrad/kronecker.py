@@ -28,24 +28,24 @@ class FactorisationError(RuntimeError):
 
 
 def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (groups, d, d), or its diagonal (groups, d)."""
+    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (…, d, d), or its diagonal (…, 1, d)."""
     return times(left_times(u, x), v)
 
 
 def left_times(u: Tensor, x: Tensor) -> Tensor:
-    return u[..., :, None] * x if is_diagonal(u) else u @ x
+    return u.mT * x if is_diagonal(u) else u @ x
 
 
 def times(x: Tensor, v: Tensor) -> Tensor:
-    return x * v[..., None, :] if is_diagonal(v) else x @ v
+    return x * v if is_diagonal(v) else x @ v
 
 
 def is_diagonal(side: Tensor) -> bool:
-    return side.dim() == 2
+    return side.shape[-2] == 1
 
 
 def diagonal_of(side: Tensor) -> Tensor:
-    return side if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
+    return side[..., 0, :] if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
 
 
 def trace_of(side: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def trace_of(side: Tensor) -> Tensor:
 
 def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues (groups, d) and eigenvectors; None where the side is diagonal: the axes themselves."""
-    return (side.clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
+    return (diagonal_of(side).clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
 
 
 def symmetrise(m: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class KroneckerBlock(Block):
         groups, out, into = self.matrix_shape
         side = int(key[0] == "V")
         d = (out, into)[side]
-        return (groups, d, d) if self.full[side] else (groups, d)
+        return (groups, d, d) if self.full[side] else (groups, 1, d)
 
     def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
@@ -130,13 +130,13 @@ class KroneckerBlock(Block):
 
     @property
     def u(self) -> Tensor:
-        """(groups, d_out, d_out), or (groups, d_out) where it is diagonal"""
+        """(groups, d_out, d_out), or (groups, 1, d_out) where it is diagonal"""
         u: Tensor = self.cached("sides", self._sides)[0]
         return u
 
     @property
     def v(self) -> Tensor:
-        """(groups, d_in, d_in), or (groups, d_in) where it is diagonal"""
+        """(groups, d_in, d_in), or (groups, 1, d_in) where it is diagonal"""
         v: Tensor = self.cached("sides", self._sides)[1]
         return v
 
@@ -152,8 +152,8 @@ class KroneckerBlock(Block):
         share1, share2 = trace_of(u1) * trace_of(v1), trace_of(u2) * trace_of(v2)
         total = share1 + share2
         per = torch.where(total > 0, 1 / total, torch.zeros_like(total))
-        u = expanded(trace_of(v1), u1) * u1 + expanded(trace_of(v2), u2) * u2
-        v = expanded(per * trace_of(u1), v1) * v1 + expanded(per * trace_of(u2), v2) * v2
+        u = beside(trace_of(v1)) * u1 + beside(trace_of(v2)) * u2
+        v = beside(per * trace_of(u1)) * v1 + beside(per * trace_of(u2)) * v2
         return u, v
 
     def eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -235,6 +235,8 @@ class EigenvalueBlock(KroneckerBlock):
 
     def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
+        if not new:
+            return
         if settled or not self.statistics:
             twin = EigenvalueBlock(self.layers, self.sharing)
             twin.full = self.full
@@ -250,6 +252,8 @@ class EigenvalueBlock(KroneckerBlock):
     def observe_again(
         self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
     ) -> None:
+        if not new:
+            return
         average = Average()
         qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
         average.add(like.new_zeros(self.matrix_shape), None, source)
@@ -355,11 +359,6 @@ def out_of_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
     return x if qv is None else x @ qv.mT
 
 
-def expanded(share: Tensor, side: Tensor) -> Tensor:
-    """(groups,) beside (groups, d, d) or (groups, d)"""
-    return share[:, None] if is_diagonal(side) else share[:, None, None]
-
-
 def summed_positions(rows: Rows) -> Rows:
     return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
 
@@ -371,7 +370,12 @@ def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Te
         return rows
     seen = total.new_zeros(total.shape[0])
     seen[region[0] : region[1]] = 1
-    return rows * expanded(seen, total)
+    return rows * beside(seen)
+
+
+def beside(share: Tensor) -> Tensor:
+    """(groups,) beside (groups, ·, ·)"""
+    return share[:, None, None]
 
 
 @dataclass

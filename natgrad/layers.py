@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Layer:
     swapped: bool = False  # there are calls in the transposed layout too
     fan_in: int = 1  # inputs that are not zero at once
     _shape_of: Any = None  # the pieces that `_shape` belongs to
-    _shape: torch.Size = torch.Size()
+    _shape: torch.Size = field(default_factory=torch.Size)
 
     @property
     def pieces(self) -> list[Piece]:

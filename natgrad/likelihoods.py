@@ -191,7 +191,10 @@ class CrossEntropy(Reading):
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs
         p = self.rows(f).softmax(1)
-        drawn = torch.multinomial(p, 1, generator=generator)
+        # by the inverse of the distribution function: torch.multinomial takes as long as the model on a vocabulary
+        below = p.cumsum(1)
+        u = torch.rand(p.shape[0], 1, dtype=p.dtype, device=p.device, generator=generator) * below[:, -1:]
+        drawn = torch.searchsorted(below, u, right=True).clamp(max=p.shape[1] - 1)
         c, _ = self.factors(f, targets)
         score = self.score(p).scatter_add(1, drawn, -torch.ones_like(p[:, :1]))
         return (self.like(score * c.sqrt()[:, None], f),)

@@ -142,6 +142,18 @@ class Metric:
             )
         return lower
 
+    def __mul__(self, factor: float) -> Metric:
+        from natgrad.combination import Combination
+
+        return Combination([(factor, self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Metric) -> Metric:
+        from natgrad.combination import Combination
+
+        return Combination([(1.0, self), (1.0, other)])
+
     # what the optimizer asks for -----------------------------------------------------------------------
 
     needs_refresh = False  # whether the optimizer must have seen statistics before its first step
@@ -207,9 +219,25 @@ class Metric:
         """df of the last observed batch."""
         raise TypeError(f"{type(self).__name__} takes its gradient from loss.backward()")
 
-    def direction(self, damping: float) -> Vector:
-        """(ĝ + damping·I)⁻¹ df of the last observed batch, in the best conditioned way the metric knows."""
-        return self.sharp(self.gradient(), damping)
+    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
+        """(ĝ + damping·I)⁻¹ (df + damping·prior) of the last observed batch, in the metric's best conditioned way."""
+        df = self.gradient()
+        return self.sharp(df if prior is None else {n: g + damping * prior[n] for n, g in df.items()}, damping)
+
+    def loss_at(self, increments: Mapping[str, Tensor]) -> float:
+        """The loss of the last observed batch at θ + increments, for step rules that try points.
+
+        Raises:
+            TypeError: the metric does not know the loss.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot evaluate the loss at trial points, which this step rule needs; "
+            "GaussNewton and Energy can. Take step=FixedStep(), TrustRegion() or QuadraticModel()"
+        )
+
+    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
+        """a of the path θ + αv + ½α²a (geodesic acceleration), None where the metric has none."""
+        return None
 
     # vectors -------------------------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ def state_of(metric: Fisher) -> dict[str, Any]:
     for i, block in enumerate(metric.blocks):
         for key, average in block.statistics.items():
             for source, total in average.sums.items():
-                tensors[f"{i}.{key}.{source}.sum"] = total
-                tensors[f"{i}.{key}.{source}.mass"] = average.masses[source]
+                tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
+                tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
 
@@ -108,7 +108,9 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
             source, part = rest.rsplit(".", 1)
             if int(number) == i:
                 average = block.statistics.setdefault(key, Average())
-                (average.sums if part == "sum" else average.masses)[source] = tensor.to(metric._like().device)
+                (average.sums if part == "sum" else average.masses)[source] = tensor.to(
+                    metric._like().device, copy=True
+                )
         blocks.append(block)
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
@@ -161,7 +163,7 @@ def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir() or target.is_dir():
         raise OSError(f"cannot write the metric to {target}: it must be a file in a folder that exists")
     beside = target.with_name(target.name + ".partial")
-    tensors = {n: t.detach().contiguous().clone() for n, t in state["tensors"].items()}
+    tensors = {n: t.detach().contiguous() for n, t in state["tensors"].items()}
     tensors.update({f"generator.{d}": g for d, g in state["generators"].items()})
     try:
         save_file(tensors, beside, metadata={"natgrad": state["about"]})

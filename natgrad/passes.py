@@ -60,7 +60,8 @@ def cotangents(
         if kind == "empirical":
             v = reading.observed(outputs, output, targets, data)
         else:
-            v = tuple(t * samples**-0.5 for t in reading.draw(outputs, targets, generator))
+            v = reading.draw(outputs, targets, generator)
+            v = v if samples == 1 else tuple(t * samples**-0.5 for t in v)
         chosen: Sequence[int] = range(data)
         if fraction < 1:
             count = max(1, round(fraction * data))

@@ -74,14 +74,14 @@ def count(rows: Rows) -> Tensor:
 
 
 def second_moment(rows: Rows, full: bool) -> Tensor:
-    """Σ r rᵀ (groups, d, d), or its diagonal (groups, d)."""
+    """Σ r rᵀ (groups, d, d), or its diagonal (groups, 1, d)."""
     if isinstance(rows, OneHot):
         if not full and rows.index.shape[-1] == 1:
             counts = rows.scale.new_zeros(rows.size)
-            return counts.index_add(0, rows.index.flatten(), rows.scale.flatten().square())[None]
+            return counts.index_add(0, rows.index.flatten(), rows.scale.flatten().square())[None, None]
         rows = rows.dense()
     if not full:
-        return rows.square().sum((0, 1))
+        return rows.square().sum((0, 1)).unsqueeze(1)
     if rows.shape[2] == 1:  # gemm is faster than a batch of one
         flat = rows.reshape(-1, rows.shape[3])
         return (flat.mT @ flat)[None]

@@ -53,7 +53,9 @@ class StepRule:
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def update(
+        self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]
+    ) -> Mapping[str, Tensor | Along]:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 

@@ -88,13 +88,15 @@ def transposed(m: Any, x: Tensor, before: list[Step]) -> Tensor:
 
 
 def penalised(m: Any, x: Tensor, before: list[Step]) -> Tensor:
-    step = last_linear(before, x.shape[-1])
-    return x if step is None else x * step.layer.weight.norm()
+    return F.linear(x, m.w) * m.w.norm()
 
 
-def by_two_ops(m: Any, x: Tensor, before: list[Step]) -> Tensor:
-    step = last_linear(before, x.shape[-1])
-    return x if step is None else x + step.layer.weight[0]
+def summed(m: Any, x: Tensor, before: list[Step]) -> Tensor:
+    return F.linear(x, m.w) + m.w.sum()
+
+
+def two_forms(m: Any, x: Tensor, before: list[Step]) -> Tensor:
+    return F.linear(x, m.w) * (x.flatten(1)[:, :3] @ m.w[:, :1]).reshape(len(x), *[1] * (x.dim() - 1))
 
 
 Build = Callable[[int], Step]
@@ -116,8 +118,9 @@ ANY: dict[str, Build] = {  # on the last dimension
     "prelu": lambda d: module("prelu", nn.PReLU()),
     "again": lambda d: Step("again", again),
     "transposed": lambda d: Step("transposed", transposed),
-    "penalised": lambda d: Step("penalised", penalised),
-    "by two ops": lambda d: Step("by two ops", by_two_ops),
+    "penalised": lambda d: Step("penalised", penalised, w=p(3, d)),
+    "summed": lambda d: Step("summed", summed, w=p(3, d)),
+    "two forms": lambda d: Step("two forms", two_forms, w=p(3, d)),
     "weight norm": lambda d: module("weight norm", parametrizations.weight_norm(nn.Linear(d, 3))),
     "merged lora": lambda d: Step(
         "lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)
@@ -254,10 +257,8 @@ def try_one(spec: Spec) -> str:
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     loss, y = CRITERIA[spec.criterion](spec.reduction, model(x).detach())
-    if spec.kind == "exact":
-        expected = gauss_newton(model, loss, x, y)
-    else:
-        expected = empirical(model, loss, x, y, spec.data)
+    exact = spec.kind == "exact"
+    expected = gauss_newton(model, loss, x, y) if exact else empirical(model, loss, x, y, spec.data)
     found = {}
     try:
         for structure in ("dense", "ekfac", "kfac"):

@@ -371,7 +371,7 @@ class Matmul(nn.Module):
         self.fc = nn.Linear(4, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc((x @ self.w.T).tanh())
+        return self.fc((x @ (2 * self.w).T).tanh())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -165,7 +165,7 @@ class Uses(nn.Module):
             return x @ self.fc.weight.T + self.fc.bias
         out = self.fc(x)
         if self.how == "both":
-            return out + x @ self.fc.weight.square().T
+            return out + x @ (2 * self.fc.weight).T
         if self.how == "penalty":
             return out + self.fc.weight.square().mean()
         return out.detach() if self.how == "detached" else out

@@ -147,7 +147,7 @@ def test_several_heads_in_other_structures(structure):
 
 
 def test_heads_are_checked():
-    model, criteria, x, y, _ = two_heads()
+    model, _, x, y, _ = two_heads()
     with pytest.raises(ValueError, match="reduction"):
         ng.Fisher(model, {"class": nn.CrossEntropyLoss(), "size": nn.MSELoss(reduction="sum")})
     same = nn.MSELoss()

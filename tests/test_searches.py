@@ -1,0 +1,252 @@
+"""Step rules on problems with known answers."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import natgrad as ng
+from natgrad.searches import (
+    Armijo,
+    GridSearch,
+    LevenbergMarquardt,
+    QuadraticModel,
+    Spring,
+    TrustRegion,
+    along,
+    lowest,
+)
+from natgrad.steps import Options
+
+torch.set_num_threads(1)
+
+
+class Curve(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.stack([10 * (self.w[1] - self.w[0] ** 2), 1 - self.w[0]]) + 0 * x.sum()
+
+
+def rosenbrock():
+    """Rosenbrock's function as residuals (10(y − x²), 1 − x): a curved valley, minimum at (1, 1)."""
+    net = Curve()
+    return (
+        net,
+        ng.GaussNewton(net, {"r": lambda u, x: u(x)}, solver="dense"),
+        {"r": torch.zeros(1, 1, dtype=torch.float64)},
+    )
+
+
+def linear(rows=12, columns=5, seed=0):
+    """A linear least-squares problem, on which Gauss–Newton is exact."""
+    torch.manual_seed(seed)
+    net = nn.Linear(columns, 1, bias=False).double()
+    x, y = torch.randn(rows, columns, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)
+    metric = ng.GaussNewton(net, {"fit": lambda u, x, y: u(x) - y}, solver="dense")
+    best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    return net, metric, {"fit": (x, y)}, best
+
+
+@pytest.mark.parametrize("rule", [GridSearch(), Armijo(), LevenbergMarquardt()])
+def test_searches_follow_the_valley_downhill(rule):
+    net, metric, batch = rosenbrock()
+    opt = ng.NaturalGradient(metric, step=rule)
+    losses = [float(opt.step(batch)) for _ in range(60)]
+    assert all(b <= a for a, b in itertools.pairwise(losses))
+    torch.testing.assert_close(net.w.detach(), torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert opt.info["loss_after"] <= opt.info["loss"]
+
+
+def test_geodesic_acceleration_takes_longer_steps_in_a_curved_valley():
+    reached = {}
+    for geodesic in (True, False):
+        _, metric, batch = rosenbrock()
+        opt = ng.NaturalGradient(metric, step=GridSearch(geodesic=geodesic))
+        opt.step(batch)
+        opt.step(batch)
+        reached[geodesic] = opt.info["loss_after"]
+    assert reached[True] < reached[False]
+
+
+def test_grid_search_takes_the_best_length_on_the_grid():
+    _, metric, batch = rosenbrock()
+    opt = ng.NaturalGradient(metric, step=GridSearch(geodesic=False, adapt=False))
+    metric.observe(batch)
+    v = {n: -d for n, d in metric.direction(1e-10).items()}
+    by_hand = min((metric.loss_at(along(v, None, 0.5**k)), 0.5**k) for k in range(31))
+    opt.step(batch)
+    assert opt.info["length"] == by_hand[1]
+    assert opt.info["loss_after"] == pytest.approx(by_hand[0])
+
+
+def test_grid_search_keeps_the_parameters_where_nothing_helps():
+    net, metric, batch, best = linear()
+    with torch.no_grad():
+        net.weight.copy_(best[None])
+    opt = ng.NaturalGradient(metric)
+    opt.step(batch)
+    assert float((net.weight.detach()[0] - best).norm()) < 1e-12
+    assert opt.info["accepted"] in (True, False)
+
+
+def test_damping_follows_short_steps_and_state_goes_on():
+    rule = GridSearch()
+    rule._follow(2**-9, ng.Euclidean(nn.Linear(1, 1)))
+    assert rule._growth == 10
+    other = GridSearch()
+    other.load_state_dict(rule.state_dict())
+    assert other._growth == 10
+    rule._follow(0.5, ng.Euclidean(nn.Linear(1, 1)))
+    assert rule._growth == 1
+
+
+def test_lowest_searches_both_ways():
+    f = {0: 9.0, 1: 4.0, 2: 3.0, 3: 5.0, 4: 6.0}.__getitem__
+    assert [lowest(f, first, 4, 10.0) for first in range(5)] == [(2, 3.0)] * 5
+    assert lowest(f, 4, 4, 3.5) == (2, 3.0)
+    assert lowest(f, 0, 4, 1.0)[1] > 1.0  # nothing below: the caller sees it
+
+
+def test_levenberg_marquardt_lowers_the_damping_where_the_model_is_right():
+    _, metric, batch, _ = linear()
+    rule = LevenbergMarquardt(damping=1.0)
+    ng.NaturalGradient(metric, step=rule).step(batch)
+    assert rule.state_dict()["damping"] == pytest.approx(1 / 3)
+    assert rule.info["ratio"] > 0.75
+
+
+def test_quadratic_model_is_conjugate_gradients_on_a_quadratic():
+    """With ĝ exact and directions preconditioned by (ĝ + λ)⁻¹, a huge λ gives the steps of conjugate gradients: done "
+    "after P."""
+    net, metric, batch, best = linear()
+    damping = 1e-12
+    rule = QuadraticModel(damping=damping)
+    opt = ng.NaturalGradient(metric, step=rule)
+    opt.step(batch)
+    assert float((net.weight.detach()[0] - best).norm() / best.norm()) < 1e-8
+    assert opt.info["length"] == pytest.approx(1.0)
+    opt.step(batch)  # at the minimum with δ ∥ d: stays
+
+
+def test_quadratic_model_minimises_over_both_directions():
+    _, metric, batch = rosenbrock()
+    rule = QuadraticModel(damping=1e-2)
+    opt = ng.NaturalGradient(metric, step=rule)
+    opt.step(batch)
+    last = {n: t.clone() for n, t in rule._last.items()}
+    metric.observe(batch)
+    df, d = metric.gradient(), metric.direction(1e-2)
+    shifted = metric.dense() + 1e-2 * torch.eye(2, dtype=torch.float64)
+    basis = torch.stack([-d["w"], last["w"]], dim=1)
+    expected = -basis @ torch.linalg.solve(basis.mT @ shifted @ basis, basis.mT @ df["w"])
+    got = rule.update(metric, df, {"w": Options(1.0, 0.0, 1e-2)})["w"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_quadratic_model_takes_exact_products_along_approximate_directions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    batch = {"fit": (torch.rand(8, 2, dtype=torch.float64), torch.rand(8, dtype=torch.float64))}
+    metric = ng.GaussNewton(net, {"fit": lambda u, x, y: u(x) - y}, solver="kfac")
+    opt = ng.NaturalGradient(metric, step=QuadraticModel(damping=1e-3))
+    metric.observe(batch)
+    d, df = metric.vector_to_flat(metric.direction(1e-3)), metric.vector_to_flat(metric.gradient())
+    jac = metric.rows.matrix()
+    opt.step(batch)
+    assert opt.info["length"] == pytest.approx(float(df @ d / (d @ (jac.mT @ (jac @ d)) + 1e-3 * d @ d)))
+
+
+def test_kernel_spring_is_primal_spring():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double() for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    batch = {"fit": (torch.rand(8, 2, dtype=torch.float64), torch.rand(8, dtype=torch.float64))}
+    terms = {"fit": lambda u, x, y: u(x) - y}
+
+    class Primal(ng.GaussNewton):
+        direction = ng.Metric.direction  # (ĝ + λ)⁻¹(df + λ prior) as it stands
+
+    metrics = [
+        ng.GaussNewton(nets[0], terms, solver="kernel"),
+        ng.GaussNewton(nets[1], terms, solver="dense"),
+        Primal(nets[2], terms, solver="dense"),
+    ]
+    opts = [ng.NaturalGradient(m, step=Spring(lr=0.5, momentum=0.9, damping=1e-2)) for m in metrics]
+    for _ in range(6):
+        for opt in opts:
+            opt.step(batch)
+    for net in nets[1:]:
+        for p, q in zip(nets[0].parameters(), net.parameters()):
+            assert float((p - q).detach().norm() / p.detach().norm()) < 1e-8
+
+
+def test_spring_radius_bounds_the_step():
+    net, metric, batch, _ = linear()
+    before = net.weight.detach().clone()
+    ng.NaturalGradient(metric, step=Spring(lr=1.0, radius=1e-3)).step(batch)
+    assert float((net.weight - before).detach().norm()) == pytest.approx(1e-3)
+
+
+def test_trust_region_bounds_the_norm_and_undoes_a_step_that_failed():
+    net, metric, batch = rosenbrock()
+    rule = TrustRegion(lr=1.0, damping=1e-8, radius=0.5, floor=1e-2)
+    opt = ng.NaturalGradient(metric, step=rule)
+    before = net.w.detach().clone()
+    metric.observe(batch)
+    norm = metric.dense() + 1e-2 * torch.eye(2, dtype=torch.float64)
+    opt.step(batch)
+    delta = net.w.detach() - before
+    assert float((delta @ norm @ delta).sqrt()) == pytest.approx(0.5)
+    before = net.w.detach().clone()
+    rule._last, rule._promise = (
+        {"w": torch.tensor([0.5, 0.5], dtype=torch.float64)},
+        (-1e9, 1.0, True),
+    )  # promised far more than came
+    opt.step(batch)
+    torch.testing.assert_close(net.w.detach(), before - 0.5)
+    assert opt.info["undone"]
+    assert rule.state_dict()["radius"] < 0.5
+
+
+def test_rules_serve_metrics_that_take_their_gradient_from_backward():
+    net = nn.Linear(3, 1).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    for rule in (QuadraticModel(lr=0.05), TrustRegion()):
+        opt = ng.NaturalGradient(ng.Euclidean(net), step=rule)
+        opt.zero_grad()
+        before = net(x).square().mean()
+        before.backward()
+        opt.step()
+        assert float(net(x).detach().square().mean()) < float(before.detach())
+    opt = ng.NaturalGradient(ng.Euclidean(net), step=GridSearch())
+    with pytest.raises(TypeError, match="Euclidean cannot evaluate the loss at trial points"):
+        opt.step()
+
+
+def test_parameter_groups_must_agree():
+    _, metric, batch, _ = linear()
+    metric.observe(batch)
+    with pytest.raises(ValueError, match="one damping"):
+        GridSearch().options({"a": Options(1.0, 0.0, 1e-3), "b": Options(1.0, 0.0, 1e-2)})
+
+
+def test_maximising_is_refused():
+    net = nn.Linear(2, 1).double()
+    opt = ng.NaturalGradient(ng.Euclidean(net), step=TrustRegion(), maximize=True)
+    net(torch.ones(1, 2).double()).sum().backward()
+    with pytest.raises(ValueError, match="TrustRegion lowers the loss"):
+        opt.step()
+
+
+def test_functional_call_sees_the_searched_point():
+    net, metric, batch = rosenbrock()
+    metric.observe(batch)
+    step = {"w": torch.tensor([0.1, -0.2], dtype=torch.float64)}
+    moved = functional_call(net, {"w": net.w.detach() + step["w"]}, (torch.zeros(1),))
+    assert metric.loss_at(step) == pytest.approx(float(0.5 * moved @ moved))
