@@ -7,16 +7,23 @@ from natgrad.hessian import Hessian
 from natgrad.likelihoods import Likelihood
 from natgrad.metric import Euclidean, Metric
 from natgrad.optimizer import NaturalGradient
+from natgrad.quadratic import ExactQuadratic
 from natgrad.quantum import QuantumGeometry
+from natgrad.rules import Grafted, KLTrustRegion
+from natgrad.steps import FixedStep
 from natgrad.variational import Energy
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "Energy",
     "Euclidean",
+    "ExactQuadratic",
     "Fisher",
+    "FixedStep",
     "GaussNewton",
+    "Grafted",
     "Hessian",
+    "KLTrustRegion",
     "Likelihood",
     "Metric",
     "NaturalGradient",

@@ -13,6 +13,7 @@ from typing import Any
 
 from natgrad.blocks import Block
 from natgrad.curvature import BLOCKS, Curvature, Draw
+from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.metric_file import layer_from_json, layer_to_json
 
 
@@ -76,6 +77,8 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
                 [layer_from_json(d, shapes) for d in data["layers"]], data["sharing"]
             )
             block.structure = data["structure"]
+            if isinstance(block, KroneckerBlock):
+                block.max_rows, block.seed = curvature.max_positions, curvature.seed
             curvature.layers.found.update({layer.key: layer for layer in block.layers})
         for layer, d in zip(mine[name].layers, data["layers"]):
             layer.fan_in = d["fan_in"]

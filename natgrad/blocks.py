@@ -60,6 +60,7 @@ class Block:
         self.statistics: Statistics = {}
         self.version = 0  # rises whenever the statistics change
         self._cache: dict[str, tuple[int, Any]] = {}
+        self._inverse: tuple[int, float, Inverse] | None = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -139,6 +140,16 @@ class Block:
             self._cache[key] = (self.version, value)
         return value
 
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Follow parameters that were moved or cast."""
+        for average in self.statistics.values():
+            for held in (average.sums, average.masses):
+                for source, t in held.items():
+                    if t.device != device or t.dtype != dtype:
+                        held[source] = t.to(device, dtype)
+                        self._cache = {}
+                        self.version += 1
+
     # coordinates
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -162,6 +173,12 @@ class Block:
 
     def inverse(self, damping: float) -> Inverse:
         raise NotImplementedError
+
+    def kept_inverse(self, damping: float) -> Inverse:
+        """`inverse`, kept for as long as neither the statistics nor the damping change."""
+        if self._inverse is None or self._inverse[:2] != (self.version, damping):
+            self._inverse = (self.version, damping, self.inverse(damping))
+        return self._inverse[2]
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.

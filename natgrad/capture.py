@@ -11,7 +11,8 @@ has seen: it is how a parameter used by other means is found instead of silently
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from natgrad.compiled import go_on_in_python
 from natgrad.decomposed import REWRITES
 from natgrad.ops import IN_PLACE, RULES, Parsed, op_name
 from natgrad.pieces import Piece, find, piece_of, weight_piece
@@ -87,6 +89,7 @@ class Tape:
 
     def note(self, func: Any, parsed: Parsed, out: Tensor, before: Sequence[Edge] = ()) -> None:
         """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
+        refuse_selective_checkpointing()
         held = weight_piece(parsed.weight, parsed.view, self.names)
         weight, view = (None, parsed.view) if held is None else held
         bias = piece_of(parsed.bias, self.names)
@@ -95,7 +98,9 @@ class Tape:
             return
         if parsed.needs_data and self.sizes and all(n % s for n in view.leading(parsed.x) for s in self.sizes):
             return
-        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if p is not None]
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
+        if not any(t.requires_grad for t in claimed):
+            return
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind[edge] = [*edges, *before]
@@ -137,6 +142,15 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
             entered.add(node)
             todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
     return reached, list(missed.values())
+
+
+def refuse_selective_checkpointing() -> None:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(type(m).__name__ == "_CachingTorchDispatchMode" for m in modes):
+        raise CaptureError(
+            "the model uses selective activation checkpointing, whose regions can be backpropagated once only, and the "
+            "metric needs a backward pass of its own; use checkpoint(…, use_reentrant=False) without context_fn"
+        )
 
 
 def refuse_opaque(node: str) -> None:
@@ -204,9 +218,6 @@ def in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-Listener = Callable[..., None]
-
-
 class Hook:
     """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
 
@@ -214,14 +225,15 @@ class Hook:
     """
 
     def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
-        import weakref
-
+        self.due = False  # whether the coming forward passes are to be watched
         self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
         self._module = weakref.ref(module) if module is not None else (lambda: None)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if torch.compiler.is_compiling():
-            return
+            if not self.due:  # compiled code guards on it
+                return
+            go_on_in_python()
         method = self._method()
         if method is not None and self._module() is module:
             method(*args)

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 import natgrad
+from natgrad.inspect_cli import inspect
 from natgrad.report import comparison_table
 from natgrad.solve_cli import solve
 from natgrad.tasks import TASKS
@@ -93,6 +94,9 @@ def train(
     folder = writable_folder(out if out is not None else Path("runs") / chosen.name)
     comparison = Comparison(chosen, data, names, budget, seed, init, folder)
     run_comparison(comparison, plain=quiet)
+
+
+app.command()(inspect)
 
 
 def run_comparison(comparison: Comparison, plain: bool) -> None:

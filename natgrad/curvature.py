@@ -98,8 +98,8 @@ class Curvature:
             CaptureError: a parameter is used both by covered and by uncovered ops.
             ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
         """
-        # the loop's autocast would take the statistics in half precision
-        with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
+        device = next(iter(self.parameters.values())).device
+        with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
             return self._draw(output, targets, tapes, per_datum)
 
     def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
@@ -214,6 +214,8 @@ class Curvature:
                 of_layer.setdefault(key_of(call), []).append(i)
         like = part.outputs[0].new_zeros((), dtype=dtype)
         for block in blocks:
+            if not any(self.parameters[n].requires_grad for n in block.names):
+                continue  # frozen: its curvature stays as it was
             aligned = None if not block.needs_data else 1 if part.apart else part.data
             uses: list[list[Use]] = []
             for layer in block.layers:
@@ -298,10 +300,19 @@ class Curvature:
             block = BLOCKS[structure]([layer], self.sharing_of(layer.key.name))
             block.structure = structure
             if isinstance(block, KroneckerBlock):
-                block.max_rows = self.max_positions
-                block.seed = self.seed
+                block.max_rows, block.seed = self.max_positions, self.seed
             self.blocks.append(block)
         return calls
+
+    def forget_layer_of(self, name: str) -> None:
+        """A parameter was thawed: let its layer be found anew, together with it."""
+        owner = name.rpartition(".")[0]
+        gone = [b for b in self.blocks if any(n.rpartition(".")[0] == owner for n in b.names)]
+        self.blocks = [b for b in self.blocks if b not in gone]
+        for block in gone:
+            for layer in block.layers:
+                del self.layers.found[layer.key]
+        self.uncovered.pop(name, None)
 
     # which rows belong to which datum ------------------------------------------------------------------
 

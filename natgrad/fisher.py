@@ -25,12 +25,12 @@ from natgrad.averages import Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, usable
+from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
-from natgrad.likelihoods import read
+from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
@@ -107,7 +107,8 @@ class Fisher(Metric):
         for what, given in (("output", output), ("targets", targets)):
             if given is not None and not callable(given):
                 raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
-        self.model, self.criterion, self.kind = model, criterion, kind
+        self.criterion: Any = criterion  # a module, or one a head
+        self.model, self.kind = model, kind
         self.module = unwrapped(model)
         refuse_modules(self.module)
         super().__init__(chosen_parameters(self.module, params))
@@ -128,6 +129,8 @@ class Fisher(Metric):
         )
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
+        # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
+        self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -270,6 +273,9 @@ class Fisher(Metric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
+        if self._pending and all(p.grad is None for p in self.parameters.values()):
+            # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
+            self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
     def parameter_names(self) -> dict[int, str]:
@@ -307,6 +313,7 @@ class Fisher(Metric):
                 self.parameters.clear()  # in place: the curvature holds this dictionary too
                 self.parameters.update(ordered)
                 self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
+                self.curvature.forget_layer_of(name)
                 return name
         return None
 
@@ -317,14 +324,25 @@ class Fisher(Metric):
             self.ranks.check_same(described(self))
             self.ranks.refresh = driver.refresh
 
-    needs_refresh = True
+    def without_curvature(self) -> set[str]:
+        return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
+
+    def expect(self, due: bool) -> None:
+        self._watcher.expect(due)
+
+    @property
+    def needs_refresh(self) -> bool:
+        return not self.dropped  # statistics that were dropped will come again
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = self._pending, []
         self._watcher.forget()
+        dtype = statistics_dtype(self.parameters.values())
+        for block in self.blocks:
+            block.move(self.parameters[block.names[0]].device, dtype)
         if self.ranks is not None:  # ranks meet where all know that they do; what comes late is not waited for
-            return self._driver.refresh_due and self._commit(draws, decay)
+            return bool(self._driver.refresh_due) and self._commit(draws, decay)
         draws = [d for d in draws if self._usable(d)]
         return bool(draws) and self._commit(draws, decay)
 
@@ -339,7 +357,7 @@ class Fisher(Metric):
         counted.
         """
         sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
-        if bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
             return True
         if not self.dropped:
             warnings.warn(
@@ -392,7 +410,7 @@ class Fisher(Metric):
         df = self.check(df, "df")
         out = {n: t / damping for n, t in df.items()}  # where the metric is zero
         for block in self._ready():
-            block.unpack(block.inverse(damping).apply(block.pack(df).to(block.dtype)), out)
+            block.unpack(block.kept_inverse(damping).apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:

@@ -44,6 +44,7 @@ class Metric:
         ValueError: there is no parameter, or one that is complex or on the meta device.
     """
 
+    weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
     positive_definite = False  # whether `sharp` is defined without damping
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -156,10 +157,16 @@ class Metric:
 
     # what the optimizer asks for -----------------------------------------------------------------------
 
-    needs_refresh = False  # whether the optimizer must have seen statistics before its first step
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether the optimizer must have seen statistics before its first step."""
+        return False
 
     def drive(self, driver: Any) -> None:
         """Called once by the optimizer that will step along this metric."""
+
+    def expect(self, due: bool) -> None:
+        """Told by the optimizer, after each step, whether the next forward passes are to refresh the metric."""
 
     def advance(self, decay: float) -> bool:
         """Called by the optimizer once a step, before it asks for a direction; whether the metric changed.
@@ -174,6 +181,10 @@ class Metric:
 
     def discard_pending(self) -> None:
         """Drop statistics gathered since the last `advance`."""
+
+    def without_curvature(self) -> set[str]:
+        """Names of parameters on which the metric is not defined; the optimizer trains them by an Adam-like rule."""
+        return set()
 
     def include(self, parameter: Tensor) -> str | None:
         """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from natgrad.averages import Average
+from natgrad.blocks import Block
+from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.layers import Layer
 from natgrad.layouts import LAYOUTS
 from natgrad.pieces import Piece
@@ -95,27 +97,15 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
     refuse_differences(about(metric), there)
-    from natgrad.curvature import BLOCKS
-
-    shapes = metric.curvature.layers.shapes
-    blocks = []
-    for i, data in enumerate(there["blocks"]):
-        layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = BLOCKS[data["structure"]](layers, data["sharing"])
-        block.structure = data["structure"]
-        for name, tensor in state["tensors"].items():
-            number, key, rest = name.split(".", 2)
-            source, part = rest.rsplit(".", 1)
-            if int(number) == i:
-                average = block.statistics.setdefault(key, Average())
-                (average.sums if part == "sum" else average.masses)[source] = tensor.to(
-                    metric._like().device, copy=True
-                )
-        blocks.append(block)
+    blocks = blocks_from(there, state["tensors"], metric.curvature.layers.shapes, metric._like().device)
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
+    for block in blocks:
+        if isinstance(block, KroneckerBlock):
+            block.max_rows, block.seed = metric.curvature.max_positions, metric.curvature.seed
+    metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
     for device, saved in state.get("generators", {}).items():
         generator = metric.curvature.generator(torch.device(device))
         generator.set_state(saved.cpu())
@@ -123,6 +113,27 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
             # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
             start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
             generator.manual_seed(metric.ranks.seed(start))
+
+
+def blocks_from(
+    there: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device
+) -> list[Block]:
+    """The blocks of a state, with their statistics. `shapes`: of the parameters."""
+    from natgrad.curvature import BLOCKS
+
+    blocks = []
+    for i, data in enumerate(there["blocks"]):
+        layers = [layer_from_json(d, shapes) for d in data["layers"]]
+        block = BLOCKS[data["structure"]](layers, data["sharing"])
+        block.structure = data["structure"]
+        for name, tensor in tensors.items():
+            number, key, rest = name.split(".", 2)
+            source, part = rest.rsplit(".", 1)
+            if int(number) == i:
+                average = block.statistics.setdefault(key, Average())
+                (average.sums if part == "sum" else average.masses)[source] = tensor.to(device, copy=True)
+        blocks.append(block)
+    return blocks
 
 
 def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -173,6 +184,19 @@ def save(metric: Fisher, path: str | os.PathLike[str]) -> None:
 
 
 def load(metric: Fisher, path: str | os.PathLike[str]) -> None:
+    about, tensors = read(path)
+    generators = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith("generator.")}
+    rest = {n: t for n, t in tensors.items() if not n.startswith("generator.")}
+    restore(metric, {"about": about, "tensors": rest, "generators": generators})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[str, dict[str, Tensor]]:
+    """What a metric file says of itself, as JSON, and its tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is cut short, or no metric file.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no metric file {path}; metric.save(path) writes one")
     try:
@@ -183,6 +207,4 @@ def load(metric: Fisher, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is cut short or is no safetensors file: {error}") from error
     if "natgrad" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but holds no natgrad metric")
-    generators = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith("generator.")}
-    rest = {n: t for n, t in tensors.items() if not n.startswith("generator.")}
-    restore(metric, {"about": metadata["natgrad"], "tensors": rest, "generators": generators})
+    return metadata["natgrad"], tensors

@@ -12,7 +12,7 @@ blocks and follows the slope h = ⟨g_{t+1}, Δ_t⟩ that a *fresh* batch finds 
 
 while it points down s grows, once it points up s shrinks (the sign of the learning-rate derivative of Baydin et al.
 2018, arXiv:1703.04782, normalised). Damping is relative to the mean eigenvalue of each factor. Parameters without
-curvature follow Adam (Kingma & Ba 2015, arXiv:1412.6980) at a matching rate.
+curvature follow Adam at a matching rate (`natgrad.adam`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from natgrad.adam import Adam
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.steps import Increments, Options, StepRule, one_value
+from natgrad.steps import Increments, Options, StepRule, cosine, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
@@ -39,8 +40,6 @@ SLOPE_CLIP = 2.0
 SLOPE_DECAY = 0.95
 SCALE_RANGE = (0.01, 4.0)  # of s
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPS = 1e-8
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
 
@@ -51,6 +50,7 @@ class BlockState:
     momentum: Tensor  # m
     steps: int = 0  # t
     direction: Tensor | None = None  # d of the last step
+    ahead: Tensor | None = None  # u that it was made from: to look at, not to continue from
     length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
@@ -62,6 +62,24 @@ class BlockState:
 
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the inverse, which the statistics give again, unless an older one is in force."""
+        state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
+        if self.failures and self.inverse is not None:
+            kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
+            state.update(failures=self.failures, kept=kept)
+        return state
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> BlockState:
+        state = dict(state)
+        kept = state.pop("kept", None)
+        if kept is not None:
+            types = {c.__name__: c for c in Inverse.__subclasses__()}
+            state["inverse"] = types[kept["type"]](**kept["tensors"])
+            state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
+        return cls(**state)
 
     def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
         """The inverse for the block's present statistics; the last good one where it cannot be had.
@@ -92,13 +110,6 @@ class BlockState:
 
 
 @dataclass
-class AdamState:
-    first: Tensor
-    second: Tensor
-    steps: int = 0
-
-
-@dataclass
 class Slope:
     """s, and the moving average of h² that it is judged by; scalar tensors, so that no step waits for the device."""
 
@@ -107,6 +118,10 @@ class Slope:
     weight: float = 0.0
     ratio: Tensor | None = None  # fresh slope over the slope the step was taken at
     taken: Tensor | None = None  # ⟨g_t, Δ_t⟩
+
+    def move(self, device: torch.device) -> None:
+        if self.scale.device != device:
+            self.scale, self.square, self.taken = self.scale.to(device), self.square.to(device), None
 
     def learn(self, h: Tensor, adapt: bool) -> None:
         if self.taken is not None:
@@ -140,10 +155,14 @@ class NormalisedStep(StepRule):
         super().__init__()
         self.lr, self.momentum, self.damping, self.adapt = lr, momentum, damping, adapt
         self._blocks: dict[str, BlockState] = {}
-        self._adam: dict[str, AdamState] = {}
+        self._adam = Adam()
         self._slope: Slope | None = None
         self._ranks: Ranks | None = None  # that share the work, where there are several
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
+
+    @property
+    def scale(self) -> Tensor | float:
+        return 1.0 if self._slope is None else self._slope.scale
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
@@ -164,20 +183,25 @@ class NormalisedStep(StepRule):
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
-                out[n] = self._adam_step(n, g, options[n], scale)
+                out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE * scale)
         self._tell(options, scale)
         return {n: d for n, d in out.items() if n in df}
 
     def _state(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
-        if key not in self._blocks:
+        if key not in self._blocks or self._blocks[key].momentum.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g))
-        return self._blocks[key]
+        state = self._blocks[key]
+        if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
+            state.momentum = state.momentum.to(g)
+            state.direction = state.length = None
+        return state
 
     def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
         """Let s learn from the slope that this batch finds along the last step."""
         if self._slope is None:
             self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
+        self._slope.move(grads[0].device)
         parts = [
             dot(g, s.direction) * s.length
             for s, g in zip(states, grads)
@@ -210,8 +234,8 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        for s, d, length in zip(states, directions, lengths.unbind()):
-            s.direction, s.length = d, length
+        for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
+            s.ahead, s.direction, s.length = u, d, length
         assert self._slope is not None
         self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
         return list(torch._foreach_mul(directions, list((-lengths).unbind())))
@@ -249,30 +273,20 @@ class NormalisedStep(StepRule):
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }
 
-    def _adam_step(self, name: str, g: Tensor, option: Options, scale: Tensor) -> Tensor:
-        b1, b2 = ADAM_BETAS
-        state = self._adam.setdefault(name, AdamState(torch.zeros_like(g), torch.zeros_like(g)))
-        state.steps += 1
-        state.first.lerp_(g, 1 - b1)
-        state.second.mul_(b2).addcmul_(g, g, value=1 - b2)
-        denominator = (state.second / (1 - b2**state.steps)).sqrt_().add_(ADAM_EPS)
-        return state.first / denominator * (-option.lr * VECTOR_SHARE / (1 - b1**state.steps)) * scale
+    def cosines(self) -> dict[str, Tensor]:
+        states = self._blocks.items()
+        return {k: cosine(s.direction, s.ahead) for k, s in states if s.direction is not None and s.ahead is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        blocks = {
-            k: {"momentum": s.momentum, "steps": s.steps, "direction": s.direction, "length": s.length}
-            for k, s in self._blocks.items()
-        }
-        adam = {n: {"first": s.first, "second": s.second, "steps": s.steps} for n, s in self._adam.items()}
         return {
-            "blocks": blocks,
-            "adam": adam,
+            "blocks": {k: s.state_dict() for k, s in self._blocks.items()},
+            "adam": self._adam.state_dict(),
             "slope": None if self._slope is None else dict(vars(self._slope)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
-        self._adam = {n: AdamState(**s) for n, s in state["adam"].items()}
+        self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
+        self._adam.load_state_dict(state["adam"])
         self._slope = None if state["slope"] is None else Slope(**state["slope"])
 
 

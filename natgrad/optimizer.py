@@ -9,15 +9,19 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from natgrad.compiled import go_on_in_python
+from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Along, Options, StepRule
+from natgrad.weight_average import WeightAverage
 
 GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
@@ -33,12 +37,16 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
-        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ.
+        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
+            matrices alone and in proportion to the step length: `Fisher` has 0.1 for classification, where separable
+            data otherwise drive the weights to infinity, and 0 for other likelihoods.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
             that none names form the first group.
         maximize: climb instead of descend.
+        average: decay of an exponential average of the weights, to evaluate by inside ``with opt.averaged():``; None
+            keeps none.
 
     Raises:
         TypeError: `metric` is no `Metric`.
@@ -51,11 +59,12 @@ class NaturalGradient(torch.optim.Optimizer):
         lr: float | None = None,
         momentum: float | None = None,
         damping: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         step: StepRule | None = None,
         refresh: int = 20,
         groups: Iterable[Mapping[str, Any]] = (),
         maximize: bool = False,
+        average: float | None = None,
     ) -> None:
         if not isinstance(metric, Metric):
             raise TypeError(
@@ -65,7 +74,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if not isinstance(refresh, int) or refresh < 1:
             raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
+        self.steps = self.refreshes = self._next_refresh = 0
+        self.refreshed = False
         self.rule = metric.default_step() if step is None else step
+        self._own_decay = metric.weight_decay if step is None else 0.0
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
@@ -74,14 +86,14 @@ class NaturalGradient(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
+        self._average = None if average is None else WeightAverage(average)
+        self._showing_average = False
         self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
         super().__init__(split_groups(metric.parameters, groups), defaults)
-        self.steps = self.refreshes = 0
-        self.refreshed = False
-        self._next_refresh = 0
         self._skips = Skips()
         self._spent, self._started = 0.0, time.perf_counter()
         metric.drive(self)
+        metric.expect(self.refresh_due)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: thawed ones of the metric's model, or foreign ones, which are trained without curvature.
@@ -95,6 +107,9 @@ class NaturalGradient(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p not in self._name_of:
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
+                self._next_refresh = 0  # the metric knows nothing of it yet
+        if self._average is not None:
+            self._average.include({self._name_of[p]: p for p in group["params"]})
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -105,7 +120,11 @@ class NaturalGradient(torch.optim.Optimizer):
             "refresh": self.refresh,
             "steps": self.steps,
             "next refresh": self._next_refresh,
-            **{f"{o} of group {i}": float(g[o]) for i, g in enumerate(self.param_groups) for o in options},
+            **{
+                f"{o} of group {i}": None if g[o] is None else float(g[o])
+                for i, g in enumerate(self.param_groups)
+                for o in options
+            },
         }
 
     @property
@@ -114,19 +133,25 @@ class NaturalGradient(torch.optim.Optimizer):
         return self.steps >= self._next_refresh
 
     @torch.no_grad()
-    def step(self, arg: Any = None) -> Tensor | None:  # type: ignore[override]
-        """One step.
+    def step(self, arg: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Ctrl-C during it is held back until it is complete.
 
         Args:
             arg: None where ``loss.backward()`` was called; a callable is a closure that returns the loss after calling
                 ``backward``; anything else is a batch for a metric that makes its own gradient.
+            closure: the same as a callable `arg`, for trainers that pass it by name.
 
         Raises:
             TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
-            RuntimeError: no forward pass was seen that the metric could be taken from.
+            RuntimeError: no forward pass was seen that the metric could be taken from, or the averaged weights are in
+                place.
             FloatingPointError: the gradient was not finite for many steps in a row.
         """
-        loss: Tensor | None = None
+        go_on_in_python()  # the state of a step does not fit a graph
+        if self._showing_average:
+            raise RuntimeError("step() inside `with opt.averaged():` would train the average; leave the block first")
+        arg = arg if closure is None else closure
+        loss: Any = None
         if callable(arg):
             with torch.enable_grad():
                 loss = arg()
@@ -135,9 +160,10 @@ class NaturalGradient(torch.optim.Optimizer):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
-            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None}
+            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
         if df:
-            self._step(df)
+            with uninterrupted():
+                self._step(df)
         self._spent += time.perf_counter() - began
         return loss
 
@@ -158,7 +184,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.refreshed = False
             return
         self._advance()
-        on_host = fine.device.type == "cpu"  # known to be fine by now; elsewhere a bad step is masked on the device
+        on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         increments = self.rule.update(self.metric, df, options)
@@ -169,9 +195,20 @@ class NaturalGradient(torch.optim.Optimizer):
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                if group["weight_decay"]:
-                    way, length = way * length - p * (group["lr"] * group["weight_decay"]), 1.0
+                if (decay := self._decay(group, p)) is not None:
+                    way, length = way * length - p * decay, 1.0
                 p.add_(way, alpha=length)
+        if self._average is not None:
+            self._average.follow({n: p for p, n in self._name_of.items()})
+        self.metric.expect(self.refresh_due)
+
+    def _decay(self, group: Mapping[str, Any], p: Tensor) -> Tensor | float | None:
+        """The share of a parameter that this step takes away; None for nothing."""
+        given = group["weight_decay"]
+        if given is not None:
+            return group["lr"] * given if given else None
+        own = self._own_decay
+        return self.rule.scale * group["lr"] * own if own and p.dim() > 1 else None
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -196,6 +233,33 @@ class NaturalGradient(torch.optim.Optimizer):
         """Clear gradients, and drop statistics of a backward pass that no step followed."""
         super().zero_grad(set_to_none)
         self.metric.discard_pending()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights stand in the model inside the block, the trained ones after it.
+
+        Buffers are those of training; batch normalisation layers want theirs recomputed on some data
+        (``torch.optim.swa_utils.update_bn``).
+
+        Raises:
+            ValueError: the optimizer keeps no average.
+        """
+        if self._average is None:
+            raise ValueError("this optimizer keeps no average; construct it with average=0.98, for instance")
+        trained = {p: p.detach().clone() for p in self._name_of}
+        self._showing_average = True
+        try:
+            self._write({p: self._average.values[n] for p, n in self._name_of.items()})
+            yield
+        finally:
+            self._write(trained)
+            self._showing_average = False
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[Tensor, Tensor]) -> None:
+        with uninterrupted():
+            for p, value in values.items():
+                p.copy_(value)
 
     def _options(self) -> dict[str, Options]:
         return {
@@ -224,16 +288,24 @@ class NaturalGradient(torch.optim.Optimizer):
             "share_of_time": self._spent / elapsed if elapsed else 0.0,
         }
 
+    def cosines(self) -> dict[str, float]:
+        """{block: cos(direction, gradient)} of the last step; see `StepRule.cosines`. Near 1 everywhere, the natural
+        gradient is the plain one.
+        """
+        return {n: float(c) for n, c in self.rule.cosines().items()}
+
     # state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``."""
         state = super().state_dict()
+        average = self._average
         state["natgrad"] = {
             "steps": self.steps,
             "refreshes": self.refreshes,
             "next_refresh": self._next_refresh,
             "skipped": self._skips.total,
+            "average": None if average is None else {"steps": average.steps, "values": dict(average.values)},
             "rule": type(self.rule).__name__,
             "rule_state": self.rule.state_dict(),
             "metric": self.metric.state_dict(),
@@ -244,7 +316,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Continue from `state_dict`, bit for bit.
 
         Raises:
-            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule.
+            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule; nothing has
+                changed then.
         """
         mine = state_dict.get("natgrad")
         if mine is None:
@@ -253,12 +326,24 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(
                 f"the state is of the step rule {mine['rule']}, this optimizer has {type(self.rule).__name__}"
             )
-        self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
-        # tensors of ours keep their own dtype; torch would cast them to the parameter's, so they are not in `state`
-        self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
-        self.steps, self.refreshes = mine["steps"], mine["refreshes"]
-        self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+        sizes, theirs = ([len(g["params"]) for g in d["param_groups"]] for d in (self.__dict__, state_dict))
+        if sizes != theirs:
+            raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
+        if (mine["average"] is None) != (self._average is None):
+            here, there = ("none", "one") if self._average is None else ("one", "none")
+            raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
+        with uninterrupted():
+            self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
+            self.metric.discard_pending()
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
+            # tensors of ours keep their own dtype; torch would cast them to the parameter's: they are not in `state`
+            self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
+            if self._average is not None:
+                self._average.steps = mine["average"]["steps"]
+                self._average.values = {n: a.clone() for n, a in mine["average"]["values"].items()}
+            self.steps, self.refreshes = mine["steps"], mine["refreshes"]
+            self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+            self.metric.expect(self.refresh_due)
 
 
 class Skips:
@@ -270,23 +355,25 @@ class Skips:
         self.total = 0
         self.in_a_row = 0
         self._unread: Tensor | None = None  # bad steps on the device since the count was last read
+        self._run: Tensor | None = None  # and those in a row up to now
 
     def count(self, fine: Tensor, read: bool) -> bool:
         """Whether this step is known to be bad. `read`: the device may be waited for."""
-        if fine.device.type == "cpu":
-            # no dispatch and no device to wait for: the memory is ours
-            return self._seen(0 if bool(fine.numpy()) else 1)
+        if free_to_read(fine):
+            skipped = not bool(fine.numpy())
+            return self._seen(int(skipped), self.in_a_row + 1 if skipped else 0)
         bad = (~fine).to(torch.int32)
         self._unread = bad if self._unread is None else self._unread + bad
+        self._run = bad if self._run is None else (self._run + bad) * bad
         if not read:
             return False
-        behind, self._unread = int(self._unread), None
-        self._seen(behind)
-        return behind > 0 and not bool(fine)
+        behind, in_a_row, self._unread = int(self._unread), int(self._run), None
+        self._seen(behind, in_a_row)
+        return in_a_row > 0
 
-    def _seen(self, bad: int) -> bool:
+    def _seen(self, bad: int, in_a_row: int) -> bool:
+        self.in_a_row = in_a_row
         if not bad:
-            self.in_a_row = 0
             return False
         if not self.total:
             warnings.warn(
@@ -295,7 +382,6 @@ class Skips:
                 stacklevel=6,
             )
         self.total += bad
-        self.in_a_row += bad
         if self.in_a_row >= PATIENCE:
             raise FloatingPointError(
                 f"the gradient held NaN or Inf for {self.in_a_row} steps in a row; lower lr or look for the "
@@ -303,6 +389,11 @@ class Skips:
                 "that gives it (torch.autograd.set_detect_anomaly)"
             )
         return True
+
+
+def free_to_read(t: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device: on the host the memory is ours."""
+    return t.device.type == "cpu"
 
 
 def all_finite(df: Mapping[str, Tensor]) -> Tensor:
@@ -343,5 +434,7 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
     }
     for name, (fits, words) in ranges.items():
         value = values[name]
+        if name == "weight_decay" and value is None:
+            continue
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")

@@ -67,8 +67,10 @@ def leaf_behind(w: Tensor) -> tuple[Tensor | None, bool]:
 
 def find(w: Any, names: Mapping[int, str]) -> tuple[str, Tensor, bool] | None:
     """(name, parameter, viewed) of the parameter of interest behind a tensor."""
-    if not isinstance(w, Tensor) or not w.requires_grad:
+    if not isinstance(w, Tensor):
         return None
+    if not w.requires_grad:  # frozen after the metric was made: its layer keeps its shape
+        return (names[id(w)], w, False) if id(w) in names else None
     p, viewed = leaf_behind(w)
     name = None if p is None else names.get(id(p))
     return None if p is None or name is None else (name, p, viewed)

@@ -27,6 +27,9 @@ class Run:
     rate: float | None
     points: list[Point] = field(default_factory=list)
     complete: bool = False  # whether it spent its budget
+    journal: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what the optimizer did (`natgrad.journal`), if it says
 
     @property
     def label(self) -> str:

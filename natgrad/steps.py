@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from natgrad.adam import HALF, Adam
 from natgrad.metric import Metric, Vector
 
 
@@ -53,11 +54,24 @@ class StepRule:
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
 
+    @property
+    def scale(self) -> Tensor | float:
+        """What the rule multiplies the learning rate by at present."""
+        return 1.0
+
     def update(
         self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]
     ) -> Mapping[str, Tensor | Along]:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
+
+    def cosines(self) -> dict[str, Tensor]:
+        """{name: cos of the angle between the last direction and the gradient it was made from}, scalar tensors.
+
+        A key is a parameter, or the first one of a block. Near 1 everywhere means that the metric has become a multiple
+        of the identity: natural gradient descent is plain gradient descent then. Computed when asked for.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers to continue from, safe to load with ``weights_only=True``."""
@@ -67,29 +81,83 @@ class StepRule:
         """Continue from `state_dict`."""
 
 
-class FixedStep(StepRule):
-    """Δθ = −η (ĝ + λI)⁻¹ m with m ← μ m + df: momentum as in ``torch.optim.SGD``, before the metric is applied."""
+class Descent:
+    """(ĝ + λI)⁻¹ m with m ← μ m + df: momentum as in ``torch.optim.SGD``, before the metric is applied.
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.0, damping: float = 1e-3) -> None:
-        super().__init__()
-        self.lr, self.momentum, self.damping = lr, momentum, damping
+    Parameters without curvature get Adam's direction, at the root mean square of all others, so that one learning rate
+    serves both; where nothing has curvature, at `ALONE`.
+    """
+
+    ALONE = 0.01  # of lr: Adam's own default rate, 1e-3, at the default lr of 0.1
+
+    def __init__(self) -> None:
         self._buffer: Vector = {}
+        self._adam = Adam()
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}  # direction and gradient, for `cosines`
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def direction(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+        """A tangent vector over the names of `df`, to be descended along its negative."""
         damping = one_value({o.damping for o in options.values()}, "damping")
+        bare = metric.without_curvature()
         full = {n: df.get(n, torch.zeros_like(p)) for n, p in metric.parameters.items()}
         for n, g in full.items():
             mu = options[n].momentum
             if mu:
                 full[n] = self._buffer[n] = g.clone() if n not in self._buffer else self._buffer[n].mul_(mu).add_(g)
-        direction = metric.sharp(full, damping)
-        return {n: Along(direction[n], -options[n].lr) for n in df}
+        raised = metric.sharp(full, damping) if len(bare) < len(full) else {}
+        out = {n: raised[n] for n in df if n in raised and n not in bare}
+        self._last = {n: (d, full[n]) for n, d in out.items()}
+        rest = [n for n in df if n not in out]
+        if rest:
+            scale: Tensor | float = root_mean_square(out) if out else self.ALONE
+            out.update({n: self._adam.direction(n, df[n]) * scale for n in rest})
+        return out
 
     def state_dict(self) -> dict[str, Any]:
-        return {"buffer": dict(self._buffer)}
+        return {"buffer": dict(self._buffer), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._buffer = dict(state["buffer"])
+        self._adam.load_state_dict(state["adam"])
+
+    def cosines(self) -> dict[str, Tensor]:
+        return {n: cosine(d, g) for n, (d, g) in self._last.items()}
+
+
+class FixedStep(StepRule):
+    """Δθ = −η d along the direction of `Descent`."""
+
+    def __init__(self, lr: float = 0.1, momentum: float = 0.0, damping: float = 1e-3) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.damping = lr, momentum, damping
+        self._descent = Descent()
+
+    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+        d = self._descent.direction(metric, df, options)
+        self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
+        return {n: Along(d[n], -options[n].lr) for n in df}
+
+    def cosines(self) -> dict[str, Tensor]:
+        return self._descent.cosines()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._descent.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._descent.load_state_dict(state)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ / ‖a‖‖b‖, a scalar tensor; 0 where one of them is."""
+    a, b = a.flatten().double(), b.flatten().double()
+    size = a.norm() * b.norm()
+    return torch.where(size > 0, (a @ b) / size, torch.zeros_like(size))
+
+
+def root_mean_square(v: Mapping[str, Tensor]) -> Tensor:
+    """Over all entries of a vector, a scalar tensor."""
+    norms = torch.stack([t.float() if t.dtype in HALF else t for t in torch._foreach_norm(list(v.values()))])
+    return norms.norm() / sum(t.numel() for t in v.values()) ** 0.5
 
 
 def one_value(values: set[float], what: str) -> float:

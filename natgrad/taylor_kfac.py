@@ -28,8 +28,8 @@ from torch.func import jacrev, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from natgrad.jet import Jet
 from natgrad.metric import Vector
-from natgrad.operators import Jet
 from natgrad.residuals import Residuals, Term
 from natgrad.solvers import Rows, conjugate_gradient, damped_cholesky
 

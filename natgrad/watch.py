@@ -64,13 +64,13 @@ class Watcher:
         self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
         self._called: Called = {}  # of the criteria of several heads, until all have been called
         self._listeners = [Listener(self, key) for key in criteria]
+        before, after = Hook(self._before, root), Hook(self._after, root)
+        at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
+        self._hooks = [before, after, *at_criteria]
         self._handles = [
-            root.register_forward_pre_hook(Hook(self._before, root), with_kwargs=True),
-            root.register_forward_hook(Hook(self._after, root), with_kwargs=True, always_call=True),
-            *(
-                criterion.register_forward_hook(Hook(listener.called, criterion), with_kwargs=True)
-                for criterion, listener in zip(criteria.values(), self._listeners)
-            ),
+            root.register_forward_pre_hook(before, with_kwargs=True),
+            root.register_forward_hook(after, with_kwargs=True, always_call=True),
+            *(c.register_forward_hook(hook, with_kwargs=True) for c, hook in zip(criteria.values(), at_criteria)),
         ]
 
         # a metric that is gone leaves nothing on the model
@@ -79,6 +79,11 @@ class Watcher:
     def remove(self) -> None:
         remove(self._handles)
         self.forget()
+
+    def expect(self, due: bool) -> None:
+        """Have compiled code run the hooks, or leave them out."""
+        for hook in self._hooks:
+            hook.due = due
 
     def forget(self) -> None:
         """Let go of forward passes whose loss has not come."""
@@ -111,7 +116,8 @@ class Watcher:
             return
         tape.close()
         metric = self._metric()
-        if output is None or metric is None or not tape.calls:  # None: forward raised
+        leaves = [t for t in leaves_of(output) if t.requires_grad]
+        if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
         self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
         inside, self._inside = self._inside, []
@@ -120,9 +126,8 @@ class Watcher:
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, tape)
-            for t in leaves_of(output):
-                if t.requires_grad:
-                    t.register_hook(fire)
+            for t in leaves:
+                t.register_hook(fire)
 
     def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
         metric = self._metric()

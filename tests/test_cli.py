@@ -26,6 +26,7 @@ def test_a_small_comparison_writes_everything(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "deep" / "out"
     assert {p.name for p in out.iterdir()} == {
         "curves.png",
+        "info.jsonl",
         "log.jsonl",
         "metric.safetensors",
         "model.safetensors",

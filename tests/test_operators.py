@@ -8,9 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn import functional as F
 
+from natgrad.jet import Jet, NoRule
 from natgrad.operators import (
-    Jet,
-    NoRule,
     _nested,
     derivatives,
     divergence,

@@ -370,7 +370,8 @@ def test_no_option_set_beats_adam_on_the_digits() -> None:
 @pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
 def test_every_structure_and_kind_descends(structure: str, kind: str) -> None:
     model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind, structure=structure))
+    # without decay: eight data with labels at random are fitted by large weights alone
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind, structure=structure), weight_decay=0.0)
     for _ in range(60):
         opt.zero_grad()
         loss = criterion(model(X), Y)
@@ -395,3 +396,22 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
     size = direction.square().mean().sqrt() * 2.0  # √(fan_in + 1)
     close(model.weight.detach() - before, -1e-3 * direction / size, 1e-9)
     assert oracle.relative_error(g, direction) > 0.05
+
+
+def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay_is_given() -> None:
+    """θ ← (1 − 0.1 η s) θ + Δ for weights, biases untouched; nothing for squared error or a rule of the user's own."""
+    fits = {}
+    for decay in (None, 0.0):
+        model = mlp(hidden=8)
+        opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact"), weight_decay=decay)
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        nn.CrossEntropyLoss()(model(X), Y)  # not the metric's criterion: drawn at the output
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        opt.step()
+        fits[decay] = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+        rate = 0.1 * opt.param_groups[0]["lr"] * float(opt.rule.scale)
+    for n, delta in fits[None].items():
+        expected = fits[0.0][n] - (rate * start[n] if start[n].dim() > 1 else 0)
+        torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-14)
+    assert ng.Fisher(mlp(hidden=8), nn.MSELoss()).weight_decay == 0.0

@@ -98,5 +98,5 @@ problem = Problem(
     "u_t + u u_x = ν u_xx, ν = 0.01/π",
     {"small": (2, 20, 20, 20, 1), "large": (2, 40, 40, 40, 1)},
     prepare,
-    seconds=120,
+    seconds=150,
 )

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 import natgrad
+from natgrad import journal
 from natgrad.report import draw_curves
 from natgrad.runs import Run, best
 from natgrad.tasks.contenders import CONTENDERS, Setup
@@ -76,7 +77,7 @@ class Comparison:
                 display.begin(run)
                 setup = self._train(model, run, self.budget, display)
                 if run.optimizer == self.leader and run in best(self.runs):
-                    self._keep(model, setup)
+                    self._keep(model, setup, run)
                 self.write_log()
                 display.end(run)  # last: who reads that a run is over finds its files
 
@@ -128,12 +129,14 @@ class Comparison:
         title = f"{self.task.name}: {size:,} parameters, batches of {self.task.batch_size}, seed {self.seed}"
         self._write("curves.png", lambda path: draw_curves(path, self.runs, self.leader, title, self.task.measured))
 
-    def _keep(self, model: nn.Module, setup: Setup) -> None:
-        """model.safetensors, and metric.safetensors where the optimizer has a metric."""
+    def _keep(self, model: nn.Module, setup: Setup, run: Run) -> None:
+        """model.safetensors, and metric.safetensors and info.jsonl where the optimizer has a metric."""
         weights = {name: value.contiguous() for name, value in model.state_dict().items()}
         self._write("model.safetensors", lambda path: path.write_bytes(save(weights)))
         if setup.metric is not None:
             self._write("metric.safetensors", setup.metric.save)
+            text = "".join(json.dumps(record) + "\n" for record in run.journal)
+            self._write(journal.NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         path = write_whole(self.out / name, write)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from natgrad import journal
+from natgrad.optimizer import NaturalGradient
 from natgrad.runs import Point, Run
 from natgrad.tasks.contenders import Contender, Setup
 from natgrad.tasks.task import Data, Task
@@ -98,6 +100,8 @@ def train(
             clock.pause()
             losses = evaluate(task, model, data)
             run.points.append(Point(step, round(clock.seconds(), 4), *losses, rate=float(groups[0]["lr"])))
+            if step and isinstance(setup.optimizer, NaturalGradient):
+                run.journal.append(journal.record(setup.optimizer))
             due = max(0.004, min(used * GROWTH, used + 0.025))
             show(run, min(used, 1.0))
             clock.resume()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import tempfile
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 60.0  # seconds that a task may take; a hang fails the test
-COLLECTIVE = timedelta(seconds=20)  # that a rank waits for the others
+PATIENCE = 20.0  # seconds that a task may take; a hang fails the test
+COLLECTIVE = timedelta(seconds=10)  # that a rank waits for the others
 
 
 def serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
@@ -25,10 +26,12 @@ def serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=COLLECTIVE)
     while (task := tasks.get()) is not None:
         function, args = task
+        faulthandler.dump_traceback_later(0.8 * PATIENCE)  # where a hang hangs
         try:
             answers.put((rank, "value", function(rank, size, *args)))
         except BaseException as error:
             answers.put((rank, "error", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
 
 

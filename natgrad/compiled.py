@@ -1,0 +1,33 @@
+"""Code of ours inside ``torch.compile``: how it leaves the graph when it has to run in Python.
+
+Hooks of a model that is compiled after a metric was attached to it become part of the compiled call. Where nothing is
+due they vanish from the graph; where statistics are due the graph ends at the first of them, and the rest of the call
+runs in Python, so that the calls can be noted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def go_on_in_python() -> None:
+    """While a graph is traced: end it, and run in Python until the end of the compiled call. Elsewhere: nothing."""
+    if torch.compiler.is_compiling():
+        keep_untraced()
+        leave_graph()
+
+
+def leave_graph() -> None:
+    # `torch.compiler.disable` would not do: it sets the callback again when the function returns. The end of the
+    # compiled call sets it again in any case
+    torch._C._dynamo.eval_frame.set_eval_frame(None)
+
+
+def keep_untraced() -> None:
+    """Called by the compiler while it traces, as it takes the result for a constant. Earlier, it would import the
+    compiler for everybody.
+    """
+    torch._dynamo.decorators.skip(leave_graph)
+
+
+keep_untraced._dynamo_marked_constant = True  # type: ignore[attr-defined]

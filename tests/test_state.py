@@ -1,0 +1,211 @@
+"""Checkpoints: complete, strict, safe to load, and exact to continue from."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from training_cases import Scaled, batches, classifier, distance, natural, same, train, weights
+
+import natgrad as ng
+
+RULES: dict[str, Any] = {
+    "default": lambda: None,
+    "fixed": lambda: ng.FixedStep(momentum=0.5),
+    "trust region": ng.KLTrustRegion,
+    "grafted": ng.Grafted,
+}
+
+
+def saved(path: Path, model: nn.Module, opt: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), **more}, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("structure", ["kfac", "dense", "diagonal"])
+@pytest.mark.parametrize("stop", [1, 7, 31])
+def test_resume_continues_bit_for_bit(tmp_path: Path, rule: str, structure: str, stop: int) -> None:
+    def build() -> tuple[nn.Module, ng.NaturalGradient]:
+        model = Scaled(torch.float32)
+        metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="sampled", structure=structure)  # draws labels
+        return model, ng.NaturalGradient(metric, step=RULES[rule](), average=0.9)
+
+    data = list(batches(60, dtype=torch.float32))
+    model, opt = build()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 60)
+    for batch in data[:stop]:
+        train(model, opt, [batch])
+        scheduler.step()
+    state = saved(tmp_path / "checkpoint.pt", model, opt, scheduler=scheduler.state_dict())
+
+    def go_on(model: nn.Module, opt: ng.NaturalGradient, scheduler: Any) -> list[float]:
+        losses = []
+        for batch in data[stop:]:
+            losses += train(model, opt, [batch])
+            scheduler.step()
+        return losses
+
+    straight = go_on(model, opt, scheduler)
+    torch.manual_seed(99)
+    again, other = build()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other, 60)
+    again.load_state_dict(state["model"])
+    other.load_state_dict(state["opt"])
+    scheduler.load_state_dict(state["scheduler"])
+    assert go_on(again, other, scheduler) == straight
+    assert distance(weights(again), weights(model)) == 0
+    with opt.averaged(), other.averaged():
+        assert distance(weights(again), weights(model)) == 0
+    assert other.info["skipped"] == opt.info["skipped"]
+    assert [other.steps, other.refreshes] == [opt.steps, opt.refreshes]
+
+
+def test_factors_keep_their_dtype_beside_half_precision_parameters(tmp_path: Path) -> None:
+    model = classifier(torch.bfloat16)
+    opt = natural(model)
+    train(model, opt, batches(3, dtype=torch.bfloat16))
+    state = saved(tmp_path / "checkpoint.pt", model, opt)
+    again = classifier(torch.bfloat16)
+    other = natural(again)
+    other.load_state_dict(state["opt"])
+    for a, b in zip(opt.metric.factors("0.weight"), other.metric.factors("0.weight")):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def fresh_state(**options: Any) -> dict[str, Any]:
+    model = classifier()
+    opt = natural(model, **options)
+    train(model, opt, batches(2))
+    return copy.deepcopy(opt.state_dict())
+
+
+def wider() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def renamed() -> nn.Module:
+    return nn.Sequential(nn.Tanh(), nn.Linear(4, 6), nn.Linear(6, 3)).double()
+
+
+STRANGERS: dict[str, tuple[Any, str]] = {
+    "shapes": (lambda: natural(wider()), r"0.weight has shape \(7, 4\) here and \(6, 4\) in the state"),
+    "names": (lambda: natural(renamed()), r"parameters that the state lacks: \['1.weight', '1.bias'\]"),
+    "kind": (lambda: natural(classifier(), kind="sampled"), "kind is 'sampled' here and 'exact' in the state"),
+    "criterion": (lambda: natural(classifier(), nn.MSELoss()), "criterion is 'MSELoss' here and 'CrossEntropyLoss'"),
+    "reduction": (lambda: natural(classifier(), nn.CrossEntropyLoss(reduction="sum")), "reduction is 'sum' here"),
+    "rule": (lambda: natural(classifier(), step=ng.FixedStep()), "of the step rule NormalisedStep, .* has FixedStep"),
+    "groups": (
+        lambda: natural(classifier(), groups=[{"params": "2.*"}]),
+        r"groups of \[4\] parameters, .* of \[2, 2\]",
+    ),
+    "average": (lambda: natural(classifier(), average=0.9), "keeps one of averaged weights and the state none"),
+    "structure": (
+        lambda: ng.NaturalGradient(ng.Fisher(classifier(), nn.CrossEntropyLoss(), kind="exact", structure="diagonal")),
+        "the structure of 0.weight is 'diagonal' here and 'kfac' in the state",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(name: str) -> None:
+    build, message = STRANGERS[name]
+    state, opt = fresh_state(), build()
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert same(opt.state_dict(), before)
+
+
+def test_a_state_of_another_optimizer_is_refused() -> None:
+    state = torch.optim.SGD(classifier().parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="no NaturalGradient state"):
+        natural(classifier()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_refused_and_changes_nothing(tmp_path: Path, share: float) -> None:
+    model = classifier()
+    opt = natural(model)
+    train(model, opt, batches(3))
+    metric, whole = tmp_path / "metric.safetensors", tmp_path / "checkpoint.pt"
+    opt.metric.save(metric)
+    torch.save(opt.state_dict(), whole)
+    for file in (metric, whole):
+        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    before = opt.metric.dense()
+    with pytest.raises(ValueError, match=r"metric.safetensors is cut short or is no safetensors file"):
+        opt.metric.load(metric)
+    with pytest.raises((RuntimeError, OSError)):  # torch's own
+        torch.load(whole, weights_only=True)
+    assert torch.equal(opt.metric.dense(), before)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, ("import pathlib; pathlib.Path(MARK).touch()",)
+
+
+def test_a_malicious_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "ran"
+    monkeypatch.setattr("builtins.MARK", str(mark), raising=False)
+    opt = natural(classifier())
+    state = opt.state_dict()
+    state["natgrad"]["metric"]["about"] = Malicious()
+    torch.save(state, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "evil.pt", weights_only=True)
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError, match="no safetensors file"):
+        opt.metric.load(tmp_path / "evil.safetensors")
+    assert not mark.exists()
+
+
+def test_the_metric_goes_through_safetensors(tmp_path: Path) -> None:
+    model = classifier()
+    opt = natural(model, kind="sampled")
+    train(model, opt, batches(5))
+    opt.metric.save(tmp_path / "metric.safetensors")
+    assert all(isinstance(t, Tensor) for t in load_file(tmp_path / "metric.safetensors").values())
+    other = ng.Fisher(classifier(), nn.CrossEntropyLoss(), kind="sampled")
+    other.load(tmp_path / "metric.safetensors")
+    assert torch.equal(other.dense(), opt.metric.dense())
+    generators = opt.metric.curvature.generators, other.curvature.generators
+    states = [{str(d): g.get_state().tolist() for d, g in found.items()} for found in generators]
+    assert states[0] == states[1]
+    torch.save({}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        other.load(tmp_path / "other.safetensors")
+
+
+def test_a_kept_inverse_survives_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a factorisation failed and the last good one is in force, the statistics alone do not rebuild it."""
+    from natgrad.kronecker import FactorisationError
+
+    def fail(*_: Any) -> Any:
+        raise FactorisationError("does not converge")
+
+    data = list(batches(40))
+    model = classifier()
+    opt = natural(model)
+    train(model, opt, data[:10])
+    while not opt.refresh_due:
+        train(model, opt, data[10:11])
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="last good factor is kept"):  # noqa: PT031
+        patched.setattr(type(opt.metric.blocks[0]), "relative_inverse", fail)
+        train(model, opt, data[11:12])
+    assert not opt.refresh_due
+    state = saved(tmp_path / "checkpoint.pt", model, opt)
+    again = classifier()
+    other = natural(again)
+    again.load_state_dict(state["model"])
+    other.load_state_dict(state["opt"])
+    assert train(model, opt, data[12:]) == train(again, other, data[12:])
+    assert other.info["kept_factors"] == opt.info["kept_factors"]
