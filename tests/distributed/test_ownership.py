@@ -19,7 +19,7 @@ from natgrad.ownership import owners, work_of
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, train
 from tests.distributed.test_ddp import call, compare
-from tests.distributed.test_faults import one_step, setup
+from tests.distributed.test_ddp_faults import one_step, setup
 
 PoolOf = Callable[[int], Pool]
 Sides = list[tuple[int, int]]
