@@ -1,7 +1,7 @@
 """CPU seconds a step of each solver against the rows N and the parameters P, with the exponent of a power-law fit.
 
-``python benchmarks/solver_scaling.py [--quick]``: the 2-d Poisson problem on tanh networks 2-W-W-1, one thread,
-float64; a step is one linearisation and one direction at the given damping (no line search), the median of three.
+``python benchmarks/solver_scaling.py [SOLVER …] [--quick]``: the 2-d Poisson problem on tanh networks 2-W-W-1, one
+thread, float64; a step is one linearisation and one direction at the given damping (no line search), median of three.
 """
 
 from __future__ import annotations
@@ -46,26 +46,29 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    quick = parser.parse_args().quick
+    parser.add_argument("solvers", nargs="*", help="all where none is named")
+    args = parser.parse_args()
+    quick = args.quick
     torch.set_num_threads(1)
     rows = [128, 256, 512] if quick else [256, 512, 1024, 2048]
-    widths = {"dense": [8, 12, 16], "kernel": [16, 24, 32], "cg": [8, 12], "kfac": [16, 24, 32]}
+    widths = {"dense": [8, 12, 16], "kernel": [16, 24, 32], "cg": [8, 12, 16]}
+    widths |= {"kfac": [8, 12, 16], "kfac-only": [16, 24, 32]}
     if not quick:
-        widths = {"dense": [12, 18, 26, 36], "kernel": [32, 48, 64, 96], "cg": [8, 12, 16], "kfac": [32, 48, 64, 96]}
-    for solver in widths:
+        widths = {"dense": [12, 18, 26, 36], "kernel": [32, 48, 64, 96], "cg": [32, 48, 64, 96]}
+        widths |= {"kfac": [12, 18, 26, 36], "kfac-only": [32, 48, 64, 96]}
+    for solver in args.solvers or widths:
         fixed = widths[solver][len(widths[solver]) // 2]
-        counts = rows if solver != "cg" else rows[:3]
-        by_n = [seconds(solver, n, fixed) for n in counts]
+        by_n = [seconds(solver, n, fixed) for n in rows]
         print(
-            f"{solver:<7} P = {by_n[0][0]}: "
-            + "  ".join(f"N {n}: {t:.4f} s" for n, (_, t) in zip(counts, by_n))
-            + f"  ∝ N^{exponent(counts, [t for _, t in by_n]):.2f}",
+            f"{solver:<9} P = {by_n[0][0]}: "
+            + "  ".join(f"N {n}: {t:.4f} s" for n, (_, t) in zip(rows, by_n))
+            + f"  ∝ N^{exponent(rows, [t for _, t in by_n]):.2f}",
             flush=True,
         )
         middle = rows[len(rows) // 2 - 1]
         by_p = [seconds(solver, middle, w) for w in widths[solver]]
         print(
-            f"{solver:<7} N = {middle}: "
+            f"{solver:<9} N = {middle}: "
             + "  ".join(f"P {p}: {t:.4f} s" for p, t in by_p)
             + f"  ∝ P^{exponent([p for p, _ in by_p], [t for _, t in by_p]):.2f}",
             flush=True,

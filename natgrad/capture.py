@@ -10,7 +10,6 @@ has seen: it is how a parameter used by other means is found instead of silently
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.compiled import go_on_in_python
+from natgrad.compiled import eager, go_on_in_python
 from natgrad.decomposed import REWRITES
 from natgrad.ops import IN_PLACE, RULES, Parsed, op_name
 from natgrad.pieces import Piece, find, piece_of, weight_piece
@@ -77,8 +76,7 @@ class Tape:
         self.sizes = {n for t in tensors for n in t.shape[:2]}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
         self._stack = ExitStack()
-        if "torch._dynamo" in sys.modules:  # a compiled model runs eagerly while it is watched
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
 
     def close(self) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.function_space import RootMetric
+from natgrad.iterative import conjugate_gradient
 from natgrad.metric import Metric, Vector
-from natgrad.solvers import DENSE_PARAMETERS, Rows, conjugate_gradient, damped_cholesky
+from natgrad.root_metric import RootMetric
+from natgrad.jacobian import Rows
+from natgrad.solvers import DENSE_PARAMETERS, damped_cholesky
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -121,10 +123,11 @@ class Combination(Metric):
 
     def _stacked(self) -> RootMetric | None:
         """The sum as one metric with rows, where every part has rows (and they are what its `flat` applies)."""
-        roots = [(c, m) for c, m in self.parts if isinstance(m, RootMetric) and m.pick() != "kfac"]
+        roots = [(c, m) for c, m in self.parts if isinstance(m, RootMetric) and m.solver != "kfac-only"]
         if len(roots) != len(self.parts):
             return None
-        out = RootMetric(self.parameters, roots[0][1].solver)
+        solver = roots[0][1].solver
+        out = RootMetric(self.parameters, "cg" if solver == "kfac" else solver)
         out.rows = Rows.stack([(c, m.linearised()) for c, m in roots])
         if all(m.root is not None for _, m in roots):
             out.root = torch.cat([c**0.5 * m.root for c, m in roots if m.root is not None])

@@ -7,7 +7,37 @@ runs in Python, so that the calls can be noted.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+
+
+class _Eager:
+    """How many forward passes are being watched, and the stance that the first of them set."""
+
+    watched = 0
+    stance: Any = None
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled code runs eagerly inside. Several metrics of one model leave in the order they entered: the last one out
+    restores the stance.
+    """
+    if not _Eager.watched and "torch._dynamo" in sys.modules:
+        _Eager.stance = torch.compiler.set_stance("force_eager")
+        _Eager.stance.__enter__()
+    _Eager.watched += 1
+    try:
+        yield
+    finally:
+        _Eager.watched -= 1
+        if not _Eager.watched and _Eager.stance is not None:
+            _Eager.stance.__exit__(None, None, None)
+            _Eager.stance = None
 
 
 def go_on_in_python() -> None:

@@ -312,7 +312,6 @@ class Curvature:
         for block in gone:
             for layer in block.layers:
                 del self.layers.found[layer.key]
-        self.uncovered.pop(name, None)
 
     # which rows belong to which datum ------------------------------------------------------------------
 

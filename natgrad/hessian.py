@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.iterative import conjugate_gradient
 from natgrad.metric import Metric, Vector, named
-from natgrad.solvers import DENSE_PARAMETERS, conjugate_gradient, ensure_fits
+from natgrad.solvers import DENSE_PARAMETERS, ensure_fits
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -40,7 +41,7 @@ class Hessian(Metric):
     Raises:
         TypeError: loss_fn is not callable, or takes more than a batch.
         ValueError: at the first product, a loss that is not a scalar, is not finite or does not depend on the
-        parameters.
+            parameters.
     """
 
     def __init__(
@@ -158,8 +159,10 @@ class Hessian(Metric):
         return values[order], [self.flat_to_vector(basis @ vectors[:, i]) for i in order]
 
     def spectrum(self, steps: int = 50, probes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Nodes and weights (each (probes·steps,), sorted by node) of the spectral density: Σ weights · h(nodes) ≈ "
-        "tr h(ĝ)/P."""
+        """Nodes and weights of the spectral density: Σ weights · h(nodes) ≈ tr h(ĝ)/P.
+
+        Each has shape (probes·steps,), sorted by node.
+        """
         size = sum(p.numel() for p in self.parameters.values())
         if steps < 1 or probes < 1:
             raise ValueError(f"steps and probes must be at least 1, got {steps} and {probes}")
@@ -200,8 +203,10 @@ class Hessian(Metric):
 
 
 def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Diagonal (k,), off-diagonal (k − 1,) and orthonormal basis (P, k) of a symmetric map on a Krylov space; k < "
-    "steps where the space is invariant."""
+    """Diagonal (k,), off-diagonal (k − 1,) and orthonormal basis (P, k) of a symmetric map on a Krylov space.
+
+    k < steps where the space is invariant.
+    """
     q = start / start.norm()
     basis, diagonal, off = [q], [], []
     scale = 0.0

@@ -193,10 +193,10 @@ class NaturalGradient(torch.optim.Optimizer):
                 if (delta := increments.get(self._name_of[p])) is None:
                     continue
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
-                if not on_host:
-                    way = torch.where(fine, way, torch.zeros_like(way))
                 if (decay := self._decay(group, p)) is not None:
                     way, length = way * length - p * decay, 1.0
+                if not on_host:
+                    way = torch.where(fine, way, torch.zeros_like(way))
                 p.add_(way, alpha=length)
         if self._average is not None:
             self._average.follow({n: p for p, n in self._name_of.items()})

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from natgrad.function_space import RootMetric
 from natgrad.metric import Vector, named
-from natgrad.solvers import Rows
+from natgrad.root_metric import RootMetric
+from natgrad.jacobian import Rows
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -40,8 +40,7 @@ class QuantumGeometry(RootMetric):
 
     Raises:
         TypeError, ValueError: at `observe`, a batch that does not fit or is not finite, log ψ that is not a scalar or
-        does not
-            depend on the parameters.
+            does not depend on the parameters.
     """
 
     def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
@@ -68,7 +67,7 @@ class QuantumGeometry(RootMetric):
         return self.loss
 
     def default_step(self) -> StepRule:
-        from natgrad.searches import TrustRegion
+        from natgrad.model_steps import TrustRegion
 
         return TrustRegion()
 

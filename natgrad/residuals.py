@@ -183,8 +183,7 @@ def check_batch(batch: Batch, terms: list[str], like: Tensor) -> dict[str, tuple
 
     Raises:
         TypeError, ValueError: something is missing, left over, empty, of another length, an integer, or of another
-        dtype
-            than the parameters.
+            dtype than the parameters.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(

@@ -25,7 +25,7 @@ SAVE_EVERY = 30.0  # wall seconds between checkpoints
 
 def solve(
     problem: Annotated[str, typer.Argument(help="One of: " + ", ".join(PROBLEMS))],
-    solver: Annotated[str, typer.Option(help="auto, dense, kernel, cg or kfac")] = "auto",
+    solver: Annotated[str, typer.Option(help="auto, dense, kernel, cg, kfac or kfac-only")] = "auto",
     network: Annotated[
         str, typer.Option(help='A name of the problem ("small", "large") or widths such as 2-64-64-1')
     ] = "",
@@ -128,8 +128,10 @@ def run(
     console: Console,
     keep: Any,
 ) -> None:
-    """Step until the CPU seconds or the steps are spent; `log` grows by (step, CPU seconds, loss before the step, "
-    "error after it)."""
+    """Step until the CPU seconds or the steps are spent.
+
+    `log` grows by (step, CPU seconds, loss before the step, error after it).
+    """
     step, spent = (log[-1][0], log[-1][1]) if log else (0, 0.0)
     shown = saved = time.monotonic()
     with Live(console=console, refresh_per_second=4, transient=True) as live:

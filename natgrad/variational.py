@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from natgrad.function_space import RootMetric
 from natgrad.metric import Vector, named
 from natgrad.operators import value_and_gradient
 from natgrad.residuals import CHUNK_BYTES, Batch, check_batch
-from natgrad.solvers import Rows
+from natgrad.root_metric import RootMetric
+from natgrad.jacobian import Rows
 
 Density = Callable[..., Tensor]
 
@@ -32,8 +32,7 @@ class Energy(RootMetric):
     Args:
         model: the network; called with one point of shape (d,).
         densities: ``{name: F}``, ``F(u, du, x, *data) → ()`` at ONE point: u the network's value, () for one output,
-            else
-            (outputs,); du its gradient, (d,) for one output, else (d, outputs).
+            else (outputs,); du its gradient, (d,) for one output, else (d, outputs).
         solver: "auto" | "dense" | "kernel" | "cg".
         chunk: points differentiated at once; None bounds the memory by itself.
 
@@ -46,8 +45,7 @@ class Energy(RootMetric):
 
     Raises:
         TypeError, ValueError: densities that are not callables, no such solver; at `observe`, a batch that does not
-        fit, a
-            density that is not a scalar, does not depend on the network or is not finite.
+            fit, a density that is not a scalar, does not depend on the network or is not finite.
     """
 
     def __init__(

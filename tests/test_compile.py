@@ -117,3 +117,18 @@ def test_a_region_compiled_inside_the_model() -> None:
     assert opt.refreshes > 5
     assert losses[-1] < losses[0]
     assert "rest.0.weight" in opt.metric.names
+
+
+def test_two_metrics_of_one_model_leave_the_compiler_as_it_was() -> None:
+    calls = Calls()
+    model = classifier()
+    compiled: Any = torch.compile(model, backend=calls)
+    one, two = natural(compiled, refresh=5), natural(compiled)
+    for x, y in batches(COUNT):
+        one.zero_grad()
+        due, before = one.refresh_due or two.refresh_due, sum(calls.graphs)
+        one.metric.criterion(compiled(x), y).backward()
+        one.step()
+        two.step()
+        assert sum(calls.graphs) == before + (not due)
+    assert one.refreshes > two.refreshes

@@ -10,9 +10,10 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.function_space import RootMetric
 from natgrad.operators import derivatives, laplacian
-from natgrad.solvers import Rows, free_bytes, gram
+from natgrad.root_metric import RootMetric
+from natgrad.jacobian import Rows
+from natgrad.solvers import free_bytes, gram
 
 torch.set_num_threads(1)
 
@@ -84,7 +85,7 @@ def test_loss_gradient_and_metric_are_those_of_the_stacked_residuals(problem):
 
 @pytest.mark.parametrize(
     "options",
-    [{"solver": s} for s in ("dense", "kernel", "cg")]
+    [{"solver": s} for s in ("dense", "kernel", "cg", "kfac")]
     + [{"solver": "dense", "chunk": 2}, {"solver": "kernel", "chunk": 3}],
 )
 @pytest.mark.parametrize("relative", [1.0, 1e-2, 1e-4])
@@ -249,7 +250,7 @@ def test_kfac_is_exact_on_linear_networks(names):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 4), nn.Linear(4, 1)).double()
     data = {n: torch.rand(6 + i, 2, dtype=torch.float64) for i, n in enumerate(names)}
-    kfac, exact = (ng.GaussNewton(net, {n: LINEAR[n] for n in names}, solver=s) for s in ("kfac", "dense"))
+    kfac, exact = (ng.GaussNewton(net, {n: LINEAR[n] for n in names}, solver=s) for s in ("kfac-only", "dense"))
     kfac.observe(data)
     exact.observe(data)
     torch.testing.assert_close(kfac.dense(), exact.dense() * block_mask(net))
@@ -266,7 +267,7 @@ def test_kfac_is_exact_on_linear_networks(names):
 def test_kfac_of_a_laplacian_has_the_factors_of_the_paper():
     """Against factors built from jets and their cotangents by hand: the first layer's input jet is (x, I, 0)."""
     net, data = tanh_net(2, 6, 1), batch()
-    metric, _ = metric_of(net, data, solver="kfac")
+    metric, _ = metric_of(net, data, solver="kfac-only")
     a, _ = metric._kronecker_terms().blocks["0.weight", "0.bias"][0]
     x = data["interior"][0]
     rows = torch.cat(
@@ -280,6 +281,31 @@ def test_kfac_of_a_laplacian_has_the_factors_of_the_paper():
     with_kfac = ng.NaturalGradient(metric)
     losses = [float(with_kfac.step(data)) for _ in range(30)]
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_kfac_solves_with_the_exact_metric(problem):
+    net, data, _, jac = problem
+    metric, _ = metric_of(net, data, solver="kfac")
+    full = jac.mT @ jac
+    torch.testing.assert_close(metric.dense(), full)
+    df = metric.gradient()
+    back = metric.sharp(metric.flat(df), 1e-3)
+    g = metric.vector_to_flat(df)
+    expected = torch.linalg.solve(full + 1e-3 * torch.eye(len(full), dtype=torch.float64), full @ g)
+    assert float((metric.vector_to_flat(back) - expected).norm() / expected.norm()) < 1e-8
+    assert 0 < metric.factor(1e-3).iterations < 200
+    assert metric.chosen == "kfac: asked for"
+
+
+@pytest.mark.parametrize("solver", ["cg", "kfac"])
+def test_iterative_solvers_name_the_solver_that_has_a_determinant(problem, solver):
+    net, data, _, _ = problem
+    metric, _ = metric_of(net, data, solver=solver)
+    with pytest.raises(NotImplementedError, match=r'no determinant; take solver="kernel" \(14 rows, 51 parameters\)'):
+        metric.logdet(0.1)
+    metric, _ = metric_of(tanh_net(2, 3, 1), batch(40, 20), solver=solver)
+    with pytest.raises(NotImplementedError, match=r'take solver="dense" \(13 parameters, 60 rows\)'):
+        metric.logdet(0.1)
 
 
 def test_kfac_refuses_what_it_cannot_see():
@@ -521,7 +547,7 @@ def test_matrices_that_do_not_fit_are_refused_with_their_bytes(monkeypatch):
     net = tanh_net(2, 6, 4, 1)
     metric, _ = metric_of(net, batch(), solver="dense")
     monkeypatch.setattr("natgrad.solvers.free_bytes", lambda device: 10_000)
-    with pytest.raises(MemoryError, match=r'51×51 factor .* needs 41,616 bytes .* take solver="cg" or "kfac"'):
+    with pytest.raises(MemoryError, match=r'51×51 factor .* needs 41,616 bytes .* take solver="cg"'):
         metric.direction(1e-3)
     metric, _ = metric_of(net, batch(40, 20), solver="kernel")
     with pytest.raises(MemoryError, match=r'60×60 kernel matrix needs 57,600 bytes .* take solver="dense"'):

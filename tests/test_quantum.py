@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.searches import TrustRegion
+from natgrad.model_steps import TrustRegion
 from natgrad.tasks.ising import Boltzmann, all_states, exact_probability, local_energy, prepare
 
 torch.set_num_threads(1)

@@ -8,16 +8,8 @@ from torch import nn
 from torch.func import functional_call
 
 import natgrad as ng
-from natgrad.searches import (
-    Armijo,
-    GridSearch,
-    LevenbergMarquardt,
-    QuadraticModel,
-    Spring,
-    TrustRegion,
-    along,
-    lowest,
-)
+from natgrad.model_steps import LevenbergMarquardt, QuadraticModel, Spring, TrustRegion
+from natgrad.searches import Armijo, GridSearch, along, lowest
 from natgrad.steps import Options
 
 torch.set_num_threads(1)

@@ -80,6 +80,16 @@ def test_factors_keep_their_dtype_beside_half_precision_parameters(tmp_path: Pat
         assert torch.equal(a, b)
 
 
+def test_a_state_from_before_the_first_draw_starts_the_draws_again() -> None:
+    model = classifier()
+    opt = natural(model, kind="sampled")
+    start, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+    losses = train(model, opt, batches(8))
+    model.load_state_dict(start)
+    opt.load_state_dict(state)
+    assert train(model, opt, batches(8)) == losses
+
+
 def fresh_state(**options: Any) -> dict[str, Any]:
     model = classifier()
     opt = natural(model, **options)

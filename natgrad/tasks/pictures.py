@@ -42,8 +42,10 @@ def field_picture(
 
 
 def box_pictures(model: nn.Module, solution: Callable[[Tensor], Tensor], d: int, folder: Path) -> list[Path]:
-    """u and u − u_exact over the first two coordinates of the unit cube, the others at ½ (off the planes where the "
-    "solution has symmetric zeros)."""
+    """u and u − u_exact over the first two coordinates of the unit cube.
+
+    The others are at ½, off the planes where the solution has symmetric zeros.
+    """
     line = torch.linspace(0, 1, SIDE, dtype=torch.float64)
     x2, x1 = torch.meshgrid(line, line, indexing="ij")
     x = torch.full((SIDE * SIDE, d), 0.5, dtype=torch.float64)

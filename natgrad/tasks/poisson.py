@@ -33,8 +33,10 @@ def poisson(
     formula: str,
     seconds: float,
 ) -> Problem:
-    """−Δu = source, u = solution on the boundary; `points` in the interior and on the boundary, drawn for every step "
-    "where `fresh`."""
+    """−Δu = source, u = solution on the boundary.
+
+    `points` are the numbers in the interior and on the boundary, drawn for every step where `fresh`.
+    """
 
     def draw() -> dict[str, tuple[Tensor, Tensor]]:
         x, xb = cube_points(points[0], d), cube_boundary(points[1], d)

@@ -1,0 +1,78 @@
+"""The linear map J of a metric ĝ = JᵀJ: products, and chunks of rows for what needs entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KEPT_BYTES = 2**29  # a Jacobian up to this size is kept for products; a larger one is passed over in chunks
+
+
+@dataclass
+class Rows:
+    """The linear map J: products and, for solvers that need entries, chunks of rows.
+
+    Attributes:
+        count: N.
+        parameters: P.
+        chunks: yields (n, P) tensors, together J.
+        jvp: (P,) → (N,)
+        vjp: (N,) → (P,)
+        like: a tensor with the dtype and device of everything.
+    """
+
+    count: int
+    parameters: int
+    chunks: Callable[[], Iterator[Tensor]]
+    jvp: Callable[[Tensor], Tensor]
+    vjp: Callable[[Tensor], Tensor]
+    like: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor) -> Rows:
+        """The rows of a matrix (N, P) that is already there."""
+        return Rows(matrix.shape[0], matrix.shape[1], lambda: iter([matrix]), matrix.mv, matrix.mT.mv, matrix)
+
+    def matrix(self) -> Tensor:
+        """J as one tensor (N, P)."""
+        parts = list(self.chunks())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def kept(self) -> Rows:
+        """The same rows with J in memory where it is small, which makes products many times quicker."""
+        small = self.count * self.parameters * self.like.element_size() <= KEPT_BYTES
+        return Rows.of(self.matrix()) if small else self
+
+    @staticmethod
+    def stack(parts: list[tuple[float, Rows]]) -> Rows:
+        """Rows of Σ cᵢ JᵢᵀJᵢ: each Jᵢ scaled by √cᵢ, one above the other."""
+        roots = [(math.sqrt(c), r) for c, r in parts]
+        counts = [r.count for _, r in roots]
+
+        def vjp(c: Tensor) -> Tensor:
+            return torch.stack([s * r.vjp(part) for (s, r), part in zip(roots, c.split(counts))]).sum(0)
+
+        return Rows(
+            sum(counts),
+            roots[0][1].parameters,
+            lambda: (s * chunk for s, r in roots for chunk in r.chunks()),
+            lambda v: torch.cat([s * r.jvp(v) for s, r in roots]),
+            vjp,
+            roots[0][1].like,
+        )
+
+
+def gathered(chunks: Iterator[Tensor], rows: int) -> Iterator[Tensor]:
+    """The same rows in chunks of at least `rows`, so that a QR step is worth its while."""
+    waiting: list[Tensor] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if sum(len(w) for w in waiting) >= rows:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
