@@ -34,7 +34,7 @@ from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
-from natgrad.wrappers import refuse_join, refuse_structures, undisturbed
+from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -321,6 +321,7 @@ class Fisher(Metric):
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
         if self.ranks is not None:
+            refuse_rule(driver.rule)
             self.ranks.check_same(described(self))
             self.ranks.refresh = driver.refresh
 

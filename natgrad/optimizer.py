@@ -22,6 +22,7 @@ from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Along, Options, StepRule
 from natgrad.weight_average import WeightAverage
+from natgrad.wrappers import warn_alone
 
 GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
@@ -92,6 +93,8 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(split_groups(metric.parameters, groups), defaults)
         self._skips = Skips()
         self._spent, self._started = 0.0, time.perf_counter()
+        if type(metric).observe is not Metric.observe:
+            warn_alone(type(metric).__name__)
         metric.drive(self)
         metric.expect(self.refresh_due)
 

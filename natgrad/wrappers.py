@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from natgrad.steps import StepRule
 
 SWITCH = "wrap it as torch.nn.parallel.DistributedDataParallel(model) instead"
 
@@ -25,6 +29,25 @@ def refuse_structures(structures: Mapping[str, str]) -> None:
                 f"the structure of {name!r} is 'ekfac', which is not supported on several ranks: they would need one "
                 "eigenbasis before the first look at their data. Use structure='kfac'"
             )
+
+
+def refuse_rule(rule: StepRule) -> None:
+    """Raise a ValueError for a step rule whose steps would differ between ranks."""
+    if not rule.on_ranks:
+        raise ValueError(
+            f"{type(rule).__name__} measures the loss on the data of one rank, so that ranks would take different "
+            "steps; it is not supported on several ranks. Leave step= out, for the metric's own rule"
+        )
+
+
+def warn_alone(metric: str) -> None:
+    """Warn where there are several processes and the metric makes its own gradient, which ranks do not share."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"there are {dist.get_world_size()} processes, and {metric} makes its own gradient, which they do not "
+            "share: give every rank the same batches, or their parameters drift apart",
+            stacklevel=4,
+        )
 
 
 def refuse_join(model: nn.Module) -> None:

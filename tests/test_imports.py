@@ -55,7 +55,7 @@ LEVELS = {
     "hessian": 2,
     "steps": 2,
     "agreement": 2,
-    "wrappers": 1,
+    "wrappers": 2,
     "ownership": 2,
     "searches": 2,
     "model_steps": 2,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
+from natgrad.quadratic import ExactQuadratic
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, data, shard
 from tests.distributed.test_ddp import same
@@ -194,6 +195,28 @@ def test_ekfac_is_refused(pool_of: PoolOf) -> None:
     for said in pool_of(2).errors(ekfac):
         assert said.startswith("ValueError: the structure of '0.weight' is 'ekfac'")
         assert "structure='kfac'" in said
+
+
+def full_batch(rank: int, size: int) -> None:
+    setup(optimizer={"step": ExactQuadratic(*data(0))})
+
+
+def test_a_rule_that_measures_the_loss_is_refused(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(full_batch):
+        assert said.startswith("ValueError: ExactQuadratic measures the loss on the data of one rank")
+
+
+def alone(rank: int, size: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        net = build("mlp")
+        ng.NaturalGradient(ng.GaussNewton(net, {"fit": lambda u, x: u(x)}))
+    return [str(w.message) for w in said]
+
+
+def test_a_metric_with_a_gradient_of_its_own_warns(pool_of: PoolOf) -> None:
+    for said in pool_of(2).run(alone):
+        assert any("GaussNewton makes its own gradient" in s for s in said)
 
 
 def joined(rank: int, size: int) -> None:
