@@ -78,7 +78,7 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
             )
             block.structure = data["structure"]
             if isinstance(block, KroneckerBlock):
-                block.max_rows, block.seed = curvature.max_positions, curvature.seed
+                curvature.limit_rows(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})
         for layer, d in zip(mine[name].layers, data["layers"]):
             layer.fan_in = d["fan_in"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from natgrad.iterative import conjugate_gradient
+from natgrad.jacobian import Rows
 from natgrad.metric import Metric, Vector
 from natgrad.root_metric import RootMetric
-from natgrad.jacobian import Rows
 from natgrad.solvers import DENSE_PARAMETERS, damped_cholesky
 
 if TYPE_CHECKING:

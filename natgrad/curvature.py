@@ -23,6 +23,8 @@ from natgrad.trees import Tensors, replace_tensors
 from natgrad.views import GradientView
 
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
+TRAINING_ROWS = 2048  # rows of a call that enter a factor while an optimizer drives a sampled metric: at least these,
+# or as many as the larger side has, so that the moving average of a few refreshes has full rank
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 
 BLOCKS: dict[str, Callable[[Sequence[Layer], str], Block]] = {
@@ -77,12 +79,14 @@ class Curvature:
     sharing_of: Callable[[str], str]
     fraction: float = 1.0
     max_positions: int | None = None
+    trains: bool = False  # an optimizer drives the metric
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = Layers({n: p.shape for n, p in self.parameters.items()})
-        self.generators: dict[torch.device, torch.Generator] = {}
+        self.generators: dict[torch.device, torch.Generator] = {}  # of labels
+        self.row_generator = torch.Generator().manual_seed(self.seed)
         self._axes: dict[tuple[object, ...], list[int] | None] = {}
         self._warned_batch_norm = False
 
@@ -300,7 +304,7 @@ class Curvature:
             block = BLOCKS[structure]([layer], self.sharing_of(layer.key.name))
             block.structure = structure
             if isinstance(block, KroneckerBlock):
-                block.max_rows, block.seed = self.max_positions, self.seed
+                self.limit_rows(block)
             self.blocks.append(block)
         return calls
 
@@ -312,6 +316,20 @@ class Curvature:
         for block in gone:
             for layer in block.layers:
                 del self.layers.found[layer.key]
+
+    def limit_rows(self, block: KroneckerBlock) -> None:
+        """Say how many rows of one call may enter a factor of the block, and what draws them."""
+        block.generator = self.row_generator
+        block.max_rows = self.max_positions
+        if self.trains and self.kind == "sampled" and self.max_positions is None:
+            block.max_rows = max(TRAINING_ROWS, *block.matrix_shape[1:])
+
+    def train(self) -> None:
+        """An optimizer takes over: what a refresh costs counts from now on."""
+        self.trains = True
+        for block in self.blocks:
+            if isinstance(block, KroneckerBlock):
+                self.limit_rows(block)
 
     # which rows belong to which datum ------------------------------------------------------------------
 

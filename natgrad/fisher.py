@@ -25,7 +25,15 @@ from natgrad.averages import Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import BLOCKS, PER_DATUM, Curvature, Draw, statistics_dtype, usable
+from natgrad.curvature import (
+    BLOCKS,
+    PER_DATUM,
+    TRAINING_ROWS,
+    Curvature,
+    Draw,
+    statistics_dtype,
+    usable,
+)
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.kronecker import diagonal_of, is_diagonal
@@ -67,7 +75,8 @@ class Fisher(Metric):
         seed: of the labels drawn; the global random state is never touched.
         fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
-            ("sampled" only); a refresh then costs at most that many outer products a layer.
+            ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
+            `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
@@ -324,6 +333,7 @@ class Fisher(Metric):
             refuse_rule(driver.rule)
             self.ranks.check_same(described(self))
             self.ranks.refresh = driver.refresh
+        self.curvature.train()
 
     def without_curvature(self) -> set[str]:
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
@@ -505,6 +515,11 @@ class Fisher(Metric):
             notes.append(f"labels drawn for {self.curvature.fraction:.0%} of the data")
         if self.curvature.max_positions is not None:
             notes.append(f"at most {self.curvature.max_positions} rows of a call enter a Kronecker factor")
+        elif self.curvature.trains and self.kind == "sampled":
+            notes.append(
+                f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
+                "as many as its larger side has"
+            )
         return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 
     def _coverage_row(self, name: str) -> CoverageRow:

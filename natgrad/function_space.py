@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.iterative import ConjugateGradient
+from natgrad.jacobian import Rows
 from natgrad.kronecker_sum import KroneckerSolver, KroneckerSum, preconditioner
 from natgrad.metric import Metric, Vector, named
 from natgrad.residuals import Batch, Residuals, Term
 from natgrad.root_metric import SOLVERS, RootMetric
-from natgrad.jacobian import Rows
 from natgrad.solvers import Solver
 
 if TYPE_CHECKING:

@@ -56,8 +56,7 @@ class KroneckerBlock(Block):
         self.sharing = sharing
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
-        self.seed = 0  # of the choice of rows
-        self.generator: torch.Generator | None = None
+        self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         self.full = (1 < out <= FULL_SIDE, 1 < into <= FULL_SIDE and not exactly_diagonal)
@@ -99,8 +98,6 @@ class KroneckerBlock(Block):
         rows = data * positions
         if self.max_rows is None or rows <= self.max_rows:
             return use.gradients, use.inputs if use.first else None, 1.0
-        if self.generator is None:
-            self.generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(data, generator=self.generator)[: max(FEWEST_DATA, -(-self.max_rows // positions))]
         chosen = chosen.to(use.gradients.device)
         keep = torch.randperm(len(chosen) * positions, generator=self.generator)[: self.max_rows].to(chosen.device)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from natgrad.iterative import conjugate_gradient
+from natgrad.jacobian import Rows
 from natgrad.metric import Vector
 from natgrad.residuals import Residuals
-from natgrad.jacobian import Rows
 from natgrad.solvers import damped_cholesky
 from natgrad.taylor_kfac import TermFactors
 

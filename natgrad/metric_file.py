@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
 FORMAT = 2
+ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
 def state_of(metric: Fisher) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def state_of(metric: Fisher) -> dict[str, Any]:
                 tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
+    generators[ROWS] = metric.curvature.row_generator.get_state()
     return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
 
 
@@ -104,10 +106,11 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:
         if isinstance(block, KroneckerBlock):
-            block.max_rows, block.seed = metric.curvature.max_positions, metric.curvature.seed
+            metric.curvature.limit_rows(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
-    for device, saved in state.get("generators", {}).items():
-        generator = metric.curvature.generator(torch.device(device))
+    for which, saved in state.get("generators", {}).items():
+        rows = which == ROWS
+        generator = metric.curvature.row_generator if rows else metric.curvature.generator(torch.device(which))
         generator.set_state(saved.cpu())
         if metric.ranks is not None and metric.ranks.rank != there.get("rank", 0):
             # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels

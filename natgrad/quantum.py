@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from natgrad.jacobian import Rows
 from natgrad.metric import Vector, named
 from natgrad.root_metric import RootMetric
-from natgrad.jacobian import Rows
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule

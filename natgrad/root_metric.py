@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from natgrad.iterative import ConjugateGradient
-from natgrad.metric import Metric, Vector
 from natgrad.jacobian import Rows
+from natgrad.metric import Metric, Vector
 from natgrad.solvers import Dense, Kernel, Solver, choose, ensure_fits
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
+from natgrad.jacobian import Rows
 from natgrad.metric import Vector, named
 from natgrad.operators import value_and_gradient
 from natgrad.residuals import CHUNK_BYTES, Batch, check_batch
 from natgrad.root_metric import RootMetric
-from natgrad.jacobian import Rows
 
 Density = Callable[..., Tensor]
 

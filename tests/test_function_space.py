@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
+from natgrad.jacobian import Rows
 from natgrad.operators import derivatives, laplacian
 from natgrad.root_metric import RootMetric
-from natgrad.jacobian import Rows
 from natgrad.solvers import free_bytes, gram
 
 torch.set_num_threads(1)
