@@ -14,7 +14,7 @@ named tensors. Statistics, damping and inverse are three things: damping is neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ class Inverse:
     def apply(self, x: Tensor) -> Tensor:
         """Coordinates (…, *shape) of a covector → coordinates of a tangent vector."""
         raise NotImplementedError
+
+
+@dataclass
+class Job:
+    """One expensive part of an inverse that another rank may do."""
+
+    cost: float  # multiplications
+    like: Tensor  # of the shape, dtype and device of the result
+    compute: Callable[[], Tensor]
 
 
 class Block:
@@ -109,6 +118,10 @@ class Block:
         """Whether a statistic does not scale with the loss, whatever its reduction."""
         return False
 
+    def is_symmetric(self, key: str) -> bool:
+        """Whether a statistic is a stack of symmetric matrices."""
+        return False
+
     def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
         """Over the data seen before this block was first used, its gradient was zero."""
         for key, average in new.items():
@@ -167,10 +180,20 @@ class Block:
             self._inverse = (self.version, damping, self.inverse(damping))
         return self._inverse[2]
 
-    def relative_inverse(self, damping: float) -> Inverse:
-        """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors."""
+    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
+        """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
+
+        `results`: of the `relative_jobs`, where they have been done elsewhere.
+        """
+        return self.inverse(self.relative_to_mean(damping))
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        """The expensive parts of `relative_inverse`; none where it is cheap."""
+        return []
+
+    def relative_to_mean(self, damping: float) -> float:
         mean = float(self.trace()) / self.dimension
-        return self.inverse(damping * mean if mean > 0 else 1.0)
+        return damping * mean if mean > 0 else 1.0
 
     def diagonal(self) -> Tensor:
         raise NotImplementedError
@@ -252,6 +275,9 @@ class DenseBlock(JointBlock):
         average.weigh(mass, source)
         return {"matrix": average}
 
+    def is_symmetric(self, key: str) -> bool:
+        return True
+
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
         grown = []
         for part in parts:  # batches from before a layer was first used
@@ -276,6 +302,13 @@ class DenseBlock(JointBlock):
 
     def inverse(self, damping: float) -> Inverse:
         return DenseInverse(damped_inverse(self.matrix, damping))
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
+        return super().relative_inverse(damping) if results is None else DenseInverse(*results)
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        m = self.matrix
+        return [Job(len(m) ** 3, m, lambda: damped_inverse(m, self.relative_to_mean(damping)))]
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal()

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
+from natgrad.averages import Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
@@ -33,6 +34,7 @@ from natgrad.curvature import (
     statistics_dtype,
     usable,
 )
+from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
@@ -40,6 +42,7 @@ from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
+from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -74,6 +77,10 @@ class Fisher(Metric):
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
+        process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
+            metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
+        exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
+            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -96,6 +103,8 @@ class Fisher(Metric):
         seed: int = 0,
         fraction: float = 1.0,
         max_positions: int | None = None,
+        process_group: Any = None,
+        exchange: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
@@ -112,6 +121,7 @@ class Fisher(Metric):
         self.module = unwrapped(model)
         refuse_modules(self.module)
         super().__init__(chosen_parameters(self.module, params))
+        self.ranks = ranks_of(model, process_group, self._like().device, exchange)
         self.structure, self.sharing, self.samples = structure, sharing, samples
         self._output, self._targets = output, targets
         self.curvature = Curvature(
@@ -119,13 +129,15 @@ class Fisher(Metric):
             self.reading,
             kind,
             samples,
-            seed,
+            seed if self.ranks is None else self.ranks.seed(seed),
             self.parameters,
             by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             fraction,
             max_positions,
         )
+        if self.ranks is not None:
+            refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
         self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
         self.seen = 0  # data counted so far
@@ -152,6 +164,9 @@ class Fisher(Metric):
             ValueError: the criterion cannot take the output, or labels are needed and missing.
             CaptureError: a parameter is used in a way the metric cannot follow.
         """
+        self._commit([self._new_draw(inputs, targets)], decay=None)
+
+    def _new_draw(self, inputs: Any, targets: Any) -> Draw:
         if self._driver is not None:
             raise RuntimeError(
                 "this metric is driven by an optimizer, which adds the batches that are trained on; calling "
@@ -161,8 +176,7 @@ class Fisher(Metric):
         args, kwargs = arguments(inputs)
         if targets is None and self._targets is not None:
             targets = self._targets(received(args, kwargs))
-        draw = self._draw_update(args, kwargs, targets)
-        self._commit([draw], decay=None)
+        return self._draw_update(args, kwargs, targets)
 
     def _draw_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Draw:
         buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
@@ -213,16 +227,24 @@ class Fisher(Metric):
 
         Raises:
             ValueError: the loader is empty.
+
+        Ranks meet once, after their last batches, so that their loaders may differ in length.
         """
         from rich.progress import track
 
         size = len(loader) if isinstance(loader, Sized) else None
         batches = track(loader, description="metric", total=size, transient=True) if progress else loader
         count = 0
+        mine = Draw([], 0)
         for batch in batches:
             inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-            self.update(inputs, targets)
+            if self.ranks is None:
+                self.update(inputs, targets)
+            else:
+                mine = together(self.blocks, [mine, self._new_draw(inputs, targets)], self._plain)
             count += 1
+        if self.ranks is not None and self._commit([mine], decay=None):
+            return self
         if count == 0:
             raise ValueError("the loader is empty: the metric is a mean over data and needs at least one batch")
         return self
@@ -234,23 +256,28 @@ class Fisher(Metric):
             block.version += 1
         self.seen, self._pending, self._masses = 0, [], {}
 
-    def _commit(self, draws: list[Draw], decay: float | None) -> None:
-        plain = self.reading.reduction == "sum"
-        for block in self.blocks:
-            parts = [new for draw in draws for held, new in draw.statistics if held is block]
-            if not parts:
-                continue
-            new = block.merged(parts, plain)
-            without = [draw.masses for draw in draws if all(held is not block for held, _ in draw.statistics)]
+    @property
+    def _plain(self) -> bool:
+        """Whether sums are never divided."""
+        return self.reading.reduction == "sum"
+
+    def _commit(self, draws: list[Draw], decay: float | None) -> bool:
+        """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
+        draw: Draw | None = together(self.blocks, draws, self._plain)
+        if self.ranks is not None and draw is not None:
+            draw = self.ranks.share(self.curvature, draw, described(self), self._plain)
+            if draw is None or not self._usable(draw):  # the same on all ranks
+                return False
+        if draw is None:
+            return False
+        for block, new in draw.statistics:
             if decay is None and not block.statistics:
-                without.append(self._masses)
-            for masses in without:  # its gradient was zero there
-                block.backdate(new, masses)
-            block.commit(new, decay, plain)
-        for draw in draws:
-            for source, mass in draw.masses.items():
-                self._masses[source] = self._masses.get(source, 0) + mass
-        self.seen += sum(draw.data for draw in draws)
+                block.backdate(new, self._masses)
+            block.commit(new, decay, self._plain)
+        for source, mass in draw.masses.items():
+            self._masses[source] = self._masses.get(source, 0) + mass
+        self.seen += draw.data
+        return True
 
     # what the watcher asks -----------------------------------------------------------------------------
 
@@ -270,12 +297,16 @@ class Fisher(Metric):
         else:
             args, kwargs = called[""]
             output, targets = self.reading.split(*args, **kwargs)
-        return self.curvature.draw(output, targets, tapes, per_datum=False)
+        return self._draw_training(output, targets, tapes)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
         output = output if self._output is None else self._output(output)
         targets = None if self._targets is None else self._targets(received(*given))
-        return self.curvature.draw(output, targets, tapes, per_datum=False)
+        return self._draw_training(output, targets, tapes)
+
+    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
+        with undisturbed(self.model):
+            return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:
         self._pending.append(draw)
@@ -298,6 +329,10 @@ class Fisher(Metric):
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         self._driver = driver
+        if self.ranks is not None:
+            refuse_rule(driver.rule)
+            self.ranks.check_same(described(self))
+            self.ranks.refresh = driver.refresh
         self.curvature.train()
 
     def without_curvature(self) -> set[str]:
@@ -312,14 +347,21 @@ class Fisher(Metric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = [d for d in self._pending if self._usable(d)], []
+        draws, self._pending = self._pending, []
         self._watcher.forget()
         dtype = statistics_dtype(self.parameters.values())
         for block in self.blocks:
             block.move(self.parameters[block.names[0]].device, dtype)
-        if draws:
-            self._commit(draws, decay)
-        return bool(draws)
+        if self.ranks is not None:  # ranks meet where all know that they do; what comes late is not waited for
+            return bool(self._driver.refresh_due) and self._commit(draws, decay)
+        draws = [d for d in draws if self._usable(d)]
+        return bool(draws) and self._commit(draws, decay)
+
+    def agree(self, fine: Tensor) -> Tensor:
+        if self.ranks is None:
+            return fine
+        refuse_join(self.model)
+        return self.ranks.all_fine(fine)
 
     def _usable(self, draw: Draw) -> bool:
         """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
@@ -339,7 +381,8 @@ class Fisher(Metric):
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"dropped_statistics": self.dropped, "data_seen": self.seen}
+        shared = {} if self.ranks is None else self.ranks.info
+        return {"dropped_statistics": self.dropped, "data_seen": self.seen, **shared}
 
     def discard_pending(self) -> None:
         """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
@@ -532,6 +575,24 @@ class Fisher(Metric):
             ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
         metric_file.load(self, path)
+
+
+def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Draw:
+    """Several draws as one."""
+    statistics: list[tuple[Block, Statistics]] = []
+    masses: dict[str, Tensor] = {}
+    for block in blocks:
+        parts = [new for draw in draws for held, new in draw.statistics if held is block]
+        if parts:
+            statistics.append((block, block.merged(parts, plain)))
+    for draw in draws:
+        for source, mass in draw.masses.items():
+            masses[source] = masses[source] + mass if source in masses else mass
+    for block, new in statistics:
+        for key, average in new.items():
+            for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
+                average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
+    return Draw(statistics, sum(draw.data for draw in draws), masses)
 
 
 def whole_side(side: Tensor) -> Tensor:

@@ -117,10 +117,12 @@ def factored_inverses(u: Tensor, v: Tensor, damping: float) -> tuple[Tensor, Ten
 
     A factor that is zero stays at its damping: its inverse is I/√λ.
     """
-    return _relative_inverse(u, damping**0.5), _relative_inverse(v, damping**0.5)
+    return relative_inverse(u, damping), relative_inverse(v, damping)
 
 
-def _relative_inverse(side: Tensor, damping: float) -> Tensor:
+def relative_inverse(side: Tensor, damping: float) -> Tensor:
+    """One side of `factored_inverses`."""
+    damping = damping**0.5
     size = diagonal_of(side).mean()
     scaled = side * torch.where(size > 0, 1 / size, torch.zeros_like(size))
     return 1 / (scaled + damping) if is_diagonal(side) else damped_inverse(scaled, damping)

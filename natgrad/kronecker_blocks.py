@@ -20,18 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from natgrad.averages import Average, Statistics
-from natgrad.blocks import CHUNK, Block, Inverse
+from natgrad.blocks import CHUNK, Block, Inverse, Job
 from natgrad.kronecker import (
     diagonal_of,
     eigen_of,
     factored_inverses,
+    is_diagonal,
     kron_apply,
     left_times,
+    relative_inverse,
     times,
     trace_of,
 )
@@ -63,7 +66,7 @@ class KroneckerBlock(Block):
     def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         new: Statistics = {}
         if not uses[0] and not self.statistics:
-            return new
+            return new  # nothing is known of its inputs yet
         for use in uses[0]:
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
             gradients, inputs, scale = self._rows(use)
@@ -106,6 +109,9 @@ class KroneckerBlock(Block):
 
     def is_mean(self, key: str) -> bool:
         return key in ("V", "U′", "Q_U", "Q_V")
+
+    def is_symmetric(self, key: str) -> bool:
+        return key[0] in "UV" and self.full[key[0] == "V"]
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layer.pack(tensors)
@@ -163,8 +169,19 @@ class KroneckerBlock(Block):
         values, qu, qv = self.eigen()
         return EigenInverse(1 / (values + damping), qu, qv)
 
-    def relative_inverse(self, damping: float) -> Inverse:
-        return KroneckerInverse(*factored_inverses(self.u, self.v, damping))
+    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
+        if results is None:
+            return KroneckerInverse(*factored_inverses(self.u, self.v, damping))
+        done = iter(results)
+        u, v = (relative_inverse(s, damping) if is_diagonal(s) else next(done) for s in (self.u, self.v))
+        return KroneckerInverse(u, v)
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        return [
+            Job(side.shape[0] * side.shape[-1] ** 3, side, partial(relative_inverse, side, damping))
+            for side in (self.u, self.v)
+            if not is_diagonal(side)
+        ]
 
     def diagonal(self) -> Tensor:
         return diagonal_of(self.u)[..., :, None] * diagonal_of(self.v)[..., None, :]
@@ -283,7 +300,10 @@ class EigenvalueBlock(KroneckerBlock):
         values, qu, qv = self.eigen()
         return out_of_basis(into_basis(x, qu, qv) * values, qu, qv)
 
-    def relative_inverse(self, damping: float) -> Inverse:
+    def relative_jobs(self, damping: float) -> list[Job]:
+        return []  # the basis is found where the statistics are taken
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
         values, qu, qv = self.eigen()
         mean = values.mean()
         scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))

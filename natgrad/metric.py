@@ -175,6 +175,10 @@ class Metric:
         """
         return False
 
+    def agree(self, fine: Tensor) -> Tensor:
+        """Whether a step is fine on every rank that shares this metric. Called where a refresh is due."""
+        return fine
+
     def discard_pending(self) -> None:
         """Drop statistics gathered since the last `advance`."""
 

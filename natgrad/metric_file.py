@@ -53,6 +53,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "seen": metric.seen,
+        "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "blocks": [
             {
@@ -111,6 +112,10 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         rows = which == ROWS
         generator = metric.curvature.row_generator if rows else metric.curvature.generator(torch.device(which))
         generator.set_state(saved.cpu())
+        if metric.ranks is not None and metric.ranks.rank != there.get("rank", 0):
+            # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
+            start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+            generator.manual_seed(metric.ranks.seed(start))
 
 
 def blocks_from(

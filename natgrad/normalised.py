@@ -18,9 +18,9 @@ curvature follow Adam at a matching rate (`natgrad.adam`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ from natgrad.adam import Adam
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
+from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
 from natgrad.steps import Increments, Options, StepRule, cosine, one_value
+
+if TYPE_CHECKING:
+    from natgrad.distributed import Ranks
 
 ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
 SLOPE_CLIP = 2.0
@@ -56,6 +60,9 @@ class BlockState:
 
     failures: int = 0  # factorisations in a row that failed
 
+    def is_stale(self, block: Block, damping: float) -> bool:
+        return self.inverse is None or self.inverse_of != (block.version, damping)
+
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
         state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
@@ -74,15 +81,17 @@ class BlockState:
             state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
         return cls(**state)
 
-    def refresh(self, block: Block, damping: float) -> Inverse:
+    def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
         """The inverse for the block's present statistics; the last good one where it cannot be had.
+
+        `make`: gives it, where ranks share the work.
 
         Raises:
             FactorisationError: it failed several times in a row, or there is no earlier one.
         """
-        if self.inverse is None or self.inverse_of != (block.version, damping):
+        if self.is_stale(block, damping):
             try:
-                self.inverse, self.failures = block.relative_inverse(damping), 0
+                self.inverse, self.failures = block.relative_inverse(damping) if make is None else make(), 0
             except FactorisationError as error:
                 self.failures += 1
                 if self.inverse is None or self.failures >= MAX_FAILURES:
@@ -96,6 +105,7 @@ class BlockState:
                         stacklevel=2,
                     )
             self.inverse_of = (block.version, damping)
+        assert self.inverse is not None
         return self.inverse
 
 
@@ -147,6 +157,8 @@ class NormalisedStep(StepRule):
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
         self._slope: Slope | None = None
+        self._ranks: Ranks | None = None  # that share the work, where there are several
+        self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
     @property
     def scale(self) -> Tensor | float:
@@ -156,16 +168,18 @@ class NormalisedStep(StepRule):
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
+        self._ranks = getattr(metric, "ranks", None)
         if active:
             grads = [packed_gradient(b, df, metric.parameters) for b in active]
             states = [self._state(b, g) for b, g in zip(active, grads)]
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
-        out: dict[str, Any] = {}
+        moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
-                out[n] = out[n] + delta if n in out else delta  # slices of one parameter in several blocks
+                moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+        out: Increments = dict(moved)
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
@@ -213,7 +227,10 @@ class NormalisedStep(StepRule):
             # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
             lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
             ahead.append(torch.add(s.momentum, g, alpha=lead))
-        directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
+        if self._ranks is None:
+            directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
+        else:
+            directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], ahead)
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
@@ -222,6 +239,29 @@ class NormalisedStep(StepRule):
         assert self._slope is not None
         self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
         return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+
+    def _shared(
+        self,
+        ranks: Ranks,
+        blocks: Sequence[Block],
+        states: Sequence[BlockState],
+        dampings: Sequence[float],
+        ahead: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Directions with the inverses shared out among the ranks."""
+        if way_of(ranks, blocks) == "directions":
+            now = [(b.names, b.version, damping) for b, damping in zip(blocks, dampings)]
+            fresh, self._shared_at = now != self._shared_at, now
+            return shared_directions(
+                ranks, blocks, lambda i: states[i].refresh(blocks[i], dampings[i]).apply(ahead[i]), ahead, fresh
+            )
+        stale = [i for i, (s, b) in enumerate(zip(states, blocks)) if s.is_stale(b, dampings[i])]
+        made = shared_inverses(
+            ranks, [Stale(blocks[i], dampings[i], blocks[i].relative_jobs(dampings[i])) for i in stale]
+        )
+        for i, make in zip(stale, made):
+            states[i].refresh(blocks[i], dampings[i], make)
+        return [s.refresh(b, damping).apply(u) for s, b, damping, u in zip(states, blocks, dampings, ahead)]
 
     def _tell(self, options: Mapping[str, Options], scale: Tensor) -> None:
         ratio = None if self._slope is None else self._slope.ratio

@@ -22,6 +22,7 @@ from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
 from natgrad.steps import Along, Options, StepRule
 from natgrad.weight_average import WeightAverage
+from natgrad.wrappers import warn_alone
 
 GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
@@ -92,6 +93,8 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(split_groups(metric.parameters, groups), defaults)
         self._skips = Skips()
         self._spent, self._started = 0.0, time.perf_counter()
+        if type(metric).observe is not Metric.observe:
+            warn_alone(type(metric).__name__)
         metric.drive(self)
         metric.expect(self.refresh_due)
 
@@ -110,6 +113,22 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._next_refresh = 0  # the metric knows nothing of it yet
         if self._average is not None:
             self._average.include({self._name_of[p]: p for p in group["params"]})
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What ranks must agree on for their steps to be the same, and their refreshes at the same ones."""
+        options = ("lr", "momentum", "damping", "weight_decay", "maximize")
+        return {
+            "rule": type(self.rule).__name__,
+            "refresh": self.refresh,
+            "steps": self.steps,
+            "next refresh": self._next_refresh,
+            **{
+                f"{o} of group {i}": None if g[o] is None else float(g[o])
+                for i, g in enumerate(self.param_groups)
+                for o in options
+            },
+        }
 
     @property
     def refresh_due(self) -> bool:
@@ -160,6 +179,8 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )
         fine = all_finite(df)
+        if self.refresh_due:  # ranks are about to meet: if one of them skips, so do all
+            fine = self.metric.agree(fine)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
             self.metric.discard_pending()

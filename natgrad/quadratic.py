@@ -41,6 +41,8 @@ class ExactQuadratic(StepRule):
         ValueError: in `update`, if the optimizer maximises, or its groups differ in lr or damping.
     """
 
+    on_ranks = False  # a rank's own batch is in the products
+
     def __init__(self, inputs: Any, targets: Any, damping: float = 1.0, lr: float = 1.0) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping = lr, 0.0, damping

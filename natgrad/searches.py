@@ -28,6 +28,8 @@ FRESH = (10.0, 2**-3, 1.0)
 class SearchRule(StepRule):
     """What these rules and those of `natgrad.model_steps` share: one η, μ and λ for all parameters."""
 
+    on_ranks = False  # a rank's own loss is in the search
+
     def options(self, options: Mapping[str, Options]) -> tuple[float, float, float]:
         """η, μ, λ
 

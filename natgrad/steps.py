@@ -50,6 +50,7 @@ class StepRule:
     momentum: float = 0.0
     damping: float = 1e-3
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
+    on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
