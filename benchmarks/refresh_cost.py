@@ -2,7 +2,7 @@
 
     python benchmarks/refresh_cost.py
 
-The bar is 1.6 (issue 3). A refresh is the forward pass with capture, the draw, one more backward pass and the
+The bar is 1.6. A refresh is the forward pass with capture, the draw, one more backward pass and the
 statistics of every block; factorisation belongs to the step. The two passes alternate, and medians are compared.
 """
 

@@ -1,6 +1,7 @@
 """natgrad: natural-gradient descent for PyTorch."""
 
 from natgrad import operators
+from natgrad.capture import CaptureError
 from natgrad.fisher import Fisher
 from natgrad.function_space import GaussNewton
 from natgrad.hessian import Hessian
@@ -15,6 +16,7 @@ from natgrad.variational import Energy
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "CaptureError",
     "Energy",
     "Euclidean",
     "ExactQuadratic",

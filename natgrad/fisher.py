@@ -12,7 +12,6 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,16 @@ from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
+from natgrad.options import (
+    arguments,
+    by_pattern,
+    check_curvature_batch,
+    choose,
+    chosen_parameters,
+    received,
+    refuse_modules,
+    unwrapped,
+)
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
 from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
@@ -49,11 +58,6 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
-WRAPPERS = (
-    "module",
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-)  # attribute names that wrappers add to parameter names
 
 
 class Fisher(Metric):
@@ -601,94 +605,3 @@ def whole_side(side: Tensor) -> Tensor:
         return side
     diagonal = diagonal_of(side)
     return torch.diag_embed(diagonal) if diagonal.shape[-1] <= FULL_SIDE else diagonal
-
-
-def choose(what: str, value: Any, known: Iterable[str]) -> None:
-    """Raise a ValueError unless `value` is one of `known`."""
-    if value not in (known := tuple(known)):
-        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
-
-
-def check_curvature_batch(kind: str, fraction: float, max_positions: int | None) -> None:
-    """Raise a ValueError for an option out of range."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
-    if max_positions is not None and (not isinstance(max_positions, int) or max_positions < 1):
-        raise ValueError(f"max_positions must be a whole number of at least 1 or None, got {max_positions!r}")
-    if kind != "sampled" and (fraction < 1 or max_positions is not None):
-        raise ValueError(f"kind={kind!r} uses all the data; fraction and max_positions belong to kind='sampled'")
-
-
-def refuse_modules(root: nn.Module) -> None:
-    """Raise a ValueError for modules that no metric can follow."""
-    for path, module in root.named_modules():
-        if ".quantized" in type(module).__module__:
-            raise ValueError(
-                f"module {path!r} ({type(module).__name__}) is quantised: its weights are packed integers without "
-                "gradients. Take the metric of the model before it is converted"
-            )
-        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(
-                f"module {path!r} is an {type(module).__name__} with sparse=True, which leaves sparse gradients; "
-                "natgrad takes dense ones: build it with sparse=False"
-            )
-
-
-def by_pattern(
-    what: str, given: str | Mapping[str, str], known: tuple[str, ...], default: str, names: Iterable[str]
-) -> Callable[[str], str]:
-    """Name → option, from one option or from {pattern: option}.
-
-    Raises:
-        TypeError: `given` is neither.
-        ValueError: an option that does not exist, or a pattern that matches no name.
-    """
-    if not isinstance(given, (str, Mapping)):
-        raise TypeError(f"{what} takes one of {known} or {{name pattern: {what}}}, got {describe(given)}")
-    names = list(names)
-    rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
-    for pattern, value in rules.items():
-        choose(what, value, known)
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-            raise ValueError(f"{what}: no trainable parameter matches {pattern!r}; there are {names}")
-    return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def chosen_parameters(module: nn.Module, params: str | Iterable[str] | None) -> dict[str, Tensor]:
-    """Trainable parameters by clean name, those that match `params`."""
-    every = {".".join(s for s in n.split(".") if s not in WRAPPERS[1:]): p for n, p in module.named_parameters()}
-    trainable = {n: p for n, p in every.items() if p.requires_grad}
-    if params is None:
-        return dict(trainable)
-    patterns = [params] if isinstance(params, str) else list(params)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in trainable):
-            raise ValueError(f"params: no trainable parameter matches {pattern!r}; there are {list(trainable)}")
-    return {n: p for n, p in trainable.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of `update` → (args, kwargs) of the model."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def received(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What `targets=` is given: the only argument, the keyword arguments alone, or both."""
-    if len(args) == 1 and not kwargs:
-        return args[0]
-    return kwargs if not args else (args, kwargs)

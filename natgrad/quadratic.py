@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.fisher import Fisher, arguments
+from natgrad.fisher import Fisher
 from natgrad.metric import Metric, Vector
+from natgrad.options import arguments
 from natgrad.steps import Increments, Options, StepRule, one_value
 from natgrad.trees import describe
 

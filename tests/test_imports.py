@@ -35,6 +35,7 @@ LEVELS = {
     "jacobian": 0,
     "solvers": 0,
     "iterative": 0,
+    "options": 1,
     "metric": 1,
     "residuals": 1,
     "blocks": 1,
