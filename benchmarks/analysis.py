@@ -101,9 +101,9 @@ class Ratio:
         return "win" if self.low > 1 else "loss" if self.high < 1 else "undecided"
 
     @property
-    def bound(self) -> str:
-        """ "≥" where the rival never got there, "≤" where natgrad did not."""
-        return "≥ " if self.rival_missed and not self.ours_missed else "≤ " if self.ours_missed else ""
+    def misses(self) -> str:
+        """† where the rival missed the target, ‡ where natgrad did."""
+        return "†" * self.rival_missed + "‡" * self.ours_missed
 
 
 @dataclass

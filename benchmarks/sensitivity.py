@@ -145,6 +145,8 @@ def ratios(lines: list[Line]) -> dict[tuple[str, str, float], list[float]]:
 
 def cell(seeds: list[float]) -> str:
     """The median over seeds in words; one diverged run is said, whatever the others did."""
+    if not seeds:
+        return "–"
     if any(math.isnan(r) for r in seeds):
         return "diverged"
     middle = statistics.median_high(seeds)
@@ -167,7 +169,7 @@ def show(lines: list[Line]) -> None:
         table.add_column(column)
     for name in dict.fromkeys(workload for workload, _, _ in found):
         for knob in KNOBS:
-            table.add_row(name, knob, *(cell(s) if (s := found.get((name, knob, f))) else "–" for f in FACTORS))
+            table.add_row(name, knob, *(cell(found.get((name, knob, f), [])) for f in FACTORS))
     Console(width=110).print(table)
 
 
