@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import analysis
+import natgrad
+from benchmarks import analysis, bench, harness, sensitivity
 from benchmarks.analysis import Study
+from benchmarks.rivals import RIVALS
+from benchmarks.workloads import WORKLOADS
+from natgrad.cli import main
 
 Line = dict[str, Any]
 
@@ -170,3 +180,138 @@ def test_final_lines_alone_are_read_and_each_once(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps(final) + "\n")
     with pytest.raises(ValueError, match="two final runs"):
         analysis.read_finals(tmp_path)
+
+
+def sensitivity_line(knob: str, seed: int, curve: list[list[float]], diverged: bool = False) -> Line:
+    head = {"workload": "a", "knob": knob, "factor": 1.0 if knob == sensitivity.DEFAULT else 2.0, "seed": seed}
+    return {**head, "budget": 4.0, "curve": curve, "diverged": diverged, "marked": False}
+
+
+def test_sensitivity_is_relative_to_where_the_default_is_at_half_its_budget() -> None:
+    default = sensitivity_line(sensitivity.DEFAULT, 0, [[0, 0.0, 9.0], [1, 1.0, 5.0], [2, 2.0, 3.0], [4, 4.0, 1.0]])
+    slow = sensitivity_line("lr", 0, [[0, 0.0, 9.0], [3, 3.0, 3.0], [4, 4.0, 2.0]])
+    never = sensitivity_line("damping", 0, [[0, 0.0, 9.0], [4, 4.0, 3.5]])
+    lost = sensitivity_line("batch", 0, [[0, 0.0, 9.0], [1, 1.0, 2.0], [2, 2.0, None]], diverged=True)
+    unpaired = sensitivity_line("lr", 1, [[0, 0.0, 9.0], [1, 1.0, 1.0]])
+    found = sensitivity.ratios([default, slow, never, lost, unpaired])
+    assert found["a", "lr", 2.0] == [1.5]
+    assert found["a", "damping", 2.0] == [math.inf]
+    assert math.isnan(found["a", "batch", 2.0][0])
+    assert [sensitivity.cell(found["a", k, 2.0]) for k in ("lr", "damping", "batch")] == [
+        "1.50",
+        "> 2, missed",
+        "diverged",
+    ]
+
+
+def test_a_variant_sets_its_knob_and_no_other() -> None:
+    workload = WORKLOADS["digits_classifier"]()
+
+    def options(variant: sensitivity.Variant) -> dict[str, float]:
+        opt = variant.optimizer(workload.model(), workload.criterion)
+        group = opt.param_groups[0]
+        return {
+            "lr": group["lr"],
+            "damping": group["damping"],
+            "refresh": opt.refresh,
+            "batch": variant.batch(workload),
+        }
+
+    default = options(sensitivity.Variant())
+    for knob in sensitivity.KNOBS:
+        assert options(sensitivity.Variant(knob, 4.0)) == {**default, knob: pytest.approx(4 * default[knob])}
+
+
+def test_every_optimizer_starts_and_is_fed_alike() -> None:
+    """natgrad draws labels from the global generator; the batches must not depend on it."""
+    seen: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for name in bench.SMOKE_OPTIMIZERS:
+        workload = WORKLOADS["digits_classifier"]()
+        start: list[torch.Tensor] = []
+        batches: list[torch.Tensor] = []
+        build, draw = workload.build, workload.draw
+
+        def building(rival, model, hyper, build=build, start=start):  # type: ignore[no-untyped-def]
+            start += [p.detach().clone() for p in model.parameters()]
+            return build(rival, model, hyper)
+
+        def drawing(generator, draw=draw, batches=batches):  # type: ignore[no-untyped-def]
+            batches.append((pair := draw(generator))[0])
+            return pair
+
+        workload.build, workload.draw = building, drawing  # type: ignore[method-assign]
+        harness.train(workload, RIVALS[name], RIVALS[name].trial(0), seed=3, seconds=0.1)
+        seen[name] = start, batches
+    (first, order), *others = seen.values()
+    for start, batches in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, start, strict=True))
+        common = min(len(order), len(batches))
+        assert common >= 3
+        assert all(torch.equal(a, b) for a, b in zip(order[:common], batches[:common]))
+
+
+def test_the_smoke_slice_runs_resumes_and_writes_the_schema(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if lacking := bench.without_data(bench.SMOKE):
+        pytest.skip(f"set NATGRAD_DATA to a folder with {', '.join(lacking.values())}")
+    words = ["bench", "--smoke", "--scale", "0.02", "--out", str(tmp_path)]
+    file = tmp_path / "smoke.jsonl"
+    code = f"import sys; from natgrad.cli import main; sys.exit(main({words!r}))"
+    root = Path(natgrad.__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
+    try:
+        end = time.monotonic() + 300
+        while len(harness.read(file)) < 5 and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = harness.read(file)
+    assert main(words) == 0
+    shown = capfd.readouterr().out
+    assert "digits_classifier" in shown
+    assert "concrete" in shown
+    after = harness.read(file)
+    seeds, trials = range(bench.SMOKE_SEEDS), range(bench.SMOKE_TRIALS)
+    assert 5 <= len(before) < len(after)
+    assert after[: len(before)] == before
+    keys = [harness.key_of(run) for run in after]
+    assert len(set(keys)) == len(keys)
+    found = {(w, o, p, s) for w, o, p, _, s in keys}
+    rivals = [o for o in bench.SMOKE_OPTIMIZERS if o != "natgrad"]
+    assert found == {
+        *((w, o, "tune", harness.TUNING_SEED) for w in bench.SMOKE for o in rivals),
+        *((w, o, "target", s) for w in bench.SMOKE for o in rivals for s in seeds),
+        *((w, o, "final", s) for w in bench.SMOKE for o in bench.SMOKE_OPTIMIZERS for s in seeds),
+    }
+    assert sum(p == "tune" for _, _, p, _, _ in keys) == len(bench.SMOKE) * len(rivals) * len(trials)
+    expected = set(line("a", "natgrad", 0, 1.0))
+    for run in after:
+        assert set(run) == expected
+        assert run["steps"] > 0
+        assert run["passes"] >= run["steps"]
+        assert run["state_bytes"] >= 0
+        assert run["parameter_bytes"] > 0
+        assert all(len(look) == 4 for look in run["curve"])
+        hit = [t for _, t, value, _ in run["curve"] if run["target"] is not None and value <= run["target"]]
+        assert run["cpu_to_target"] == (hit[0] if hit else None)
+        assert (run["target"] is not None) == (run["phase"] == "final")
+
+
+def test_bench_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "DATA", tmp_path)
+    assert bench.without_data(bench.SMOKE) == {"concrete": "uci/concrete.txt"}
+    assert main(["bench", "--scale", "0"]) == 2
+    assert "--scale 0 is no part of a budget" in capsys.readouterr().err
+    monkeypatch.setattr(natgrad, "__file__", str(tmp_path / "site-packages" / "natgrad" / "__init__.py"))
+    assert main(["bench", "--smoke"]) == 2
+    assert "runs from a checkout of the repository" in capsys.readouterr().err
+
+
+def test_the_smoke_slice_does_not_write_among_the_studys_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--smoke", "--out", str(bench.RUNS / "here")])
+    assert bench.main() == 2
+    assert "give --smoke another --out" in capsys.readouterr().err
