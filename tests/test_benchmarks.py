@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import natgrad
-from benchmarks import analysis, bench, harness, sensitivity
+from benchmarks import analysis, bench, harness, report, sensitivity
 from benchmarks.analysis import Study
 from benchmarks.rivals import RIVALS
 from benchmarks.workloads import WORKLOADS
@@ -315,3 +315,24 @@ def test_the_smoke_slice_does_not_write_among_the_studys_runs(
     monkeypatch.setattr(sys, "argv", ["bench", "--smoke", "--out", str(bench.RUNS / "here")])
     assert bench.main() == 2
     assert "give --smoke another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_page_shows_losses_and_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    found = study({"concrete": {"natgrad": [None] * 3, "adamw": [4, 5, 6], "soap": [8, 8, 8]}})
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "study.jsonl").write_text("".join(json.dumps(x) + "\n" for x in found.lines if runs))
+    monkeypatch.setattr(sys, "argv", ["report", "--runs", str(tmp_path / "runs"), "--docs", str(tmp_path)])
+    report.main()
+    page = (tmp_path / "benchmarks.md").read_text()
+    drawn = {path.name for path in (tmp_path / "img").iterdir() if path.stat().st_size > 5000}
+    if not runs:
+        assert report.NOTHING in page
+        assert not drawn
+        return
+    assert drawn == {"benchmarks_speed.png", "benchmarks_profile.png"}
+    row = next(text for text in page.splitlines() if text.startswith("| concrete | missed |"))
+    assert "adamw, 5.00 s" in row
+    assert f"{5 / 16:.2f}‡" in row
+    assert "| loss |" in row
+    assert "natgrad on concrete (3 of 3)" in page
