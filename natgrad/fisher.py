@@ -51,7 +51,7 @@ from natgrad.options import (
     unwrapped,
 )
 from natgrad.ownership import settle
-from natgrad.sharded import LiveNames, Shards, local_of, sharded_modules
+from natgrad.sharded import LiveNames, Shards, kept_open, local_of, sharded_modules
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
 from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
@@ -324,7 +324,7 @@ class Fisher(Metric):
         return self._draw_training(output, targets, tapes)
 
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
-        with undisturbed(self.model):
+        with undisturbed(self.model), kept_open(self.model):
             return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:

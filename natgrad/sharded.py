@@ -16,6 +16,7 @@ knows them by the object that fully_shard keeps for each parameter (`FSDPParam` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,20 @@ def mesh_ranks(model: nn.Module) -> list[int] | None:
         if kept.offload_to_cpu:
             raise ValueError("fully_shard(offload_policy=CPUOffloadPolicy()) is not supported; leave it out")
     return None if mesh is None else sorted(mesh.flatten().tolist())
+
+
+@contextmanager
+def kept_open(model: nn.Module) -> Iterator[None]:
+    """A metric's own backward passes leave parameters unsharded that were so before: the loss's pass counts on it."""
+    groups = [g for m in sharded_modules(model) for g in m._get_fsdp_state()._fsdp_param_groups if g.is_unsharded]
+    before = [g.reshard_after_backward for g in groups]
+    for g in groups:
+        g.reshard_after_backward = False
+    try:
+        yield
+    finally:
+        for g, value in zip(groups, before):
+            g.reshard_after_backward = value
 
 
 class LiveNames(Mapping[int, str]):
