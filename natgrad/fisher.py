@@ -301,7 +301,8 @@ class Fisher(Metric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
-        if self._pending and all(p.grad is None for p in self.parameters.values()):
+        waiting = self._live is not None and self._live.hold_gradients
+        if self._pending and not waiting and all(p.grad is None for p in self.parameters.values()):
             # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
         return self._driver is not None and self._driver.refresh_due

@@ -300,7 +300,7 @@ class LiveNames(Mapping[int, str]):
         names = {id(p): n for n, p in parameters.items()}
         self._waiting = [(k, n) for k in kept_parameters(model) if (n := names.get(id(k.sharded_param))) is not None]
         self._found: dict[int, str] = {}
-        self._held: list[Any] = []  # so that no id is used again
+        self._kept: list[Any] = []
 
     def _look(self) -> dict[int, str]:
         left = []
@@ -310,7 +310,7 @@ class LiveNames(Mapping[int, str]):
                 left.append((kept, name))
             else:
                 self._found[id(live)] = name
-                self._held.append(live)
+                self._kept.append(kept)
         self._waiting = left
         return self._found
 
@@ -323,6 +323,13 @@ class LiveNames(Mapping[int, str]):
     def __len__(self) -> int:
         return len(self._look())
 
+    @property
+    def hold_gradients(self) -> bool:
+        """Whether gradients wait here for the last of several backward passes (`set_requires_gradient_sync`)."""
+        return any(
+            k.unsharded_accumulated_grad is not None or k._unsharded_param.grad is not None for k in self._kept
+        )
+
     def by_name(self) -> dict[str, Tensor]:
         self._look()
-        return {self._found[id(p)]: p for p in self._held}
+        return {self._found[id(k._unsharded_param)]: k._unsharded_param for k in self._kept}

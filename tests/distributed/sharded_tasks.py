@@ -38,7 +38,8 @@ SHARDED_MODELS = {**MODELS, "attention": Attention, "wide": wide}
 def sharded(
     net: nn.Module, size: int, each: bool, hybrid: bool, half: bool, reshard: bool | None, columns: bool
 ) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, size // 2) if hybrid else (size,))
+    shape, names = ((2, size // 2), ("copies", "shards")) if hybrid else ((size,), ("shards",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
     if half:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -78,6 +79,7 @@ def train_sharded(
     optimizer: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
     start: int = 0,
+    look: bool = True,
 ) -> Result:
     """Train; with `size` 1 on one process with the whole batch. `bad`: steps at which the last rank's data are NaN."""
     torch.manual_seed(0)
@@ -119,7 +121,7 @@ def train_sharded(
             losses.append(float(loss.detach()))
     saved = opt.state_dict()
     with metric.whole():
-        dense = metric.dense().numpy()
+        dense = metric.dense().numpy() if look else None
     whole = {n: (p.full_tensor() if size > 1 else p).detach().clone() for n, p in net.named_parameters()}
     return {
         "parameters": {n: p.numpy() for n, p in whole.items()},

@@ -118,7 +118,7 @@ def test_all_ranks_skip_together(bad: tuple[int, ...], pool_of: PoolOf) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_curvature_is_shared_out_in_memory(size: int, pool_of: PoolOf) -> None:
-    arguments = {"model": "wide", "steps": 3, "options": {"kind": "sampled"}}
+    arguments = {"model": "wide", "steps": 3, "look": False, "options": {"kind": "sampled"}}
     found = pool_of(size).run(call, arguments)
     blocks: dict[str, int] = {}
     for result in found:
