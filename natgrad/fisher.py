@@ -351,6 +351,16 @@ class Fisher(Metric):
 
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
+        now = {id(p) for p in self.module.parameters()}
+        if (
+            self.shards is None
+            and sharded_modules(self.module)
+            and any(id(p) not in now for p in self.parameters.values())
+        ):
+            raise RuntimeError(
+                "the model was sharded after the metric was made, which holds the parameters from before; call "
+                "fully_shard first, then make the metric"
+            )
         self._driver = driver
         if self.ranks is not None:
             refuse_rule(driver.rule, self.shards is not None)

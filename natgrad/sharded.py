@@ -326,9 +326,7 @@ class LiveNames(Mapping[int, str]):
     @property
     def hold_gradients(self) -> bool:
         """Whether gradients wait here for the last of several backward passes (`set_requires_gradient_sync`)."""
-        return any(
-            k.unsharded_accumulated_grad is not None or k._unsharded_param.grad is not None for k in self._kept
-        )
+        return any(k.unsharded_accumulated_grad is not None or k._unsharded_param.grad is not None for k in self._kept)
 
     def by_name(self) -> dict[str, Tensor]:
         self._look()

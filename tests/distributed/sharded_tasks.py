@@ -46,15 +46,17 @@ def sharded(
     if columns:
         options["shard_placement_fn"] = lambda p: Shard(p.dim() - 1 if p.shape[-1] % size == 0 else 0)
     if each:
-        for layer in net.modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d, nn.TransformerEncoderLayer)) and type(layer) is not Attention:
-                if "out_proj" not in type(layer).__name__ and not inside_attention(net, layer):
-                    fully_shard(layer, **options)
+        for layer in layers_of(net):
+            fully_shard(layer, **options)
     return fully_shard(net, **options)
 
 
-def inside_attention(net: nn.Module, layer: nn.Module) -> bool:
-    return any(layer in m.modules() for m in net.modules() if isinstance(m, nn.TransformerEncoderLayer) and m is not layer)
+def layers_of(net: nn.Module) -> list[nn.Module]:
+    """The layers to shard one by one: a transformer layer is one."""
+    out: list[nn.Module] = []
+    for layer in net.children():
+        out += [layer] if isinstance(layer, (nn.Linear, nn.Conv2d, nn.TransformerEncoderLayer)) else layers_of(layer)
+    return out
 
 
 def train_sharded(

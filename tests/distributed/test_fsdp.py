@@ -130,21 +130,27 @@ def test_curvature_is_shared_out_in_memory(size: int, pool_of: PoolOf) -> None:
     assert max(result["bytes"][0] for result in found) / one <= 1.15 * bound
 
 
-SIDES = [(8, 7), (5, 9), (3, 6)]  # of the layers of "mlp"
+BYTES = {
+    "two": (2, 2, {}),
+    "four": (4, 4, {}),
+    "copies": (4, 2, {"hybrid": True}),
+}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_bytes_are_those_of_the_formula(size: int, pool_of: PoolOf) -> None:
-    found = pool_of(size).run(call, {})
+@pytest.mark.parametrize("case", BYTES)
+def test_bytes_are_those_of_the_formula(case: str, pool_of: PoolOf) -> None:
+    """Of all ranks together; `within`: ranks that a copy of the model is sharded over."""
+    size, within, arguments = BYTES[case]
+    found = pool_of(size).run(call, {"model": "wide", "look": False, "options": {"kind": "sampled"}, **arguments})
     info = found[0]["info"]
     refreshes, steps = info["refreshes"], info["steps"]
     sent = {k: sum(r["info"]["sent_bytes"][k] for r in found) / 8 for k in info["sent_bytes"]}
-    sums = (size - 1) * sum(o * (o + 1) / 2 + i * (i + 1) / 2 for o, i in SIDES)
+    sides = [(32, 7), *[(32, 33)] * 8]
+    sums = (size - 1) * sum(o * (o + 1) / 2 + i * (i + 1) / 2 for o, i in sides)
+    parameters = sum(o * i for o, i in sides)
     assert sent["statistics"] / refreshes == pytest.approx(sums, rel=0.05)
-    one_way = sum(o * i for o, i in SIDES) * (size - 1) / size
-    uneven = sum(o * i for o, i in SIDES) / size  # shards differ where W does not divide dimension 0
-    for way in ("gradients", "directions"):
-        assert abs(sent[way] / steps - one_way) <= uneven
+    assert sent["gradients"] / steps == pytest.approx(parameters * (1 - 1 / within), rel=0.05)
+    assert sent["directions"] / steps == pytest.approx(parameters * (size - 1) / within, rel=0.05)
     assert found[0]["messages"]["gradients"] == found[0]["messages"]["directions"] == steps
 
 
