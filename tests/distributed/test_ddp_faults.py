@@ -187,6 +187,27 @@ def test_sharded_models_are_refused(how: str, pool_of: PoolOf) -> None:
         assert "fully_shard" in said
 
 
+def met_alone(rank: int, size: int) -> None:
+    """Rank 1 alone meets a layer, in a forward pass that is never backpropagated."""
+    net, criterion = DistributedDataParallel(build("branches"), find_unused_parameters=True), nn.CrossEntropyLoss()
+    metric = ng.Fisher(net, criterion, kind="exact", structure="dense", exchange="inverses")
+    opt = ng.NaturalGradient(metric, refresh=1)
+    for step in range(3):
+        x, y = data(step)
+        x[:, 0] = -1.0
+        opt.zero_grad()
+        if rank == 1 and step == 1:
+            criterion(net(-x), y)
+        criterion(net(x), y).backward()
+        opt.step()
+
+
+def test_a_layer_that_one_rank_alone_meets_is_named(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(met_alone):
+        assert "one joint block is over" in said
+        assert "rare.weight" in said
+
+
 def ekfac(rank: int, size: int) -> None:
     setup({"structure": "ekfac"})
 
