@@ -30,7 +30,7 @@ from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.steps import Increments, Options, StepRule, cosine, one_value
+from natgrad.steps import Increments, Options, StepRule, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
@@ -49,9 +49,8 @@ class BlockState:
 
     momentum: Tensor  # m
     steps: int = 0  # t
-    direction: Tensor | None = None  # d of the last step
-    ahead: Tensor | None = None  # u that it was made from: to look at, not to continue from
-    length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
+    delta: Tensor | None = None  # Δ of the last step
+    seen: tuple[Tensor, Tensor] | None = None  # ⟨u, Δ⟩ and ‖u‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -61,17 +60,19 @@ class BlockState:
     failures: int = 0  # factorisations in a row that failed
 
     def slope_along(self, g: Tensor) -> Tensor | None:
-        """−⟨g, Δ⟩ along the last step, a scalar tensor; None where there is none."""
-        if self.direction is None or self.length is None or self.direction.shape != g.shape:
-            return None
-        return dot(g, self.direction) * self.length
+        """⟨g, Δ⟩ along the last step, a scalar tensor; None where there is none."""
+        return None if self.delta is None or self.delta.shape != g.shape else dot(g, self.delta)
+
+    def moved(self, u: Tensor, size: Tensor, delta: Tensor) -> None:
+        """Remember a step. `size`: ‖u‖."""
+        self.delta, self.seen = delta, (dot(u, delta), size)
 
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
+        state = {"momentum": self.momentum, "steps": self.steps, "delta": self.delta}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -205,7 +206,7 @@ class NormalisedStep(StepRule):
         state = self._blocks[key]
         if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
             state.momentum = state.momentum.to(g)
-            state.direction = state.length = None
+            state.delta = None
         return state
 
     def drop(self, block: Block) -> None:
@@ -223,7 +224,7 @@ class NormalisedStep(StepRule):
         slope = self.slope(grads[0])
         parts = [p for s, g in zip(states, grads) if (p := s.slope_along(g)) is not None]
         if parts:
-            slope.learn(-torch.stack(parts).sum(), self.adapt)
+            slope.learn(torch.stack(parts).sum(), self.adapt)
 
     def look_ahead(
         self, states: Sequence[BlockState], grads: Sequence[Tensor], options: Sequence[Options]
@@ -256,11 +257,12 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
-            s.ahead, s.direction, s.length = u, d, length
+        torch._foreach_mul_(directions, list((-lengths).unbind()))  # in place: what is kept is what is added
+        for s, u, size, delta in zip(states, ahead, torch._foreach_norm(ahead), directions):
+            s.moved(u, size, delta)
         assert self._slope is not None
-        self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
-        return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+        self._slope.taken = torch.stack([dot(g, delta) for g, delta in zip(grads, directions)]).sum()
+        return directions
 
     def _shared(
         self,
@@ -296,8 +298,13 @@ class NormalisedStep(StepRule):
         }
 
     def cosines(self) -> dict[str, Tensor]:
-        states = self._blocks.items()
-        return {k: cosine(s.direction, s.ahead) for k, s in states if s.direction is not None and s.ahead is not None}
+        found = {}
+        for k, s in self._blocks.items():
+            if s.delta is not None and s.seen is not None:
+                along, size = s.seen
+                both = size.double() * s.delta.double().norm()
+                found[k] = torch.where(both > 0, -along / both, torch.zeros_like(both))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         blocks = {k: s.state_dict() for k, s in self._blocks.items()}
@@ -338,6 +345,8 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
         ValueError: they lie in groups that differ.
     """
     mine = [options[n] for n in block.names if n in options]
+    if all(o is mine[0] for o in mine):
+        return mine[0]
     where = f"step for the block of {block.names}"
     return Options(
         one_value({o.lr for o in mine}, f"lr in one {where}"),

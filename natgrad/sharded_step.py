@@ -70,15 +70,16 @@ def _covered(
     ahead = rule.look_ahead(states, grads, chosen)
     directions, failed = directions_of(mine, states, chosen, ahead)
 
-    dtype = statistics_dtype(metric.parameters.values())
-    told = torch.zeros(4 + shards.ranks.size, dtype=dtype, device=shards.ranks.device)
+    told = torch.zeros(
+        4 + shards.ranks.size, dtype=statistics_dtype(metric.parameters.values()), device=shards.ranks.device
+    )
     rates = told.new_zeros(0)
     if mine:
         sizes = update_sizes(mine, directions)
         lrs = sizes.new_tensor([o.lr for o in chosen])
         rates = torch.where(sizes > 0, lrs / sizes, torch.zeros_like(sizes))
         slopes = torch.stack([dot(g, d) for g, d in zip(grads, directions)])
-        told[0] = -torch.stack(before).sum() if before else 0.0
+        told[0] = torch.stack(before).sum() if before else 0.0
         told[1] = len(before)
         told[2] = -(slopes * rates).sum()
         told[3] = sum(s.failures for s in states)
@@ -90,12 +91,12 @@ def _covered(
         slope.learn(told[0], rule.adapt)
     slope.taken = told[2] * slope.scale
     rule.info["kept_factors"] = int(told[3])
-    lengths = rates * slope.scale
-    for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
-        s.ahead, s.direction, s.length = u, d, length
-    deltas = torch._foreach_mul(directions, list((-lengths).unbind())) if mine else []
+    if mine:
+        torch._foreach_mul_(directions, list((-rates * slope.scale).unbind()))
+        for s, u, size, delta in zip(states, ahead, torch._foreach_norm(ahead), directions):
+            s.moved(u, size, delta)
     moved: dict[str, Tensor] = {}
-    for block, step in zip(mine, deltas):
+    for block, step in zip(mine, directions):
         for n, delta in block.named(step, likes).items():
             moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
     return shards.from_owners(moved, whose)

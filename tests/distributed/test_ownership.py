@@ -13,9 +13,9 @@ from torch import nn
 
 import natgrad as ng
 from natgrad import kronecker
+from natgrad.blocks import Block
 from natgrad.kronecker import FactorisationError
 from natgrad.kronecker_blocks import FULL_SIDE
-from natgrad.blocks import Block
 from natgrad.ownership import cost_of, footprint, owners, settle, work_of
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, train
