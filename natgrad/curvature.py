@@ -83,6 +83,7 @@ class Curvature:
     trains: bool = False  # an optimizer drives the metric
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
+    uneven: bool = False  # the ranks of a sharded model have unlike numbers of data
     meeting: Callable[[bool, int], bool] | None = None  # see `Fisher._meet`: a sharded model runs on all ranks or none
     live: Callable[[], Mapping[str, Tensor]] | None = None  # parameters as the forward pass sees them, if not the same
 
@@ -151,6 +152,12 @@ class Curvature:
         axes = self._data_axes(source, outputs, shot, data)
         mass = self._mass(reading, outputs, targets, data)
         apart = axes is None
+        if apart and self.uneven:
+            raise RuntimeError(
+                "the data mix inside the model, so that each has a backward pass of its own, and the ranks of a "
+                "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
+                "rank the same"
+            )
         return Part(source, reading, outputs, local, targets, shot, mass, axes or [0] * len(calls), data, apart)
 
     def _look(

@@ -292,6 +292,11 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
     if sharded is not None:
         if process_group is not None:
             raise ValueError("process_group= is for models that are not sharded; those have the ranks of their mesh")
+        if exchange != "auto":
+            raise ValueError(
+                f"exchange={exchange!r} is for models that every rank holds whole; of a sharded model the owner of a "
+                "block sends its direction, always. Leave exchange= out"
+            )
         return Ranks(sharded, device, exchange)
     parent = process_group if process_group is not None else getattr(wrapper_of(model), "process_group", None)
     if parent is None:

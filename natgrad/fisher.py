@@ -88,7 +88,8 @@ class Fisher(Metric):
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
-            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes.
+            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes. Of a sharded
+            model it is always a direction, from the owner of the block.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -406,7 +407,8 @@ class Fisher(Metric):
         assert self.ranks is not None
         told = self.ranks.gather([int(fine), data])
         counts = [d for _, d in told]
-        if len(set(counts)) > 1 and min(counts) == 1:
+        self.curvature.uneven = len(set(counts)) > 1
+        if self.curvature.uneven and min(counts) == 1:
             raise RuntimeError(
                 f"the ranks of a sharded model have {counts} data; with one datum the metric takes other backward "
                 "passes than with several, and ranks would wait for each other. Give each rank two or more"
@@ -675,13 +677,26 @@ class Fisher(Metric):
         self.share_out()
 
     def save(self, path: Any) -> None:
-        """Write the statistics to a safetensors file, beside it first and then renamed.
+        """Write the statistics to a safetensors file, beside it first and then renamed. Of a sharded model rank 0 does.
 
         Raises:
             OSError: the file cannot be written.
         """
-        with self.whole():
+        if self.shards is None or self.ranks is None:
             metric_file.save(self, path)
+            return
+        with self.whole():
+            try:
+                if self.ranks.rank == 0:
+                    metric_file.save(self, path)
+                written = True
+            except OSError:
+                written = False
+                raise
+            finally:
+                everywhere = self._everywhere(written)
+        if not everywhere:
+            raise OSError(f"rank 0 could not write the metric to {path}; it says why")
 
     def load(self, path: Any) -> None:
         """Read statistics that `save` wrote.

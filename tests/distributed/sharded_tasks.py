@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 import natgrad as ng
 from tests.distributed.tasks import BATCH, MODELS, Result, criterion_of, data, labels, shard
@@ -32,7 +33,23 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), *[m for _ in range(8) for m in (nn.Tanh(), nn.Linear(32, 32))])
 
 
-SHARDED_MODELS = {**MODELS, "attention": Attention, "wide": wide}
+class Recomputed(nn.Module):
+    """Activation checkpointing around sharded layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(lambda t: self.second(self.first(t).tanh()).tanh(), x, use_reentrant=False)
+        return self.head(h)
+
+
+def mixing() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+SHARDED_MODELS = {**MODELS, "mixing": mixing, "recomputed": Recomputed, "attention": Attention, "wide": wide}
 
 
 def sharded(

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped": {"clip": 0.1, "optimizer": {"weight_decay": 0.1}},
     "frozen": {"frozen": ("2.weight", "4.bias")},
     "groups": {"optimizer": {"groups": [{"params": "2.*", "lr": 0.01, "momentum": 0.5}]}},
+    "recomputed": {"model": "recomputed"},
     "average": {"optimizer": {"average": 0.9, "maximize": True}},
 }
 
@@ -66,13 +67,14 @@ def test_four_ranks_are_one_process(case: str, pool_of: PoolOf) -> None:
     compare(pool_of(4).run(call, FOUR[case]), train_sharded(0, 1, **FOUR[case]))
 
 
-def both(rank: int, size: int) -> tuple[Result, Result]:
-    return train(rank, size), train_sharded(rank, size)
+def both(rank: int, size: int, kind: str) -> tuple[Result, Result]:
+    return train(rank, size, options={"kind": kind}), train_sharded(rank, size, options={"kind": kind})
 
 
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_sharded_or_replicated_is_the_same(size: int, pool_of: PoolOf) -> None:
-    for replicated, sharded in pool_of(size).run(both):
+def test_sharded_or_replicated_is_the_same(size: int, kind: str, pool_of: PoolOf) -> None:
+    for replicated, sharded in pool_of(size).run(both, kind):
         for n, p in replicated["parameters"].items():
             np.testing.assert_allclose(sharded["parameters"][n], p, atol=1e-10, rtol=0)
 
@@ -86,6 +88,12 @@ def test_uneven_batches_leave_the_metric_of_the_whole_batch(pool_of: PoolOf) -> 
 def test_one_datum_beside_many_is_refused(pool_of: PoolOf) -> None:
     for said in pool_of(2).errors(call, {"sizes": (15, 1)}):
         assert "the ranks of a sharded model have [15, 1] data" in said
+
+
+def test_unlike_numbers_of_data_that_mix_are_refused(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(call, {"model": "mixing", "sizes": (11, 5)}):
+        assert "each has a backward pass of its own" in said
+        assert "Give each rank the same" in said
 
 
 @pytest.mark.parametrize("each", [True, False])

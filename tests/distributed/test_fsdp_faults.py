@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,12 @@ def refused(rank: int, size: int, how: str) -> None:
         fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     else:
         fully_shard(net, mesh=mesh)
-    metric = ng.Fisher(net, criterion, process_group=torch.distributed.group.WORLD if how == "group" else None)
+    metric = ng.Fisher(
+        net,
+        criterion,
+        process_group=torch.distributed.group.WORLD if how == "group" else None,
+        exchange="inverses" if how == "exchange" else "auto",
+    )
     if how == "precondition":
         metric.precondition_(0.1)
     ng.NaturalGradient(metric, step=KLTrustRegion() if how == "rule" else None)
@@ -68,6 +74,7 @@ REFUSED = {
     "part": ("'2.weight' is not sharded", "call fully_shard on the root module as well"),
     "offload": ("CPUOffloadPolicy()) is not supported", "leave it out"),
     "group": ("process_group= is for models that are not sharded", "ranks of their mesh"),
+    "exchange": ("exchange='inverses' is for models that every rank holds whole", "Leave exchange= out"),
     "rule": ("KLTrustRegion works on whole parameters", "leave step= out"),
     "precondition": ("precondition_ is not supported", "ng.NaturalGradient(metric)"),
 }
@@ -132,6 +139,27 @@ def test_update_takes_all_ranks_data(pool_of: PoolOf) -> None:
     for seen, dense in pool_of(2).run(updated):
         assert seen == 16
         np.testing.assert_allclose(dense, one.dense().numpy(), atol=1e-12, rtol=0)
+
+
+def saved(rank: int, size: int, folder: str) -> tuple[Any, Any]:
+    net, criterion, opt = setup()
+    one_step(net, criterion, opt, 0, rank, size)
+    opt.metric.save(f"{folder}/metric.safetensors")
+    with pytest.raises(OSError, match="cannot write" if rank == 0 else "rank 0 could not write"):
+        opt.metric.save(f"{folder}/none/metric.safetensors")
+    other = setup()[2].metric
+    other.load(f"{folder}/metric.safetensors")
+    assert any(b.elsewhere for b in other.blocks)
+    with opt.metric.whole(), other.whole():
+        return opt.metric.dense().numpy(), other.dense().numpy()
+
+
+def test_a_file_is_written_once_and_read_by_all(pool_of: PoolOf, tmp_path: Path) -> None:
+    for one, other in pool_of(2).run(saved, str(tmp_path)):
+        np.testing.assert_array_equal(one, other)
+    alone = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), kind="exact")
+    alone.load(tmp_path / "metric.safetensors")
+    np.testing.assert_array_equal(alone.dense().numpy(), one)
 
 
 def update_with_nan(rank: int, size: int) -> None:
