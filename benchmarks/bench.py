@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -142,11 +145,18 @@ def main() -> int:
         print(f"natgrad bench: {RUNS} holds the study's runs; give --smoke another --out", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    try:
-        return smoke(args.out, args.scale) if args.smoke else full(args.out, args.scale)
-    except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, stop)
+    return smoke(args.out, args.scale) if args.smoke else full(args.out, args.scale)
+
+
+def stop(*_: object) -> None:
+    """On Ctrl-C, in this process and in its workers: a pool would go through all its runs before it gave up."""
+    if multiprocessing.parent_process() is None:
         print("interrupted; the runs that were complete are kept, and the same command goes on", file=sys.stderr)
-        return 130
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":

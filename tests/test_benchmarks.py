@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -262,10 +263,13 @@ def test_the_smoke_slice_runs_resumes_and_writes_the_schema(tmp_path: Path, capf
         end = time.monotonic() + 300
         while len(harness.read(file)) < 5 and time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does on Ctrl-C
+        assert process.wait(timeout=60) == 130
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     before = harness.read(file)
+    assert "the same command goes on" in capfd.readouterr().err
     assert main(words) == 0
     shown = capfd.readouterr().out
     assert "digits_classifier" in shown
