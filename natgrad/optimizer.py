@@ -221,7 +221,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if given is not None:
             return group["lr"] * given if given else None
         own = self._own_decay
-        return self.rule.scale * group["lr"] * own if own and p.dim() > 1 else None
+        return group["lr"] * own if own and p.dim() > 1 else None
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
