@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint that are whole or not there, and that are read without running code.
 
 A checkpoint is written to a folder beside, ``NAME.partial``, and renamed when every rank has written its part: a
-process that is killed leaves the last whole checkpoint as it was. Its ``.metadata`` is a pickle; it is read with nothing but
-the classes that it consists of.
+process that is killed leaves the last whole checkpoint as it was. Its ``.metadata`` is a pickle; it is read with
+nothing but the classes that it consists of.
 """
 
 from __future__ import annotations

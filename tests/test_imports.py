@@ -70,6 +70,7 @@ LEVELS = {
     "optimizer": 3,
     "report": 3,
     "journal": 3,
+    "saved": 3,
     "checkpoint": 3,
     "inspect_figures": 4,
     "inspect_report": 4,
