@@ -58,6 +58,7 @@ LEVELS = {
     "hessian": 2,
     "steps": 2,
     "agreement": 2,
+    "attendance": 2,
     "wrappers": 2,
     "ownership": 2,
     "searches": 2,
