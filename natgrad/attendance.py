@@ -34,6 +34,7 @@ class Attendance:
         self.ranks, self.mine, self.timeout = list(ranks), dist.get_rank(), timeout
         self.count = 0
         self.moment = "the making of the metric"
+        self._note("the start")  # a note from before a restart may be in the store
 
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
@@ -44,10 +45,13 @@ class Attendance:
         """
         self.count += 1
         try:
-            self.store.set(str(self.mine), f"{self.count}:{self.moment}, {what}")
+            self._note(what)
             yield
         except RuntimeError as error:
             raise RuntimeError(self._story(what, error)) from error
+
+    def _note(self, what: str) -> None:
+        self.store.set(str(self.mine), f"{self.count}:{self.moment}, {what}")
 
     def _story(self, what: str, error: RuntimeError) -> str:
         begin = f"rank {self.mine} waited in vain for the others at {self.moment}, in the exchange of {what}: "
