@@ -79,6 +79,7 @@ LEVELS = {
     "tasks": 4,
     "solve_cli": 5,
     "cli": 5,
+    "__main__": 5,
 }
 
 # Within the folder of tasks: what a task is, the tasks, the list of them, what runs them.
@@ -99,6 +100,8 @@ TASK_LEVELS = {
     "mnist_autoencoder": 3,
     "__init__": 4,
     "contenders": 1,
+    "crew": 0,
+    "launch": 1,
     "display": 1,
     "training": 2,
     "compare": 3,

@@ -3,8 +3,8 @@
     python -m tests.distributed.kill --times 20
 
 Each time ``torchrun --max-restarts`` starts four ranks that train a small model and save every few steps; one rank, at
-random, is killed at a random step. What it is compared with is a run that nobody disturbs: the losses of every step must
-be the same, bit for bit, and so must the weights.
+random, is killed at a random step. What it is compared with is a run that nobody disturbs: the losses of every step
+must be the same, bit for bit, and so must the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def worker(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     # else the wrapper rebuilds its buckets after the first step, and gloo then adds up in another order
     model = DistributedDataParallel(net, find_unused_parameters=True)
