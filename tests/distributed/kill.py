@@ -60,7 +60,7 @@ def worker(folder: Path) -> None:
             loss = criterion(model(x), (x[:, :3] + x[:, 3:]).argmax(1))
             loss.backward()
             opt.step()
-            log.write(json.dumps([step, float(loss)]) + "\n")
+            log.write(json.dumps([step, loss.item()]) + "\n")
             log.flush()
             step += 1
             if step % EVERY == 0:
