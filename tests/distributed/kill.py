@@ -32,14 +32,20 @@ from natgrad import checkpoint
 
 ROOT = Path(__file__).parents[2]
 RANKS, STEPS, EVERY = 4, 60, 7
-PATIENCE = 120.0  # seconds for one run
+PATIENCE = 240.0  # seconds for one run
 BREATH = 0.01  # seconds between steps, so that a kill hits a step and not the end
 
 
 def worker(folder: Path) -> None:
-    """What each rank runs."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    """What torchrun starts on each rank."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
+    train(folder, os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dist.destroy_process_group()
+
+
+def train(folder: Path, launch: str) -> None:
+    """Train from the latest checkpoint to the end, and leave a log and a digest of the weights in the folder."""
     torch.manual_seed(0)
     rank = dist.get_rank()
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -50,7 +56,6 @@ def worker(folder: Path) -> None:
     step = 0
     if (newest := checkpoint.latest(folder / "checkpoints")) is not None:
         step = checkpoint.load({"model": model, "opt": opt}, newest)["step"]
-    launch = os.environ["TORCHELASTIC_RESTART_COUNT"]
     (folder / f"pid-{launch}-{rank}").write_text(str(os.getpid()))
     with (folder / f"losses-{launch}-{rank}").open("w") as log:
         while step < STEPS:
@@ -68,7 +73,6 @@ def worker(folder: Path) -> None:
             time.sleep(BREATH)
     weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     (folder / f"end-{rank}").write_text(hashlib.sha256(weights).hexdigest())
-    dist.destroy_process_group()
 
 
 def losses(path: Path) -> dict[int, float]:

@@ -21,7 +21,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.tasks import build, data, shard
 
 PoolOf = Callable[[int], Pool]
-TIMEOUT = 2.0
+TIMEOUT = 4.0
 
 
 def die() -> None:
@@ -30,7 +30,7 @@ def die() -> None:
 
 
 def sleep() -> None:
-    time.sleep(2.5 * TIMEOUT)
+    time.sleep(1.7 * TIMEOUT)
 
 
 def train_until(rank: int, size: int, fault: Callable[[], None], at: int) -> None:
