@@ -73,7 +73,8 @@ class Block:
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(p.name for p in self.pieces))
+        found: list[str] = self.cached("names", lambda: list(dict.fromkeys(p.name for p in self.pieces)))
+        return found
 
     # statistics
 

@@ -30,7 +30,7 @@ from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.steps import Increments, Options, StepRule, cosine, one_value
+from natgrad.steps import Increments, Options, StepRule, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
@@ -49,9 +49,8 @@ class BlockState:
 
     momentum: Tensor  # m
     steps: int = 0  # t
-    direction: Tensor | None = None  # d of the last step
-    ahead: Tensor | None = None  # u that it was made from: to look at, not to continue from
-    length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
+    delta: Tensor | None = None  # Δ of the last step
+    seen: tuple[Tensor, Tensor] | None = None  # ⟨u, Δ⟩ and ‖u‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -65,7 +64,7 @@ class BlockState:
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
+        state = {"momentum": self.momentum, "steps": self.steps, "delta": self.delta}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -194,7 +193,7 @@ class NormalisedStep(StepRule):
         state = self._blocks[key]
         if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
             state.momentum = state.momentum.to(g)
-            state.direction = state.length = None
+            state.delta = None
         return state
 
     def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
@@ -203,12 +202,10 @@ class NormalisedStep(StepRule):
             self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
         self._slope.move(grads[0].device)
         parts = [
-            dot(g, s.direction) * s.length
-            for s, g in zip(states, grads)
-            if s.direction is not None and s.length is not None and s.direction.shape == g.shape
+            dot(g, s.delta) for s, g in zip(states, grads) if s.delta is not None and s.delta.shape == g.shape
         ]
         if parts:
-            self._slope.learn(-torch.stack(parts).sum(), self.adapt)
+            self._slope.learn(torch.stack(parts).sum(), self.adapt)
 
     def _deltas(
         self,
@@ -234,11 +231,12 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
-            s.ahead, s.direction, s.length = u, d, length
+        torch._foreach_mul_(directions, list((-lengths).unbind()))  # in place: what is kept is what is added
+        for s, u, size, delta in zip(states, ahead, torch._foreach_norm(ahead), directions):
+            s.delta, s.seen = delta, (dot(u, delta), size)
         assert self._slope is not None
-        self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
-        return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+        self._slope.taken = torch.stack([dot(g, delta) for g, delta in zip(grads, directions)]).sum()
+        return directions
 
     def _shared(
         self,
@@ -274,8 +272,13 @@ class NormalisedStep(StepRule):
         }
 
     def cosines(self) -> dict[str, Tensor]:
-        states = self._blocks.items()
-        return {k: cosine(s.direction, s.ahead) for k, s in states if s.direction is not None and s.ahead is not None}
+        found = {}
+        for k, s in self._blocks.items():
+            if s.delta is not None and s.seen is not None:
+                along, size = s.seen
+                both = size.double() * s.delta.double().norm()
+                found[k] = torch.where(both > 0, -along / both, torch.zeros_like(both))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -307,6 +310,8 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
         ValueError: they lie in groups that differ.
     """
     mine = [options[n] for n in block.names if n in options]
+    if all(o is mine[0] for o in mine):
+        return mine[0]
     where = f"step for the block of {block.names}"
     return Options(
         one_value({o.lr for o in mine}, f"lr in one {where}"),

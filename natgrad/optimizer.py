@@ -195,6 +195,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         increments = self.rule.update(self.metric, df, options)
+        written: list[Tensor] = []
+        ways: list[Tensor] = []
         for group in self.param_groups:
             for p in group["params"]:
                 if (delta := increments.get(self._name_of[p])) is None:
@@ -204,7 +206,13 @@ class NaturalGradient(torch.optim.Optimizer):
                     way, length = way * length - p * decay, 1.0
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                p.add_(way, alpha=length)
+                if length == 1.0:
+                    written.append(p)
+                    ways.append(way)
+                else:
+                    p.add_(way, alpha=length)
+        if written:
+            torch._foreach_add_(written, ways)
         if self._average is not None:
             self._average.follow({n: p for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
@@ -269,11 +277,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 p.copy_(value)
 
     def _options(self) -> dict[str, Options]:
-        return {
-            self._name_of[p]: Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
-            for g in self.param_groups
-            for p in g["params"]
-        }
+        found: dict[str, Options] = {}
+        for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
+            mine = Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
+            found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
+        return found
 
     @property
     def info(self) -> dict[str, Any]:
