@@ -52,6 +52,7 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str], process_group: 
     Raises:
         FileExistsError: there is something at `path`.
         TypeError: a value cannot be kept without pickle.
+        ValueError: a name has a dot, or is "plain".
         OSError: it cannot be written.
     """
     write(held(state), Writer(path), process_group)
@@ -63,11 +64,12 @@ def async_save(state: Mapping[str, Any], path: str | os.PathLike[str], process_g
     A second call waits for the first. The messages go through a process group of their own.
 
     Returns:
-        a future; ``result()`` waits, and raises what went wrong.
+        a future; ``result()`` waits, and raises what went wrong. Call it before ``destroy_process_group()``.
     """
     group = background(process_group)
-    if group.last is not None:
-        group.last.result()
+    last, group.last = group.last, None
+    if last is not None:
+        last.result()
     group.last = group.executor.submit(write, copied(held(state)), Writer(path), group.group)
     return group.last
 

@@ -201,9 +201,7 @@ class NormalisedStep(StepRule):
         if self._slope is None:
             self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
         self._slope.move(grads[0].device)
-        parts = [
-            dot(g, s.delta) for s, g in zip(states, grads) if s.delta is not None and s.delta.shape == g.shape
-        ]
+        parts = [dot(g, s.delta) for s, g in zip(states, grads) if s.delta is not None and s.delta.shape == g.shape]
         if parts:
             self._slope.learn(torch.stack(parts).sum(), self.adapt)
 

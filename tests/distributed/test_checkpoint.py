@@ -211,6 +211,43 @@ def test_a_save_in_the_background_is_that_of_its_step(size: int, tmp_path: Path,
     assert not same(contents(tmp_path / "step-7"), contents(tmp_path / "step-16"))
 
 
+def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Trained(0, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "Writer", Full)
+        future = checkpoint.async_save(run.targets, tmp_path / "step-1")
+    with pytest.raises(OSError, match="no space left"):
+        future.result()
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.async_save(run.targets, tmp_path / "step-2")
+    checkpoint.async_save(run.targets, tmp_path / "step-2").result()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-2"
+
+
+class Full(Writer):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        raise OSError("no space left")
+
+
+def full(rank: int, size: int, folder: str) -> tuple[str, str]:
+    run = Trained(rank, size)
+    checkpoint.save(run.targets, f"{folder}/step-1")
+    checkpoint.Writer = Full if rank == 1 else Writer
+    try:
+        checkpoint.save(run.targets, f"{folder}/step-2")
+    except OSError as error:
+        return str(error), str(checkpoint.latest(folder))
+    finally:
+        checkpoint.Writer = Writer
+    return "", ""
+
+
+def test_a_save_that_fails_on_one_rank_leaves_the_last_one(tmp_path: Path, pool_of: PoolOf) -> None:
+    for said, newest in pool_of(2).run(full, str(tmp_path)):
+        assert "step-2 could not be written on rank 1: no space left" in said
+        assert newest == str(tmp_path / "step-1")
+
+
 # what is refused ---------------------------------------------------------------------------------------------
 
 
