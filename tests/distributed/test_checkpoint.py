@@ -142,6 +142,24 @@ def test_another_number_of_ranks(before: int, after: int, tmp_path: Path, pool_o
             np.testing.assert_allclose(found["end"][name], value, atol=1e-10, rtol=0, err_msg=name)
 
 
+def metric_alone(rank: int, size: int, path: str, save: bool) -> Any:
+    net = build("mlp")
+    model = DistributedDataParallel(net) if size > 1 else net
+    metric = ng.Fisher(model, nn.CrossEntropyLoss())
+    if save:
+        metric.update(data(rank)[0])
+        checkpoint.save({"metric": metric, "model": model}, path)
+    else:
+        checkpoint.load({"metric": metric}, path)
+    return metric.dense().numpy()
+
+
+def test_a_metric_alone(tmp_path: Path, pool_of: PoolOf) -> None:
+    two = pool_of(2).run(metric_alone, str(tmp_path / "c"), True)
+    np.testing.assert_array_equal(metric_alone(0, 1, str(tmp_path / "c"), False), two[0])
+    np.testing.assert_array_equal(pool_of(2).run(metric_alone, str(tmp_path / "c"), False)[1], two[1])
+
+
 def streams(rank: int, size: int, path: str) -> list[int]:
     run = Trained(rank, size)
     if size == 2:
