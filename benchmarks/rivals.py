@@ -38,11 +38,17 @@ class Knob:
 
 @dataclass(frozen=True)
 class Rival:
-    """An optimizer and its search space; one without knobs runs once with its defaults and no schedule."""
+    """An optimizer and its search space; one without knobs runs once with its defaults."""
 
     name: str
     build: Build
     knobs: tuple[Knob, ...] = ()
+    scheduled: bool = True  # by warm-up and cosine
+    only: tuple[str, ...] = ()  # the workloads it applies to; all where none is named
+    barred: tuple[str, ...] = ()  # the workloads it cannot train, each with its reason in the comment beside it
+
+    def applies(self, workload: str) -> bool:
+        return workload not in self.barred and (not self.only or workload in self.only)
 
     def trial(self, number: int) -> Hyper:
         """Options of a trial: the same Sobol sequence for every workload."""
@@ -119,6 +125,51 @@ def schedule_free(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torc
     return [opt]
 
 
+def psgd(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    import heavyball
+
+    heavyball.utils.compile_mode = None  # eager: compiling costs more than a run lasts
+    return [
+        heavyball.PSGDKron(
+            model.parameters(),
+            h["lr"],
+            beta=h["beta1"],
+            weight_decay=h["weight_decay"],
+            preconditioner_update_probability=1 / h["interval"],
+        )
+    ]
+
+
+def singd(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    """Layers that it does not support are trained by AdamW at a hundredth of the rate, as its manual proposes."""
+    from singd.optim.optimizer import SINGD
+
+    known = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    mine = [p for m in known for p in m.parameters()]
+    rest = [p for p in model.parameters() if all(p is not q for q in mine)]
+    average = "batch+sequence" if any(isinstance(m, nn.Embedding) for m in model.modules()) else "batch"
+    opts: list[torch.optim.Optimizer] = [
+        SINGD(
+            model,
+            mine,
+            lr=h["lr"],
+            momentum=h["beta1"],
+            damping=h["damping"],
+            weight_decay=h["weight_decay"],
+            loss_average=average,
+            normalize_lr_cov=True,
+        )
+    ]
+    return [*opts, torch.optim.AdamW(rest, h["lr"] / 10, weight_decay=h["weight_decay"])] if rest else opts
+
+
+def lbfgs(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    history = int(h["history"])
+    return [
+        torch.optim.LBFGS(model.parameters(), h["lr"], history_size=history, line_search_fn="strong_wolfe", max_iter=20)
+    ]
+
+
 def natgrad_defaults(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     return [ng.NaturalGradient(ng.Fisher(model, criterion))]
 
@@ -133,14 +184,30 @@ INTERVAL = Knob("interval", values=(1, 5, 10, 20))
 RIVALS: dict[str, Rival] = {
     r.name: r
     for r in (
-        Rival("natgrad", natgrad_defaults),
+        Rival("natgrad", natgrad_defaults, scheduled=False),
         Rival("sgd", sgd, (rate(1e-3, 3.0), DECAY, BETA)),
         Rival("adamw", adamw, (rate(1e-4, 3e-2), DECAY, BETA, EPS)),
         Rival("nadamw", nadamw, (rate(1e-4, 3e-2), DECAY, BETA, EPS)),
         Rival("muon", muon, (rate(1e-3, 1e-1), DECAY, BETA, Knob("adam_share", 0.03, 1.0))),
         Rival("soap", soap, (rate(3e-4, 3e-2), DECAY, BETA, INTERVAL)),
         Rival("shampoo", shampoo, (rate(1e-4, 3e-2), DECAY, BETA, INTERVAL)),
-        Rival("schedule_free", schedule_free, (rate(3e-4, 1e-1), DECAY, BETA, Knob("warmup", values=(0, 20, 100)))),
+        Rival("psgd", psgd, (rate(1e-4, 3e-2), DECAY, BETA, INTERVAL), barred=("pinn",)),  # mixes float32 into float64
+        Rival(
+            "singd", singd, (rate(1e-4, 1e-1), DECAY, BETA, Knob("damping", 1e-5, 1e-1)), barred=("pinn",)
+        ),  # no vmap
+        Rival(
+            "schedule_free",
+            schedule_free,
+            (rate(3e-4, 1e-1), DECAY, BETA, Knob("warmup", values=(0, 20, 100))),
+            scheduled=False,
+        ),
+        Rival(
+            "lbfgs",
+            lbfgs,
+            (Knob("lr", 0.1, 1.0), Knob("history", values=(10, 50, 100))),
+            scheduled=False,
+            only=("pinn",),
+        ),
     )
 }
 

@@ -128,23 +128,24 @@ def relative_inverse(side: Tensor, damping: float) -> Tensor:
     """One side of `factored_inverses`."""
     damping = damping**0.5
     size = diagonal_of(side).mean()
-    scaled = side * torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    per = torch.where(size > 0, 1 / size, torch.zeros_like(size))
     if is_diagonal(side):
-        return 1 / (scaled + damping)
-    if side.shape[-1] > LEAF and damping >= WELL_DAMPED and is_wide(scaled):
-        m = finite(symmetrise(scaled))[0]
+        return 1 / (side * per + damping)
+    if side.shape[-1] > LEAF and damping >= WELL_DAMPED and is_wide(side):
+        m = (side * per).reshape(side.shape[-2:])
         m.diagonal().add_(damping)
         found = inverse_by_quarters(m)
-        if found is not None:
-            return found[None]
-    return damped_inverse(scaled, damping)
+        if found is not None and bool(torch.linalg.vector_norm(found).isfinite()):
+            return found.reshape(side.shape)
+    return damped_inverse(side * per, damping)
 
 
 def inverse_by_quarters(m: Tensor) -> Tensor | None:
     """The inverse of a positive definite matrix by that of its Schur complement, almost all of it matrix products; None
     where a part is not positive definite.
 
-    With M = [[A, Bᵀ], [B, C]], T = B A⁻¹ and S = (C − T Bᵀ)⁻¹: M⁻¹ = [[A⁻¹ + Tᵀ S T, −(S T)ᵀ], [−S T, S]].
+    Only the lower triangle is read. With M = [[A, Bᵀ], [B, C]], T = B A⁻¹ and S = (C − T Bᵀ)⁻¹:
+    M⁻¹ = [[A⁻¹ + Tᵀ S T, −(S T)ᵀ], [−S T, S]].
     """
     size = len(m)
     if size <= LEAF:

@@ -69,6 +69,8 @@ LEVELS = {
     "quadratic": 2,
     "spectra": 2,
     "distributed": 2,
+    "sharded": 2,
+    "sharded_step": 2,
     "optimizer": 3,
     "report": 3,
     "journal": 3,

@@ -32,10 +32,25 @@ PoolOf = Callable[[int], Pool]
 class Trained:
     """A model, its optimizer and how to go on training them, on one rank or on several."""
 
-    def __init__(self, rank: int, size: int, model: str = "mlp", average: float | None = 0.9, **options: Any) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        model: str = "mlp",
+        average: float | None = 0.9,
+        sharded: bool = False,
+        **options: Any,
+    ) -> None:
         self.rank, self.size, self.net = rank, size, build(model)
         torch.manual_seed(rank)
-        self.model = DistributedDataParallel(self.net) if size > 1 else self.net
+        if sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in (m for m in self.net.modules() if isinstance(m, nn.Linear)):
+                fully_shard(layer)
+            self.model = fully_shard(self.net)
+        else:
+            self.model = DistributedDataParallel(self.net) if size > 1 else self.net
         self.criterion = nn.CrossEntropyLoss()
         self.metric = ng.Fisher(self.model, self.criterion, **options)
         self.opt = ng.NaturalGradient(self.metric, refresh=4, average=average)
@@ -140,6 +155,30 @@ def test_another_number_of_ranks(before: int, after: int, tmp_path: Path, pool_o
             np.testing.assert_array_equal(found["at"][name], value, err_msg=name)
         for name, value in first["end"].items():
             np.testing.assert_allclose(found["end"][name], value, atol=1e-10, rtol=0, err_msg=name)
+
+
+def shards(rank: int, size: int, path: str, save: bool) -> tuple[list[float], list[float]]:
+    run = Trained(rank, size, sharded=size > 1, kind="exact")
+    straight: list[float] = []
+    if save:
+        run.steps(0, 9)
+        future = checkpoint.async_save(run.targets, path)
+        straight = run.steps(9, 15)
+        future.result()
+        run = Trained(rank, size, sharded=True, kind="exact")
+    checkpoint.load(run.targets, path)
+    return straight, run.steps(9, 15)
+
+
+def test_a_sharded_model(tmp_path: Path, pool_of: PoolOf) -> None:
+    """Bit for bit on as many ranks; on others, and on one process, the mean of their losses is the same."""
+    two = pool_of(2).run(shards, str(tmp_path / "c"), True)
+    for straight, again in two:
+        assert again == straight
+    mean = np.mean([again for _, again in two], axis=0)
+    four = pool_of(4).run(shards, str(tmp_path / "c"), False)
+    np.testing.assert_allclose(np.mean([again for _, again in four], axis=0), mean, rtol=1e-10)
+    np.testing.assert_allclose(shards(0, 1, str(tmp_path / "c"), False)[1], mean, rtol=1e-10)
 
 
 def metric_alone(rank: int, size: int, path: str, save: bool) -> Any:
