@@ -1,16 +1,16 @@
-"""Run the benchmark: ``python -m benchmarks.harness study --shard 0/2`` and ``1/2`` beside it.
+"""The comparison of optimizers: ``python -m benchmarks.harness study --processes 2``.
 
-One line of JSON a run. Every shard appends to a file of its own in ``benchmarks/runs`` and reads those of all; a run
-whose (workload, optimizer, phase, trial, seed) stands in one of them is not done again, so a study that was interrupted
-goes on where it was. Phases:
+One line of JSON a run, resumable: a run whose (workload, optimizer, phase, trial, seed) stands in the file is not done
+again. The clock is CPU time of one thread; evaluation is not counted. The phases, in this order:
 
-- ``tune``    every rival, the same number of trials, on a seed of their own;
-- ``target``  the best trial of each first-order rival on the seeds that are reported. The target is the best of their
-  medians over the first three seeds of the best held-out metric;
-- ``final``   the best trial of every rival, and natgrad's defaults, with the time to the target. For a first-order
-  rival this is the run of the phase before: the same options, seed and budget.
+- ``tune``    every rival, the same number of trials each, on a seed of its own;
+- ``target``  the best trial of each first-order rival on the seeds that are reported: the target is the lowest of the
+  medians of their best held-out losses;
+- ``final``   the best trial of every rival and natgrad's defaults on the same seeds, with the time to the target.
 
-A rival with a schedule ends with it; what has no horizon runs on to 4/3 of the budget.
+A scheduled rival's run ends with its schedule, whose horizon is the workload's budget; natgrad and the other optimizers
+without a schedule may go on to 4/3 of it. The final run of a first-order rival is its target run: same options, same
+seed, same budget.
 """
 
 from __future__ import annotations
@@ -18,238 +18,271 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import statistics
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.rivals import FIRST_ORDER, RIVALS, Hyper
-from benchmarks.running import EXTENSION, arrival, run
+from benchmarks.rivals import RIVALS, Hyper, Rival, cosine_with_warmup
 from benchmarks.workloads import STUDY, WORKLOADS, Workload
 
-RUNS = Path(__file__).parent / "runs"
-TRIALS, SEEDS = 6, 5
-WAVE = 3  # seeds that are run first, and that the target is taken from
+FIRST_ORDER = ("adamw", "nadamw", "sgd")
 TUNING_SEED = 100  # apart from the seeds that are reported
-POLL = 5.0  # seconds between looks at the files of other shards
-Line = dict[str, Any]
+OVERTIME = 4 / 3  # of the budget, for optimizers without a horizon
+PATIENCE = 20  # steps in a row with a loss that is not finite
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
+    """One run that is to be done."""
+
     workload: str
     optimizer: str
     phase: str
+    trial: int
     seed: int
-    number: int = 0  # the trial, in the tuning phase
+    hyper: tuple[tuple[str, float], ...]
+    target: float | None = None
+    scale: float = 1.0  # of the budget
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        """The trial of later phases is known only once the earlier ones are done, and there is one alone."""
-        return (self.workload, self.optimizer, self.phase, self.seed, self.number if self.phase == "tune" else None)
-
-
-def key_of(line: Line) -> tuple[Any, ...]:
-    trial = line["trial"] if line["phase"] == "tune" else None
-    return (line["workload"], line["optimizer"], line["phase"], line["seed"], trial)
-
-
-@dataclass
-class Plan:
-    """What a study covers."""
-
-    workloads: list[str]
-    optimizers: list[str]
-    trials: int = TRIALS
-    seeds: int = SEEDS
-    scale: float = 1.0  # of every CPU budget
-
-    def __post_init__(self) -> None:
-        self._made: dict[str, Workload] = {}
-
-    def workload(self, name: str) -> Workload:
-        if name not in self._made:
-            self._made[name] = WORKLOADS[name]()
-        return self._made[name]
-
-    def budget(self, name: str) -> float:
-        return self.workload(name).seconds * self.scale
+    def key(self) -> tuple[str, str, str, int, int]:
+        return self.workload, self.optimizer, self.phase, self.trial, self.seed
 
     @property
-    def first_order(self) -> list[str]:
-        return [n for n in FIRST_ORDER if n in self.optimizers]
+    def seconds(self) -> float:
+        """What the run may take."""
+        over = self.phase == "final" and not RIVALS[self.optimizer].scheduled
+        return BUDGETS[self.workload] * self.scale * (OVERTIME if over else 1)
 
-    @property
-    def target_seeds(self) -> range:
-        return range(min(WAVE, self.seeds))
-
-    def pairs(self) -> list[tuple[str, str]]:
-        return [(w, o) for w in self.workloads for o in self.optimizers if RIVALS[o].applies(self.workload(w))]
-
-    def jobs(self) -> Iterator[Job]:
-        """In the order of work; each wave of seeds covers all workloads, so that what is there is balanced."""
-        for number in range(self.trials):
-            for w, o in self.pairs():
-                if RIVALS[o].knobs:
-                    yield Job(w, o, "tune", TUNING_SEED, number)
-        for wave in (self.target_seeds, range(len(self.target_seeds), self.seeds)):
-            for phase in ("target", "final"):
-                for seed in wave:
-                    for w, o in self.pairs():
-                        if phase == "final" or o in self.first_order:
-                            yield Job(w, o, phase, seed)
-
-    def needs(self, job: Job) -> list[Job]:
-        """Jobs that must be done before this one."""
-        if job.phase == "tune":
-            return []
-        found = []
-        if RIVALS[job.optimizer].knobs:
-            found += [Job(job.workload, job.optimizer, "tune", TUNING_SEED, n) for n in range(self.trials)]
-        if job.phase == "final":
-            found += [Job(job.workload, o, "target", s) for o in self.first_order for s in self.target_seeds]
-            if job.optimizer in self.first_order:
-                found.append(Job(job.workload, job.optimizer, "target", job.seed))
-        return found
-
-    def cost(self, job: Job) -> float:
-        """CPU seconds that the job takes, without evaluation."""
-        if job.phase == "final" and job.optimizer in self.first_order:
-            return 0.0
-        longer = job.phase == "final" and not RIVALS[job.optimizer].scheduled
-        return self.budget(job.workload) * (EXTENSION if longer else 1.0)
-
-    def do(self, job: Job, done: dict[tuple[Any, ...], Line]) -> Line:
-        """Run the job; its line."""
-        rival, workload = RIVALS[job.optimizer], self.workload(job.workload)
-        if job.phase == "tune":
-            trial, hyper = job.number, rival.trial(job.number)
-        else:
-            trial, hyper = self.best_trial(job, done) if rival.knobs else (0, {})
-        head = {
-            "workload": job.workload,
-            "optimizer": job.optimizer,
-            "phase": job.phase,
-            "trial": trial,
-            "seed": job.seed,
-            "hyper": hyper,
-        }
-        if job.phase == "final" and job.optimizer in self.first_order:
-            body = done[Job(job.workload, job.optimizer, "target", job.seed).key]
-        else:
-            body = run(workload, rival, hyper, job.seed, self.budget(job.workload), extended=job.phase == "final")
-        target = self.target(job.workload, done) if job.phase == "final" else None
-        line = {**body, **head, **arrival(body, target)}
-        if job.phase == "tune":
-            del line["curve"], line["curve_passes"]
-        return line
-
-    def best_trial(self, job: Job, done: dict[tuple[Any, ...], Line]) -> tuple[int, Hyper]:
-        """The trial of the lowest held-out metric in the tuning phase."""
-        tried = [done[Job(job.workload, job.optimizer, "tune", TUNING_SEED, n).key] for n in range(self.trials)]
-        best = min(tried, key=lambda r: infinite(r["best_metric"]))
-        return best["trial"], best["hyper"]
-
-    def target(self, workload: str, done: dict[tuple[Any, ...], Line]) -> float | None:
-        """The best of the first-order rivals' medians over the first seeds; None where all of them diverged."""
-        medians = [
-            statistics.median(
-                infinite(done[Job(workload, o, "target", s).key]["best_metric"]) for s in self.target_seeds
-            )
-            for o in self.first_order
-        ]
-        best = min(medians, default=math.inf)
-        return best if math.isfinite(best) else None
+    def do(self) -> Run:
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore")  # of rivals, about what this protocol does on purpose
+        line = train(WORKLOADS[self.workload](), RIVALS[self.optimizer], dict(self.hyper), self.seed, self.seconds)
+        head = dict(zip(("workload", "optimizer", "phase", "trial", "seed"), self.key), hyper=dict(self.hyper))
+        line["budget"] = BUDGETS[self.workload] * self.scale
+        return {**head, **line, **time_to(line["curve"], self.target), "environment": environment()}
 
 
-def infinite(value: float | None) -> float:
-    return math.inf if value is None else value
+BUDGETS: dict[str, float] = {}  # CPU seconds of each workload, filled when a study begins
 
 
-def read(folder: Path) -> list[Line]:
-    """All complete lines in the files of a folder; a line that a process was killed in is not one."""
-    found = []
-    for path in sorted(folder.glob("study*.jsonl")):
-        *whole, _ = path.read_text().split("\n")
-        found += [json.loads(line) for line in whole if line]
-    return found
+def train(workload: Workload, rival: Rival, hyper: Hyper, seed: int, seconds: float) -> Run:
+    """One training run of so many CPU seconds. The seed fixes the initial weights and the order of the data."""
+    torch.manual_seed(seed)
+    model = workload.model()
+    opts = workload.build(rival, model, hyper)
+    rates = [[g["lr"] for g in opt.param_groups] for opt in opts]
+    generator = torch.Generator().manual_seed(seed)
+    spent = wall = next_look = 0.0
+    steps = passes = lost = 0
+    curve: list[tuple[int, float, float | None, float | None]] = []
+    while spent < seconds and lost < PATIENCE:
+        x, y = workload.draw(generator)
+        start, began = time.process_time(), time.perf_counter()
+        if rival.scheduled:
+            set_rates(opts, rates, cosine_with_warmup(spent / seconds))
+        loss, calls = workload.step(opts, model, x, y)
+        spent += time.process_time() - start
+        wall += time.perf_counter() - began
+        steps += 1
+        passes += calls
+        lost = 0 if math.isfinite(float(loss)) else lost + 1
+        if spent >= next_look or spent >= seconds:
+            curve.append((steps, round(spent, 4), *look(workload, model, opts)))
+            next_look = min(max(spent * 1.08, spent + seconds / 400), spent + seconds / 40)
+    held_out = [value for _, _, value, _ in curve if value is not None]
+    drawn = sum(getattr(opt, "refreshes", 0) for opt in opts)  # forward-backwards for the statistics
+    return {
+        "steps": steps,
+        "passes": passes + drawn,
+        "cpu_seconds": spent,
+        "wall_seconds": wall,
+        "marked": wall > 1.2 * spent,
+        "final_metric": curve[-1][2] if lost < PATIENCE else None,
+        "final_train": curve[-1][3] if lost < PATIENCE else None,
+        "best_metric": min(held_out) if held_out else None,
+        "state_bytes": state_bytes(opts, model),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "curve": curve,
+    }
 
 
-def done_in(folder: Path) -> dict[tuple[Any, ...], Line]:
-    return {key_of(line): line for line in read(folder)}
+def set_rates(opts: Sequence[torch.optim.Optimizer], rates: list[list[float]], factor: float) -> None:
+    for opt, before in zip(opts, rates):
+        for group, lr in zip(opt.param_groups, before):
+            group["lr"] = lr * factor
 
 
-def append(path: Path, line: Line) -> None:
-    """Add a whole line; what an interrupted write has left behind is cut off."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        text = file.read()
-        if text and not text.endswith(b"\n"):
-            file.truncate(text.rfind(b"\n") + 1)
-        file.write((json.dumps(line) + "\n").encode())
+def look(
+    workload: Workload, model: nn.Module, opts: Sequence[torch.optim.Optimizer]
+) -> tuple[float | None, float | None]:
+    """Held-out metric and training loss, None where not finite, at the weights the optimizer would be judged by."""
+    modes = [opt for opt in opts if hasattr(opt, "eval")]
+    for opt in modes:
+        opt.eval()
+    found = [workload.evaluate(model, data) for data in (workload.valid, workload.train_eval)]
+    for opt in modes:
+        opt.train()
+    held_out, train_loss = (float(f"{value:.5g}") if math.isfinite(value) else None for value in found)
+    return held_out, train_loss
 
 
-def study(plan: Plan, folder: Path, shard: int = 0, shards: int = 1, say: Any = print) -> None:
-    """Do the jobs of one shard, waiting for those of others where they are needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"study.{shard}of{shards}.jsonl" if shards > 1 else "study.jsonl")
-    for index, job in enumerate(plan.jobs()):
-        if index % shards != shard:
-            continue
-        done = done_in(folder)
-        if job.key in done:
-            continue
-        waiting = False
-        while missing := [n for n in plan.needs(job) if n.key not in done]:
-            if shards == 1:
-                raise RuntimeError(f"{job} needs {missing[0]}, which the order of work should have done")
-            if not waiting:
-                say(f"waiting for {len(missing)} runs of other shards, the first of them {missing[0]}")
-            waiting = True
-            time.sleep(POLL)
-            done = done_in(folder)
-        line = plan.do(job, done)
-        append(path, line)
-        best = "diverged" if line["best_metric"] is None else f"best {line['best_metric']:.4g}"
-        say(f"{job.workload} {job.optimizer} {job.phase} {line['trial']} {job.seed}: {best}")
+def time_to(curve: Sequence[Sequence[Any]], target: float | None) -> Run:
+    """When the held-out metric first was at the target; None where it never was."""
+    hit = next((c for c in curve if target is not None and c[2] is not None and c[2] <= target), None)
+    return {
+        "target": target,
+        "steps_to_target": None if hit is None else hit[0],
+        "cpu_to_target": None if hit is None else hit[1],
+    }
 
 
-def estimate(plan: Plan, folder: Path) -> str:
-    """What the study takes, and what of it is left."""
-    jobs, done = list(plan.jobs()), done_in(folder)
-    whole = sum(plan.cost(j) for j in jobs)
-    left = sum(plan.cost(j) for j in jobs if j.key not in done)
-    return f"{len(jobs)} runs, {whole:.0f} CPU seconds without evaluation, of which {left:.0f} are left"
+def state_bytes(opts: Sequence[torch.optim.Optimizer], model: nn.Module) -> int:
+    """Bytes of all tensors that the optimizers keep alive from step to step, beside parameters and gradients."""
+    seen: set[int] = set()
+    held: dict[int, int] = {}
+    own = {t.data_ptr() for p in model.parameters() for t in (p, p.grad) if t is not None}
+
+    def walk(thing: Any) -> None:
+        if id(thing) in seen or isinstance(thing, (nn.Module, str, bytes, int, float, type(None))):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            if storage.data_ptr() and thing.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                walk(value)
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            for value in thing:
+                walk(value)
+        elif type(thing).__module__.startswith(("natgrad", "singd", "pytorch_optimizer", "heavyball")):
+            walk(vars(thing) if hasattr(thing, "__dict__") else None)
+
+    for opt in opts:
+        opt.zero_grad()
+        walk({k: v for k, v in vars(opt).items() if k != "param_groups"})
+    return sum(held.values())
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    shard, _, shards = text.partition("/")
-    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
-        raise argparse.ArgumentTypeError(f"--shard takes i/n with 0 ≤ i < n, for instance 0/2; got {text!r}")
-    return int(shard), int(shards)
+def environment() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("study", "estimate"))
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(STUDY))
-    parser.add_argument("--optimizers", nargs="+", choices=RIVALS, default=list(RIVALS))
-    parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--scale", type=float, default=1.0, help="of every CPU budget; below 1 for a trial run")
-    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="i/n")
-    parser.add_argument("--out", type=Path, default=RUNS, help="folder of the lines")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    plan = Plan(args.workloads, args.optimizers, args.trials, args.seeds, args.scale)
-    print(estimate(plan, args.out), flush=True)
-    if args.what == "study":
-        study(plan, args.out, *args.shard, say=lambda text: print(text, flush=True))
+def read(path: Path) -> list[Run]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def best_trial(runs: list[Run], workload: str, optimizer: str) -> tuple[int, Hyper]:
+    """The trial of the lowest held-out loss in the tuning phase."""
+    tried = [r for r in runs if (r["phase"], r["workload"], r["optimizer"]) == ("tune", workload, optimizer)]
+    if not tried:
+        raise SystemExit(f"no tuning runs of {optimizer} on {workload}; run the phase tune first")
+    best = min(tried, key=lambda r: math.inf if r["best_metric"] is None else r["best_metric"])
+    return best["trial"], best["hyper"]
+
+
+def target_of(runs: list[Run], workload: str, seeds: int) -> float:
+    """The lowest of the first-order rivals' medians over seeds."""
+    medians = []
+    for name in FIRST_ORDER:
+        mine = [r for r in runs if (r["phase"], r["workload"], r["optimizer"]) == ("target", workload, name)]
+        best = [math.inf if r["best_metric"] is None else r["best_metric"] for r in mine if r["seed"] < seeds]
+        medians += [statistics.median(best)] if best else []
+    if not medians:
+        raise SystemExit(f"no target runs on {workload}; run the phase target first")
+    return min(medians)
+
+
+def jobs(args: argparse.Namespace, phase: str, runs: list[Run]) -> Iterator[Job]:
+    """The runs of a phase, balanced: a study that is cut short has as much of one workload as of another."""
+    rivals = [RIVALS[name] for name in args.optimizers]
+    repeats = range(args.trials if phase == "tune" else args.seeds)
+    for number in repeats:
+        for workload in args.workloads:
+            for rival in rivals:
+                if not rival.applies(workload):
+                    continue
+                if phase == "tune":
+                    if rival.knobs:
+                        hyper = tuple(rival.trial(number).items())
+                        yield Job(workload, rival.name, phase, number, TUNING_SEED, hyper, scale=args.scale)
+                    continue
+                if (phase == "target") != (rival.name in FIRST_ORDER):
+                    continue
+                trial, best = best_trial(runs, workload, rival.name) if rival.knobs else (0, {})
+                target = target_of(runs, workload, args.seeds) if phase == "final" else None
+                yield Job(workload, rival.name, phase, trial, number, tuple(best.items()), target, args.scale)
+
+
+def finals_from_targets(args: argparse.Namespace, runs: list[Run]) -> Iterator[Run]:
+    """The target runs again as final runs, now that the target is known."""
+    for run in runs:
+        if run["phase"] == "target" and run["workload"] in args.workloads and run["seed"] < args.seeds:
+            yield {**run, "phase": "final", **time_to(run["curve"], target_of(runs, run["workload"], args.seeds))}
+
+
+def key_of(run: Run) -> tuple[str, str, str, int, int]:
+    return run["workload"], run["optimizer"], run["phase"], run["trial"], run["seed"]
+
+
+def append(path: Path, line: Run) -> None:
+    """One whole line at a time, so that an interrupted study goes on where it was."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def study(args: argparse.Namespace) -> None:
+    """The phases that are asked for, each run once."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    BUDGETS.update({name: WORKLOADS[name]().seconds for name in args.workloads})
+    for phase in args.phases:
+        runs = read(args.out)
+        done = {key_of(r) for r in runs}
+        todo = [job for job in jobs(args, phase, runs) if job.key not in done]
+        if phase == "final":
+            for line in finals_from_targets(args, runs):
+                if key_of(line) not in done:
+                    append(args.out, line)
+        print(f"{phase}: {len(todo)} runs, {sum(job.seconds for job in todo):.0f} CPU s", flush=True)
+        with ProcessPoolExecutor(args.processes, initializer=BUDGETS.update, initargs=(dict(BUDGETS),)) as pool:
+            futures = [pool.submit(job.do) for job in todo]
+            for future in as_completed(futures):
+                line = future.result()
+                append(args.out, line)
+                name = " ".join(map(str, key_of(line)))
+                print(f"{name}: best {line['best_metric']}, {line['cpu_to_target']} s to target", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("command", choices=("study",))
+    out.add_argument("--phases", nargs="+", choices=("tune", "target", "final"), default=["tune", "target", "final"])
+    out.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(STUDY))
+    out.add_argument("--optimizers", nargs="+", choices=RIVALS, default=list(RIVALS))
+    out.add_argument("--trials", type=int, default=4)
+    out.add_argument("--seeds", type=int, default=3)
+    out.add_argument("--scale", type=float, default=1.0, help="of every CPU budget; below 1 for a smoke run")
+    out.add_argument("--processes", type=int, default=2, help="runs at a time; at most one a core")
+    out.add_argument("--out", type=Path, default=Path(__file__).parent / "runs" / "study.jsonl")
+    return out
 
 
 if __name__ == "__main__":
-    main()
+    study(parser().parse_args())

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.workloads import Workload
+import natgrad as ng
 
 Hyper = dict[str, float]
-Build = Callable[[nn.Module, Workload, Hyper], list[torch.optim.Optimizer]]
+Build = Callable[[nn.Module, nn.Module, Hyper], list[torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Knob:
 
 @dataclass(frozen=True)
 class Rival:
-    """An optimizer and its search space; one without knobs is not tuned.
-
-    `scheduled`: its rate follows `cosine_with_warmup` and is zero at the end of the budget, so that its run ends
-    there. `applies`: the workloads it can be run on.
-    """
+    """An optimizer and its search space; one without knobs runs once with its defaults."""
 
     name: str
     build: Build
     knobs: tuple[Knob, ...] = ()
-    scheduled: bool = True
-    applies: Callable[[Workload], bool] = lambda workload: True
+    scheduled: bool = True  # by warm-up and cosine
+    only: tuple[str, ...] = ()  # the workloads it applies to; all where none is named
+    barred: tuple[str, ...] = ()  # the workloads it cannot train, each with its reason in the comment beside it
+
+    def applies(self, workload: str) -> bool:
+        return workload not in self.barred and (not self.only or workload in self.only)
 
     def trial(self, number: int) -> Hyper:
         """Options of a trial: the same Sobol sequence for every workload."""
@@ -62,18 +62,18 @@ DECAY = Knob("weight_decay", values=(0.0, 1e-4, 1e-3, 1e-2, 1e-1))
 BETA = Knob("beta1", values=(0.8, 0.9, 0.95))
 
 
-def sgd(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def sgd(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     return [
         torch.optim.SGD(model.parameters(), h["lr"], momentum=h["beta1"], nesterov=True, weight_decay=h["weight_decay"])
     ]
 
 
-def adamw(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def adamw(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     betas = (h["beta1"], 0.999)
     return [torch.optim.AdamW(model.parameters(), h["lr"], betas, eps=h["eps"], weight_decay=h["weight_decay"])]
 
 
-def nadamw(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def nadamw(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     betas = (h["beta1"], 0.999)
     options = {"eps": h["eps"], "weight_decay": h["weight_decay"], "decoupled_weight_decay": True}
     return [torch.optim.NAdam(model.parameters(), h["lr"], betas, **options)]
@@ -87,8 +87,7 @@ def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return matrices, [p for p in model.parameters() if id(p) not in chosen]
 
 
-def muon(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
-    """torch's Muon takes matrices alone: kernels go to AdamW, with embeddings, vectors and the last layer."""
+def muon(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     matrices, rest = hidden(model)
     return [
         torch.optim.Muon(matrices, h["lr"], weight_decay=h["weight_decay"], momentum=h["beta1"]),
@@ -96,56 +95,7 @@ def muon(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Opt
     ]
 
 
-def lbfgs(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
-    """Where every step sees the same data; its line search takes the place of a schedule."""
-    history = int(h["history"])
-    options = {"history_size": history, "max_iter": 5, "line_search_fn": "strong_wolfe"}
-    return [torch.optim.LBFGS(model.parameters(), h["lr"], **options)]
-
-
-def psgd(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
-    import heavyball
-
-    heavyball.utils.compile_mode = None
-    probability = h["update_probability"]
-    precision = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
-    return [
-        heavyball.PSGDKron(
-            model.parameters(),
-            h["lr"],
-            beta=h["beta1"],
-            weight_decay=h["weight_decay"],
-            preconditioner_update_probability=probability,
-            q_dtype=precision,
-            storage_dtype=precision,
-        )
-    ]
-
-
-SINGD_REST = 3e-3  # AdamW's rate for what SINGD does not cover
-
-
-def singd(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
-    """It covers linear and convolution layers; embeddings, norms and recurrent weights go to AdamW."""
-    from singd.optim.optimizer import SINGD
-
-    covered = [p for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters()]
-    rest = [p for p in model.parameters() if all(p is not q for q in covered)]
-    positions = workload.train[0].dim() == 2 and not workload.train[0].is_floating_point()  # a loss over all tokens
-    opt = SINGD(
-        model,
-        covered,
-        h["lr"],
-        momentum=h["beta1"],
-        damping=h["damping"],
-        weight_decay=h["weight_decay"],
-        loss_average="batch+sequence" if positions else "batch",
-        normalize_lr_cov=True,
-    )
-    return [opt, torch.optim.AdamW(rest, SINGD_REST, weight_decay=h["weight_decay"])] if rest else [opt]
-
-
-def soap(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def soap(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     from pytorch_optimizer import SOAP
 
     betas = (h["beta1"], 0.95)
@@ -153,7 +103,7 @@ def soap(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Opt
     return [SOAP(model.parameters(), h["lr"], betas, weight_decay=h["weight_decay"], precondition_frequency=interval)]
 
 
-def shampoo(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def shampoo(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     from pytorch_optimizer import ScalableShampoo
 
     betas = (h["beta1"], 0.999)
@@ -165,7 +115,7 @@ def shampoo(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.
     ]
 
 
-def schedule_free(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
+def schedule_free(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
     from schedulefree import AdamWScheduleFree
 
     opt = AdamWScheduleFree(
@@ -175,8 +125,53 @@ def schedule_free(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.
     return [opt]
 
 
-def natgrad_defaults(model: nn.Module, workload: Workload, h: Hyper) -> list[torch.optim.Optimizer]:
-    return [workload.natgrad(model)]
+def psgd(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    import heavyball
+
+    heavyball.utils.compile_mode = None  # eager: compiling costs more than a run lasts
+    return [
+        heavyball.PSGDKron(
+            model.parameters(),
+            h["lr"],
+            beta=h["beta1"],
+            weight_decay=h["weight_decay"],
+            preconditioner_update_probability=1 / h["interval"],
+        )
+    ]
+
+
+def singd(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    """Layers that it does not support are trained by AdamW at a hundredth of the rate, as its manual proposes."""
+    from singd.optim.optimizer import SINGD
+
+    known = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    mine = [p for m in known for p in m.parameters()]
+    rest = [p for p in model.parameters() if all(p is not q for q in mine)]
+    average = "batch+sequence" if any(isinstance(m, nn.Embedding) for m in model.modules()) else "batch"
+    opts: list[torch.optim.Optimizer] = [
+        SINGD(
+            model,
+            mine,
+            lr=h["lr"],
+            momentum=h["beta1"],
+            damping=h["damping"],
+            weight_decay=h["weight_decay"],
+            loss_average=average,
+            normalize_lr_cov=True,
+        )
+    ]
+    return [*opts, torch.optim.AdamW(rest, h["lr"] / 10, weight_decay=h["weight_decay"])] if rest else opts
+
+
+def lbfgs(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    history = int(h["history"])
+    return [
+        torch.optim.LBFGS(model.parameters(), h["lr"], history_size=history, line_search_fn="strong_wolfe", max_iter=20)
+    ]
+
+
+def natgrad_defaults(model: nn.Module, criterion: nn.Module, h: Hyper) -> list[torch.optim.Optimizer]:
+    return [ng.NaturalGradient(ng.Fisher(model, criterion))]
 
 
 def rate(low: float, high: float) -> Knob:
@@ -196,13 +191,10 @@ RIVALS: dict[str, Rival] = {
         Rival("muon", muon, (rate(1e-3, 1e-1), DECAY, BETA, Knob("adam_share", 0.03, 1.0))),
         Rival("soap", soap, (rate(3e-4, 3e-2), DECAY, BETA, INTERVAL)),
         Rival("shampoo", shampoo, (rate(1e-4, 3e-2), DECAY, BETA, INTERVAL)),
-        Rival("psgd", psgd, (rate(1e-4, 3e-2), DECAY, BETA, Knob("update_probability", 0.03, 1.0))),
+        Rival("psgd", psgd, (rate(1e-4, 3e-2), DECAY, BETA, INTERVAL), barred=("pinn",)),  # mixes float32 into float64
         Rival(
-            "singd",
-            singd,
-            (rate(1e-4, 3e-1), DECAY, BETA, Knob("damping", 1e-5, 1e-1)),
-            applies=lambda workload: not workload.full_batch,  # its hooks know no Laplacian
-        ),
+            "singd", singd, (rate(1e-4, 1e-1), DECAY, BETA, Knob("damping", 1e-5, 1e-1)), barred=("pinn",)
+        ),  # no vmap
         Rival(
             "schedule_free",
             schedule_free,
@@ -212,13 +204,12 @@ RIVALS: dict[str, Rival] = {
         Rival(
             "lbfgs",
             lbfgs,
-            (rate(1e-1, 1.0), Knob("history", values=(10, 30, 100))),
+            (Knob("lr", 0.1, 1.0), Knob("history", values=(10, 50, 100))),
             scheduled=False,
-            applies=lambda workload: workload.full_batch,
+            only=("pinn",),
         ),
     )
 }
-FIRST_ORDER = ("adamw", "nadamw", "sgd")
 
 
 def cosine_with_warmup(share: float) -> float:

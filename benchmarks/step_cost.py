@@ -1,18 +1,21 @@
-"""What a step costs, in parts: ``python benchmarks/step_cost.py [--steps 60]``.
+"""What a step costs, beside AdamW and others: ``python -m benchmarks.step_cost [--steps 120] [--only convnet …]``.
 
-Forward and backward of the plain model are the floor; the same with a metric watching shows what hooks cost on steps
-that do not refresh; the step is split into the products that apply the metric and everything else; refresh steps stand
-apart. CPU time of one thread, median over steps, all in one process; ratios are to the plain forward + backward.
+One table a workload: the mean step over AdamW's, p50 and p99 of single steps, and the bytes of state over AdamW's. A
+step is ``zero_grad``, forward, backward and ``step``; the mean takes in the dense refreshes of the first steps, and the
+second p99 leaves them out. CPU time of one thread. The optimizers take turns in one process, so that what else the
+machine does slows all of them. ``--parts`` splits natgrad's step instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -20,6 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import natgrad as ng
+from benchmarks import rivals
+from benchmarks.workloads import CharTransformer, RowReader
 
 
 def autoencoder() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -51,9 +56,23 @@ def tabular() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return model, nn.MSELoss(), torch.randn(128, 8), torch.randn(128, 1)
 
 
+def transformer_32() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """Three layers of width 128, 65 symbols, 32 windows of 96."""
+    tokens = torch.randint(0, 65, (32, 97))
+    model = nn.Sequential(CharTransformer(65), nn.Flatten(0, 1))
+    return model, nn.CrossEntropyLoss(), tokens[:, :-1], tokens[:, 1:].flatten()
+
+
+def recurrent() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """An LSTM of width 64 on 8 rows of 8, batch 128."""
+    return RowReader(), nn.CrossEntropyLoss(), torch.randn(128, 8, 8), torch.randint(0, 10, (128,))
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module, Tensor, Tensor]]] = {
     "autoencoder": autoencoder,
     "convnet": convnet,
+    "transformer_32": transformer_32,
+    "recurrent": recurrent,
     "tabular": tabular,
 }
 
@@ -119,12 +138,111 @@ def measure(name: str, steps: int) -> dict[str, float]:
     }
 
 
+# beside other optimizers -------------------------------------------------------------------------------------------
+
+Optimizers = list[torch.optim.Optimizer]
+MATRIX_METHODS = {"SOAP": {"interval": 10.0}, "Shampoo": {"interval": 10.0}, "Muon": {"adam_share": 1.0}}
+
+
+def rivals_here() -> dict[str, Callable[[nn.Module, nn.Module], Optimizers]]:
+    """natgrad, AdamW and the matrix methods that are installed."""
+    found: dict[str, Callable[[nn.Module, nn.Module], Optimizers]] = {
+        "AdamW": lambda model, criterion: [torch.optim.AdamW(model.parameters(), lr=1e-4)],
+        "natgrad": lambda model, criterion: [ng.NaturalGradient(ng.Fisher(model, criterion))],
+    }
+    builders = {"Muon": rivals.muon}
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        builders.update(SOAP=rivals.soap, Shampoo=rivals.shampoo)
+    for name, build in builders.items():
+        hyper = {"lr": 1e-4, "weight_decay": 0.0, "beta1": 0.9, **MATRIX_METHODS[name]}
+        found[name] = lambda model, criterion, build=build, hyper=hyper: build(model, criterion, hyper)
+    return found
+
+
+def state_bytes(opts: Optimizers, model: nn.Module) -> int:
+    """Bytes of every tensor an optimizer holds, shared memory once, without parameters and gradients."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    todo: list[object] = []
+    for opt in opts:
+        todo += [opt.rule, opt.metric.blocks] if isinstance(opt, ng.NaturalGradient) else [opt.state]
+    theirs = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, p.grad) if t is not None}
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, Mapping):
+            todo += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            todo += item
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
+            todo += vars(item).values()
+    return sum(size for place, size in storages.items() if place not in theirs)
+
+
+def compare(name: str, steps: int) -> Table:
+    """A row for each optimizer."""
+    loops: dict[str, tuple[Callable[[], object], Optimizers, nn.Module]] = {}
+    for optimizer, build in rivals_here().items():
+        torch.manual_seed(0)
+        model, criterion, x, y = MODELS[name]()
+        opts = build(model, criterion)
+        loops[optimizer] = (partial(train_once, model, criterion, x, y, opts), opts, model)
+    times: dict[str, list[float]] = {optimizer: [] for optimizer in loops}
+    failed: dict[str, str] = {}
+    for _ in range(steps):
+        for optimizer, (run, _, _) in loops.items():
+            if optimizer not in failed:
+                try:
+                    times[optimizer].append(timed(run))
+                except RuntimeError as error:  # of the other packages: not every one takes every model
+                    if optimizer == "natgrad":
+                        raise
+                    failed[optimizer] = type(error).__name__
+    table = Table(title=f"{name}: CPU ms a step, {steps} steps")
+    for column in ("", "mean", "over AdamW", "p50", "p99", "p99/p50", "p99/p50 late", "state MB", "over AdamW"):
+        table.add_column(column, justify="left" if not column else "right")
+    mean = {o: statistics.mean(t) for o, t in times.items() if o not in failed}
+    held = {o: state_bytes(opts, model) for o, (_, opts, model) in loops.items()}
+    for o, t in times.items():
+        if o in failed:
+            table.add_row(o, failed[o])
+            continue
+        p50, p99, late = statistics.median(t), quantile(t, 0.99), quantile(t[len(t) // 3 :], 0.99)
+        ratios = (mean[o] / mean["AdamW"], held[o] / held["AdamW"])
+        times_shown = [f"{mean[o]:.2f}", f"{ratios[0]:.2f}", f"{p50:.2f}", f"{p99:.2f}"]
+        shares = [f"{p99 / p50:.2f}", f"{late / p50:.2f}", f"{held[o] / 1e6:.2f}", f"{ratios[1]:.2f}"]
+        table.add_row(o, *times_shown, *shares)
+    return table
+
+
+def train_once(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, opts: Optimizers) -> None:
+    for opt in opts:
+        opt.zero_grad()
+    criterion(model(x), y).backward()
+    for opt in opts:
+        opt.step()
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=120)
-    steps = parser.parse_args().steps
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--parts", action="store_true", help="split natgrad's step instead of comparing")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    results = {name: measure(name, steps) for name in MODELS}
+    if not given.parts:
+        for name in given.only:
+            Console(width=120).print(compare(name, given.steps))
+        return
+    results = {name: measure(name, given.steps) for name in given.only}
     table = Table(title="CPU ms a step (ratio to plain forward + backward)")
     table.add_column("part")
     for name in results:

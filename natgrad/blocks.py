@@ -59,6 +59,8 @@ class Block:
         self.layers = list(layers)
         self.statistics: Statistics = {}
         self.version = 0  # rises whenever the statistics change
+        self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
+        self.elsewhere = False  # the statistics are there, at the owner
         self._cache: dict[str, tuple[int, Any]] = {}
         self._inverse: tuple[int, float, Inverse] | None = None
 
@@ -72,8 +74,14 @@ class Block:
         return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
 
     @property
+    def known(self) -> bool:
+        """Whether there are statistics, here or at the owner."""
+        return bool(self.statistics) or self.elsewhere
+
+    @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(p.name for p in self.pieces))
+        found: list[str] = self.cached("names", lambda: list(dict.fromkeys(p.name for p in self.pieces)))
+        return found
 
     # statistics
 
@@ -128,6 +136,11 @@ class Block:
             for source, mass in masses.items():
                 if source in average.masses and not self.is_mean(key):
                     average.masses[source] = average.masses[source] + mass.to(average.masses[source])
+
+    def forget(self) -> None:
+        """Let go of what was computed from the statistics."""
+        self._cache, self._inverse = {}, None
+        self.version += 1
 
     def value(self, key: str) -> Tensor:
         return self.cached("value " + key, lambda: self.statistics[key].value())
@@ -190,6 +203,10 @@ class Block:
     def relative_jobs(self, damping: float) -> list[Job]:
         """The expensive parts of `relative_inverse`; none where it is cheap."""
         return []
+
+    def sides(self) -> list[tuple[int, ...]]:
+        """Shapes of the statistics, known before there are any; (…, d, d) with d > 1 is inverted."""
+        raise NotImplementedError
 
     def relative_to_mean(self, damping: float) -> float:
         mean = float(self.trace()) / self.dimension
@@ -278,6 +295,9 @@ class DenseBlock(JointBlock):
     def is_symmetric(self, key: str) -> bool:
         return True
 
+    def sides(self) -> list[tuple[int, ...]]:
+        return [(self.dimension, self.dimension)]
+
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
         grown = []
         for part in parts:  # batches from before a layer was first used
@@ -341,6 +361,9 @@ class DiagonalBlock(JointBlock):
 
     def flat(self, x: Tensor) -> Tensor:
         return x * self.diagonal()
+
+    def sides(self) -> list[tuple[int, ...]]:
+        return [(self.dimension,)]
 
     def inverse(self, damping: float) -> Inverse:
         return DiagonalInverse(1 / (self.diagonal() + damping))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Draw:
     statistics: list[tuple[Block, Statistics]]
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
+    elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
 
 
 @dataclass
@@ -82,6 +83,9 @@ class Curvature:
     trains: bool = False  # an optimizer drives the metric
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
+    uneven: bool = False  # the ranks of a sharded model have unlike numbers of data
+    meeting: Callable[[bool, int], bool] | None = None  # see `Fisher._meet`: a sharded model runs on all ranks or none
+    live: Callable[[], Mapping[str, Tensor]] | None = None  # parameters as the forward pass sees them, if not the same
 
     def __post_init__(self) -> None:
         self.layers = Layers({n: p.shape for n, p in self.parameters.items()})
@@ -112,7 +116,12 @@ class Curvature:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
-        if not usable(found):
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(found) else count_data(found, from_inputs)
+        fine = usable(found)
+        if self.meeting is not None:
+            fine = self.meeting(fine, data)
+        if not fine:
             return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
         noted = [c for tape in tapes for c in tape.calls if c.out in reached]
@@ -121,8 +130,6 @@ class Curvature:
             tape.drawn = True
 
         dtype = statistics_dtype(self.parameters.values())
-        from_inputs = next((t.data for t in tapes if t.data), None)
-        data = 1 if self.reading.unbatched(self.reading.outputs(output)) else count_data(found, from_inputs)
         local = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
         extra = self._per_datum_calls(missed, data) if per_datum else []
         calls = self._learn([*noted, *extra])
@@ -140,12 +147,17 @@ class Curvature:
     ) -> Part:
         attached = reading.outputs(output)
         outputs = reading.outputs(local)  # last: the reading remembers what it was shown
-        shot = Shot(
-            [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, self.parameters
-        )
+        parameters = self.parameters if self.live is None else self.live()
+        shot = Shot([o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, parameters)
         axes = self._data_axes(source, outputs, shot, data)
         mass = self._mass(reading, outputs, targets, data)
         apart = axes is None
+        if apart and self.uneven:
+            raise RuntimeError(
+                "the data mix inside the model, so that each has a backward pass of its own, and the ranks of a "
+                "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
+                "rank the same"
+            )
         return Part(source, reading, outputs, local, targets, shot, mass, axes or [0] * len(calls), data, apart)
 
     def _look(
@@ -289,7 +301,11 @@ class Curvature:
             p = self.parameters[use.name]
             shape = tuple(p.shape)
             view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
-            found.append(Call(PER_DATUM, Piece(use.name), None, view, p.detach().new_ones(data), (None, 0)))
+            found.append(
+                Call(
+                    PER_DATUM, Piece(use.name), None, view, torch.ones(data, dtype=p.dtype, device=p.device), (None, 0)
+                )
+            )
         return found
 
     def _learn(self, calls: Sequence[Call]) -> list[Call]:
@@ -379,7 +395,7 @@ class Shot:
     live: Sequence[Tensor]  # outputs that carry a graph
     carries: Sequence[bool]  # which of all outputs those are
     calls: Sequence[Call]  # those without an op rule last
-    parameters: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
 
     def backward(self, v: Tensors, data: int) -> list[Tensor | None]:
         """Gradients at all calls; where there is no op rule, the gradients (data, P) of the parameter itself."""

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from natgrad.agreement import Entry, block_to_json, digest_of, entries_of, flattened, reconcile
 from natgrad.averages import Average, Statistics
 from natgrad.curvature import Curvature, Draw, statistics_dtype
+from natgrad.ownership import settle
+from natgrad.sharded import mesh_ranks
 from natgrad.wrappers import refuse_wrappers, wrapper_of
 
 if TYPE_CHECKING:
@@ -48,13 +50,13 @@ class Ranks:
     """The ranks that share a metric. Making one is a collective call: all ranks of `parent` do it together.
 
     Args:
-        parent: the process group whose ranks hold different data and the same parameters.
+        parent: the process group whose ranks hold different data and the same parameters, or its global ranks.
         device: where messages live.
         exchange: what ranks send each other of the inverses, see `natgrad.ownership`.
     """
 
     def __init__(self, parent: Any, device: torch.device, exchange: str) -> None:
-        ranks = dist.get_process_group_ranks(parent)
+        ranks = parent if isinstance(parent, list) else dist.get_process_group_ranks(parent)
         self.group = dist.new_group(ranks, use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self.group), len(ranks)
         self.device, self.exchange = device, exchange
@@ -116,9 +118,17 @@ class Ranks:
                 "checkpoints on every rank"
             )
 
+    def total(self, numbers: Tensor) -> Tensor:
+        """Few numbers, each summed over the ranks. Collective."""
+        dist.all_reduce(numbers, group=self.group)
+        self._count("agreement", numbers, 2 * (self.size - 1) / self.size)
+        return numbers
+
     # statistics ----------------------------------------------------------------------------------------
 
-    def share(self, curvature: Curvature, draw: Draw, said: Mapping[str, Any], plain: bool) -> Draw | None:
+    def share(
+        self, curvature: Curvature, draw: Draw, said: Mapping[str, Any], plain: bool, owned: bool = False
+    ) -> Draw | None:
         """The statistics of all ranks' data from those of this rank's; None if no rank has any. Collective.
 
         Args:
@@ -126,6 +136,7 @@ class Ranks:
             draw: the statistics of this rank, one entry a block; may be empty.
             said: what must be the same on all ranks.
             plain: sums are never divided.
+            owned: the statistics of a block go to its owner alone (a model that is sharded).
 
         Raises:
             RuntimeError: the ranks differ in `said`, or use a layer in ways that do not fit together.
@@ -142,10 +153,19 @@ class Ranks:
             texts = self._texts({"said": said, **told})
             self.refuse_differences([t["said"] for t in texts])
             entries, sources = reconcile(curvature, texts)
-        return self._summed(curvature, draw, entries, sources, data, plain)
+        if owned:
+            settle(curvature.blocks, self.size)
+        return self._summed(curvature, draw, entries, sources, data, plain, owned)
 
     def _summed(
-        self, curvature: Curvature, draw: Draw, entries: list[Entry], sources: list[str], data: int, plain: bool
+        self,
+        curvature: Curvature,
+        draw: Draw,
+        entries: list[Entry],
+        sources: list[str],
+        data: int,
+        plain: bool,
+        owned: bool,
     ) -> Draw:
         dtype = statistics_dtype(curvature.parameters.values())
         mine = {(curvature.blocks.index(b), k): a for b, new in draw.statistics for k, a in new.items()}
@@ -164,11 +184,20 @@ class Ranks:
                 pieces.append(mass.to(dtype).flatten())
         zero = torch.zeros((), dtype=dtype, device=self.device)
         pieces.append(torch.stack([zero, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
-        found = iter(self.all_sum(pieces, "statistics"))
+        if owned:
+            whose = [curvature.blocks[e.block].owner for e, _ in rebuild for _ in range(1 + (e.mass is not None))]
+            summed = [*self.owner_sum(pieces[:-1], whose, "statistics"), self.total(pieces[-1])]
+        else:
+            summed = self.all_sum(pieces, "statistics")
+        found = iter(summed)
         read = [(e, next(found), s, next(found) if e.mass is not None else None) for e, s in rebuild]
-        masses = dict(zip(sources, next(found)[1:].unbind()))
+        masses = dict(zip(sources, summed[-1][1:].unbind()))
+        here = [curvature.blocks[e.block].owner == self.rank or not owned for e in entries]
+        elsewhere = dict.fromkeys(curvature.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
-        for e, flat, symmetric, own in read:
+        for (e, flat, symmetric, own), held_here in zip(read, here):
+            if not held_here:
+                continue
             total = from_triangle(flat, e.shape) if symmetric else flat.reshape(e.shape)
             average = statistics.setdefault(e.block, {}).setdefault(e.key, Average())
             average.sums[e.source] = total
@@ -176,7 +205,7 @@ class Ranks:
                 average.masses[e.source] = own.reshape(e.mass or ())
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
-        return Draw([(curvature.blocks[i], new) for i, new in statistics.items()], data, masses)
+        return Draw([(curvature.blocks[i], new) for i, new in statistics.items()], data, masses, list(elsewhere))
 
     def all_sum(self, pieces: Sequence[Tensor], what: str) -> list[Tensor]:
         """Flat tensors of one dtype, each summed over the ranks, in messages of about `BUCKET` numbers."""
@@ -191,6 +220,24 @@ class Ranks:
             work.wait()
             self._count(what, f, 2 * (self.size - 1) / self.size)
         return [t for f, bucket in zip(flat, buckets) for t in f.split([p.numel() for p in bucket])]
+
+    def owner_sum(self, pieces: Sequence[Tensor], whose: Sequence[int | None], what: str) -> list[Tensor]:
+        """Flat tensors, each summed over the ranks at its owner alone; elsewhere what comes back means nothing."""
+        out = list(pieces)
+        for rank in range(self.size):
+            theirs = [i for i, r in enumerate(whose) if r == rank]
+            while theirs:
+                taken, size = 0, 0
+                while taken < len(theirs) and (not taken or size < BUCKET):
+                    size += pieces[theirs[taken]].numel()
+                    taken += 1
+                some, theirs = theirs[:taken], theirs[taken:]
+                flat = torch.cat([pieces[i] for i in some])
+                dist.reduce(flat, dist.get_global_rank(self.group, rank), group=self.group)
+                self._count(what, flat, float(rank != self.rank))
+                for i, t in zip(some, flat.split([pieces[i].numel() for i in some])):
+                    out[i] = t
+        return out
 
     def broadcast(self, pieces: Sequence[Sequence[Tensor]], what: str) -> None:
         """Fill the tensors ``pieces[r]`` of every rank with those of rank r, one message a rank that has any."""
@@ -221,7 +268,8 @@ class Ranks:
 
 
 def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchange: str) -> Ranks | None:
-    """The ranks that `model` is trained on, from its DistributedDataParallel wrapper; None on one process.
+    """The ranks that `model` is trained on, from its DistributedDataParallel wrapper or from the mesh that it is
+    sharded over; None on one process.
 
     Raises:
         ValueError: an unknown `exchange`, or a wrapper that is not supported (the message says what to use instead).
@@ -230,6 +278,7 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
     if exchange not in EXCHANGES:
         raise ValueError(f"unknown exchange {exchange!r}; there are {', '.join(map(repr, EXCHANGES))}")
     refuse_wrappers(model)
+    sharded = mesh_ranks(model)
     if not (dist.is_available() and dist.is_initialized()):
         started = int(os.environ.get("WORLD_SIZE", "1"))
         launched = dist.is_available() and dist.is_torchelastic_launched()
@@ -240,6 +289,15 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
                 "torch.distributed.init_process_group() first and wrap the model in DistributedDataParallel"
             )
         return None
+    if sharded is not None:
+        if process_group is not None:
+            raise ValueError("process_group= is for models that are not sharded; those have the ranks of their mesh")
+        if exchange != "auto":
+            raise ValueError(
+                f"exchange={exchange!r} is for models that every rank holds whole; of a sharded model the owner of a "
+                "block sends its direction, always. Leave exchange= out"
+            )
+        return Ranks(sharded, device, exchange)
     parent = process_group if process_group is not None else getattr(wrapper_of(model), "process_group", None)
     if parent is None:
         if dist.get_world_size() > 1:

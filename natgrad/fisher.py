@@ -13,14 +13,15 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
-from natgrad.averages import Statistics
+from natgrad.averages import Average, Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
@@ -49,6 +50,8 @@ from natgrad.options import (
     refuse_modules,
     unwrapped,
 )
+from natgrad.ownership import settle
+from natgrad.sharded import LiveNames, Shards, kept_open, local_of, sharded_modules
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
 from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
@@ -64,7 +67,8 @@ class Fisher(Metric):
     """The Fisher metric of `model` under `criterion`.
 
     Args:
-        model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile`` or not.
+        model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile``, sharded by
+            ``fully_shard``, or none of these.
         criterion: the loss module it is trained with (see `natgrad.likelihoods.READINGS`), or a `Likelihood`; for
             several heads a dictionary ``{output key: criterion}``, whose sum is the loss.
         kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
@@ -84,7 +88,8 @@ class Fisher(Metric):
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
-            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes.
+            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes. Of a sharded
+            model it is always a direction, from the owner of the block.
 
     Raises:
         TypeError: the criterion cannot be read as −log p(y|f).
@@ -124,8 +129,13 @@ class Fisher(Metric):
         self.model, self.kind = model, kind
         self.module = unwrapped(model)
         refuse_modules(self.module)
+        device = next(iter(model.parameters()), torch.empty(0)).device
+        self.ranks = ranks_of(model, process_group, device, exchange)  # before names are read: it has shards in place
         super().__init__(chosen_parameters(self.module, params))
-        self.ranks = ranks_of(model, process_group, self._like().device, exchange)
+        self._live: LiveNames | None = None
+        if self.ranks is not None and sharded_modules(model):
+            self.shards = Shards(self.ranks, self.parameters)
+            self._live = LiveNames(model, self.parameters)
         self.structure, self.sharing, self.samples = structure, sharing, samples
         self._output, self._targets = output, targets
         self.curvature = Curvature(
@@ -140,6 +150,8 @@ class Fisher(Metric):
             fraction,
             max_positions,
         )
+        if self._live is not None:
+            self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
@@ -198,7 +210,8 @@ class Fisher(Metric):
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
             self.curvature.warn_of_batch_norm()
-            if not usable(self.reading.outputs(output)):
+            fine = usable(self.reading.outputs(output))
+            if not (fine if self.shards is None else self._everywhere(fine)):
                 raise ValueError(
                     "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
                     "metric of; nothing was added. Look at the inputs and the parameters"
@@ -256,7 +269,7 @@ class Fisher(Metric):
     def reset(self) -> None:
         """Forget all statistics."""
         for block in self.blocks:
-            block.statistics = {}
+            block.statistics, block.elsewhere = {}, False
             block.version += 1
         self.seen, self._pending, self._masses = 0, [], {}
 
@@ -269,9 +282,12 @@ class Fisher(Metric):
         """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
         draw: Draw | None = together(self.blocks, draws, self._plain)
         if self.ranks is not None and draw is not None:
-            draw = self.ranks.share(self.curvature, draw, described(self), self._plain)
-            if draw is None or not self._usable(draw):  # the same on all ranks
+            draw = self.ranks.share(self.curvature, draw, described(self), self._plain, self.shards is not None)
+            if draw is None or not self._usable_everywhere(draw):
                 return False
+            for block in draw.elsewhere:
+                block.elsewhere = True
+                block.version += 1
         if draw is None:
             return False
         for block, new in draw.statistics:
@@ -286,13 +302,14 @@ class Fisher(Metric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
-        if self._pending and all(p.grad is None for p in self.parameters.values()):
+        waiting = self._live is not None and self._live.hold_gradients
+        if self._pending and not waiting and all(p.grad is None for p in self.parameters.values()):
             # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
-    def parameter_names(self) -> dict[int, str]:
-        return {id(p): n for n, p in self.parameters.items()}
+    def parameter_names(self) -> Mapping[int, str]:
+        return self._live if self._live is not None else {id(p): n for n, p in self.parameters.items()}
 
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None:
         if isinstance(self.reading, Heads):
@@ -309,7 +326,7 @@ class Fisher(Metric):
         return self._draw_training(output, targets, tapes)
 
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
-        with undisturbed(self.model):
+        with undisturbed(self.model), kept_open(self.model):
             return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:
@@ -327,20 +344,34 @@ class Fisher(Metric):
                 self.parameters.update(ordered)
                 self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
                 self.curvature.forget_layer_of(name)
+                if self._live is not None:
+                    self._live = LiveNames(self.module, self.parameters)
+                    self.curvature.live = self._live.by_name
                 return name
         return None
 
     def drive(self, driver: Any) -> None:
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
+        now = {id(p) for p in self.module.parameters()}
+        if (
+            self.shards is None
+            and sharded_modules(self.module)
+            and any(id(p) not in now for p in self.parameters.values())
+        ):
+            raise RuntimeError(
+                "the model was sharded after the metric was made, which holds the parameters from before; call "
+                "fully_shard first, then make the metric"
+            )
         self._driver = driver
         if self.ranks is not None:
-            refuse_rule(driver.rule)
+            refuse_rule(driver.rule, self.shards is not None)
+            driver.rule.shards = self.shards
             self.ranks.check_same(described(self))
             self.ranks.refresh = driver.refresh
         self.curvature.train()
 
     def without_curvature(self) -> set[str]:
-        return set(self.parameters).difference(*(b.names for b in self.blocks if b.statistics))
+        return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))
 
     def expect(self, due: bool) -> None:
         self._watcher.expect(due)
@@ -366,6 +397,36 @@ class Fisher(Metric):
             return fine
         refuse_join(self.model)
         return self.ranks.all_fine(fine)
+
+    def _meet(self, fine: bool, data: int) -> bool:
+        """Whether all ranks take statistics of a forward pass; each backward pass of a sharded model is collective.
+
+        Raises:
+            RuntimeError: a rank has one datum and others more, so that ranks would take different backward passes.
+        """
+        assert self.ranks is not None
+        told = self.ranks.gather([int(fine), data])
+        counts = [d for _, d in told]
+        self.curvature.uneven = len(set(counts)) > 1
+        if self.curvature.uneven and min(counts) == 1:
+            raise RuntimeError(
+                f"the ranks of a sharded model have {counts} data; with one datum the metric takes other backward "
+                "passes than with several, and ranks would wait for each other. Give each rank two or more"
+            )
+        return all(f for f, _ in told)
+
+    def _everywhere(self, fine: bool) -> bool:
+        assert self.ranks is not None
+        return bool(self.ranks.all_fine(torch.tensor(fine, device=self.ranks.device)))
+
+    def _usable_everywhere(self, draw: Draw) -> bool:
+        """Whether the statistics that ranks hold after sharing them are finite on all."""
+        here = self._usable(draw)
+        if self.shards is None:
+            return here  # all hold the same
+        everywhere = self._everywhere(here)
+        self.dropped += here and not everywhere
+        return everywhere
 
     def _usable(self, draw: Draw) -> bool:
         """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
@@ -402,7 +463,13 @@ class Fisher(Metric):
 
         Raises:
             ValueError: the damping is not positive and finite, or no gradient is there.
+            RuntimeError: the model is sharded.
         """
+        if self.shards is not None:
+            raise RuntimeError(
+                "precondition_ is not supported on a model that is sharded by fully_shard; train it with "
+                "ng.NaturalGradient(metric), or wrap the model in DistributedDataParallel"
+            )
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         if not grads:
             raise ValueError("no parameter has a gradient; call loss.backward() before precondition_")
@@ -431,8 +498,9 @@ class Fisher(Metric):
     def dense(self) -> Tensor:
         index = self._index()
         size = sum(p.numel() for p in self.parameters.values())
+        blocks = self._ready()
         out = self._like().new_zeros(size, size)
-        for block in self._ready():
+        for block in blocks:
             where = block.pack(index)
             eye = torch.eye(where.numel(), dtype=block.dtype, device=out.device).reshape(-1, *where.shape)
             rows = where.flatten()
@@ -440,7 +508,8 @@ class Fisher(Metric):
         return out
 
     def diagonal(self) -> Vector:
-        out = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        like = self._like()
+        out = {n: torch.zeros(p.shape, dtype=p.dtype, device=like.device) for n, p in self.parameters.items()}
         for block in self._ready():
             block.unpack(block.diagonal(), out)
         return out
@@ -500,10 +569,49 @@ class Fisher(Metric):
                 else "call update(inputs, targets) or fit(loader) first"
             )
             raise RuntimeError(f"the metric has seen no data yet; {hint}")
+        if any(b.elsewhere for b in self.blocks):
+            raise RuntimeError(
+                "the model is sharded, and each rank holds the statistics of some blocks only. Let all ranks enter "
+                "`with metric.whole():` together, and ask inside; this takes the memory of all blocks"
+            )
         return [b for b in self.blocks if b.statistics]
 
+    @contextmanager
+    def whole(self) -> Iterator[Fisher]:
+        """Inside, every rank of a sharded model holds the statistics of all blocks. Collective.
+
+        For looking at the metric (`dense`, `sharp`, `factors`, …), not for training steps. Where the model is not
+        sharded there is nothing to do.
+        """
+        if self.shards is None:
+            yield self
+            return
+        held = {str(i): statistics_to_plain(b.statistics) for i, b in enumerate(self.blocks) if b.statistics}
+        gathered = self.shards.union(held)
+        away = [b for b in self.blocks if b.elsewhere]
+        try:
+            for i, block in enumerate(self.blocks):
+                if block in away:
+                    block.statistics, block.elsewhere = statistics_from_plain(gathered[str(i)]), False
+                    block.version += 1
+            yield self
+        finally:
+            for block in away:
+                block.statistics, block.elsewhere = {}, True
+                block.forget()
+
+    def share_out(self) -> None:
+        """Let go of the statistics that other ranks own, where this rank holds them all."""
+        if self.shards is None or self.ranks is None:
+            return
+        settle(self.blocks, self.ranks.size)
+        for block in self.blocks:
+            if block.statistics and block.owner != self.ranks.rank:
+                block.statistics, block.elsewhere = {}, True
+                block.forget()
+
     def _like(self) -> Tensor:
-        return next(iter(self.parameters.values())).detach()
+        return local_of(next(iter(self.parameters.values()))).detach()
 
     def _index(self) -> dict[str, Tensor]:
         """Position in `dense` of every entry of every parameter."""
@@ -535,7 +643,7 @@ class Fisher(Metric):
             ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
             use = self.curvature.uncovered.get(name)
             why = f"no op rule covers its use (reached through {use.used_by})" if use and ops == PER_DATUM else ""
-            sizes = ", ".join(b.sizes() for b in blocks if b.statistics)
+            sizes = ", ".join(b.sizes() for b in blocks if b.known)
             return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
         if (use := self.curvature.uncovered.get(name)) is not None:
             why = f"no op rule covers its use (reached through {use.used_by}); optimizers train it by an Adam-like rule"
@@ -551,8 +659,12 @@ class Fisher(Metric):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics and what they belong to: tensors, strings and numbers only."""
-        return metric_file.state_of(self)
+        """Statistics and what they belong to: tensors, strings and numbers only.
+
+        Of a sharded model it is whole on every rank, and taking it is a call that all ranks make together.
+        """
+        with self.whole():
+            return metric_file.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over statistics.
@@ -562,14 +674,29 @@ class Fisher(Metric):
                 metric stays as it was.
         """
         metric_file.restore(self, state)
+        self.share_out()
 
     def save(self, path: Any) -> None:
-        """Write the statistics to a safetensors file, beside it first and then renamed.
+        """Write the statistics to a safetensors file, beside it first and then renamed. Of a sharded model rank 0 does.
 
         Raises:
             OSError: the file cannot be written.
         """
-        metric_file.save(self, path)
+        if self.shards is None or self.ranks is None:
+            metric_file.save(self, path)
+            return
+        with self.whole():
+            try:
+                if self.ranks.rank == 0:
+                    metric_file.save(self, path)
+                written = True
+            except OSError:
+                written = False
+                raise
+            finally:
+                everywhere = self._everywhere(written)
+        if not everywhere:
+            raise OSError(f"rank 0 could not write the metric to {path}; it says why")
 
     def load(self, path: Any) -> None:
         """Read statistics that `save` wrote.
@@ -579,6 +706,7 @@ class Fisher(Metric):
             ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
         metric_file.load(self, path)
+        self.share_out()
 
 
 def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Draw:
@@ -597,6 +725,14 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
     return Draw(statistics, sum(draw.data for draw in draws), masses)
+
+
+def statistics_to_plain(statistics: Statistics) -> dict[str, Any]:
+    return {key: {"sums": a.sums, "masses": a.masses, "settled": a.settled} for key, a in statistics.items()}
+
+
+def statistics_from_plain(plain: Mapping[str, Any]) -> Statistics:
+    return {key: Average(**fields) for key, fields in plain.items()}
 
 
 def whole_side(side: Tensor) -> Tensor:

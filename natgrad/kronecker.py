@@ -19,8 +19,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from natgrad.products import is_wide, product
+
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
+LEAF = 200  # side below which an inverse is not split into quarters
+WELL_DAMPED = 0.1  # damping, relative to the mean eigenvalue, from which on splitting loses no digit that counts
 
 
 class FactorisationError(RuntimeError):
@@ -33,11 +37,11 @@ def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
 
 
 def left_times(u: Tensor, x: Tensor) -> Tensor:
-    return u.mT * x if is_diagonal(u) else u @ x
+    return u.mT * x if is_diagonal(u) else product(u, x)
 
 
 def times(x: Tensor, v: Tensor) -> Tensor:
-    return x * v if is_diagonal(v) else x @ v
+    return x * v if is_diagonal(v) else product(x, v)
 
 
 def is_diagonal(side: Tensor) -> bool:
@@ -124,8 +128,43 @@ def relative_inverse(side: Tensor, damping: float) -> Tensor:
     """One side of `factored_inverses`."""
     damping = damping**0.5
     size = diagonal_of(side).mean()
-    scaled = side * torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    return 1 / (scaled + damping) if is_diagonal(side) else damped_inverse(scaled, damping)
+    per = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    if is_diagonal(side):
+        return 1 / (side * per + damping)
+    if side.shape[-1] > LEAF and damping >= WELL_DAMPED and is_wide(side):
+        m = (side * per).reshape(side.shape[-2:])
+        m.diagonal().add_(damping)
+        found = inverse_by_quarters(m)
+        if found is not None and bool(torch.linalg.vector_norm(found).isfinite()):
+            return found.reshape(side.shape)
+    return damped_inverse(side * per, damping)
+
+
+def inverse_by_quarters(m: Tensor) -> Tensor | None:
+    """The inverse of a positive definite matrix by that of its Schur complement, almost all of it matrix products; None
+    where a part is not positive definite.
+
+    Only the lower triangle is read. With M = [[A, Bᵀ], [B, C]], T = B A⁻¹ and S = (C − T Bᵀ)⁻¹:
+    M⁻¹ = [[A⁻¹ + Tᵀ S T, −(S T)ᵀ], [−S T, S]].
+    """
+    size = len(m)
+    if size <= LEAF:
+        lower, info = torch.linalg.cholesky_ex(m)
+        return None if bool(info) else torch.cholesky_inverse(lower)
+    h = size // 2
+    b = m[h:, :h].contiguous()
+    a = inverse_by_quarters(m[:h, :h])
+    if a is None:
+        return None
+    t = product(b, a)
+    s = inverse_by_quarters(m[h:, h:] - product(t, b.mT))
+    if s is None:
+        return None
+    st = product(s, t)
+    out = torch.empty_like(m, memory_format=torch.contiguous_format)
+    out[h:, h:], out[h:, :h], out[:h, h:] = s, -st, -st.mT
+    torch.add(a, product(t.mT, st), out=out[:h, :h])
+    return out
 
 
 def finite(m: Tensor) -> Tensor:

@@ -90,6 +90,9 @@ class KroneckerBlock(Block):
         d = (out, into)[side]
         return (groups, d, d) if self.full[side] else (groups, 1, d)
 
+    def sides(self) -> list[tuple[int, ...]]:
+        return [self._shape("U"), self._shape("V")]
+
     def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":

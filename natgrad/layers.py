@@ -73,7 +73,8 @@ class Layer:
 
     def views(self, m: Tensor) -> dict[str, Tensor]:
         """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
-        m = m.reshape(*m.shape[: m.dim() - 3], *self.matrix_shape) if m.shape[-3:] != self.matrix_shape else m
+        shape = self.matrix_shape
+        m = m.reshape(*m.shape[: m.dim() - 3], *shape) if m.shape[-3:] != shape else m
         width = m.shape[-1] - len(self.biases)
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):

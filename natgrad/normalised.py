@@ -30,7 +30,7 @@ from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.steps import Increments, Options, StepRule, cosine, one_value
+from natgrad.steps import Increments, Options, StepRule, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
@@ -49,9 +49,8 @@ class BlockState:
 
     momentum: Tensor  # m
     steps: int = 0  # t
-    direction: Tensor | None = None  # d of the last step
-    ahead: Tensor | None = None  # u that it was made from: to look at, not to continue from
-    length: Tensor | None = None  # −Δ/d of the last step, a scalar tensor
+    delta: Tensor | None = None  # Δ of the last step
+    seen: tuple[Tensor, Tensor] | None = None  # ⟨u, Δ⟩ and ‖u‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -60,12 +59,20 @@ class BlockState:
 
     failures: int = 0  # factorisations in a row that failed
 
+    def slope_along(self, g: Tensor) -> Tensor | None:
+        """⟨g, Δ⟩ along the last step, a scalar tensor; None where there is none."""
+        return None if self.delta is None or self.delta.shape != g.shape else dot(g, self.delta)
+
+    def moved(self, u: Tensor, size: Tensor, delta: Tensor) -> None:
+        """Remember a step. `size`: ‖u‖."""
+        self.delta, self.seen = delta, (dot(u, delta), size)
+
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state = {"momentum": self.momentum, "steps": self.steps, "direction": self.direction, "length": self.length}
+        state = {"momentum": self.momentum, "steps": self.steps, "delta": self.delta}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -150,6 +157,7 @@ class NormalisedStep(StepRule):
         "eigenvalue "
         "in structures that do not factor"
     )
+    on_shards = True
 
     def __init__(self, lr: float = 0.05, momentum: float = 0.9, damping: float = 0.1, adapt: bool = True) -> None:
         super().__init__()
@@ -165,13 +173,17 @@ class NormalisedStep(StepRule):
         return 1.0 if self._slope is None else self._slope.scale
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+        if metric.shards is not None:
+            from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
+
+            return update_on_shards(self, metric, df, options)
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
         self._ranks = getattr(metric, "ranks", None)
         if active:
             grads = [packed_gradient(b, df, metric.parameters) for b in active]
-            states = [self._state(b, g) for b, g in zip(active, grads)]
+            states = [self.state_of(b, g) for b, g in zip(active, grads)]
             self._learn_slope(states, grads)
             scale = self._slope.scale if self._slope is not None else scale
             deltas = self._deltas(active, states, grads, options, scale)
@@ -187,28 +199,45 @@ class NormalisedStep(StepRule):
         self._tell(options, scale)
         return {n: d for n, d in out.items() if n in df}
 
-    def _state(self, block: Block, g: Tensor) -> BlockState:
+    def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].momentum.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g))
         state = self._blocks[key]
         if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
             state.momentum = state.momentum.to(g)
-            state.direction = state.length = None
+            state.delta = None
         return state
+
+    def drop(self, block: Block) -> None:
+        """Forget a block that another rank owns."""
+        self._blocks.pop(key_of(block), None)
+
+    def slope(self, like: Tensor) -> Slope:
+        if self._slope is None:
+            self._slope = Slope(like.new_ones(()), like.new_zeros(()))
+        self._slope.move(like.device)
+        return self._slope
 
     def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
         """Let s learn from the slope that this batch finds along the last step."""
-        if self._slope is None:
-            self._slope = Slope(grads[0].new_ones(()), grads[0].new_zeros(()))
-        self._slope.move(grads[0].device)
-        parts = [
-            dot(g, s.direction) * s.length
-            for s, g in zip(states, grads)
-            if s.direction is not None and s.length is not None and s.direction.shape == g.shape
-        ]
+        slope = self.slope(grads[0])
+        parts = [p for s, g in zip(states, grads) if (p := s.slope_along(g)) is not None]
         if parts:
-            self._slope.learn(-torch.stack(parts).sum(), self.adapt)
+            slope.learn(torch.stack(parts).sum(), self.adapt)
+
+    def look_ahead(
+        self, states: Sequence[BlockState], grads: Sequence[Tensor], options: Sequence[Options]
+    ) -> list[Tensor]:
+        """u of each block, after its momentum has taken in the gradient."""
+        ahead: list[Tensor] = []
+        for s, g, o in zip(states, grads, options):
+            s.steps += 1
+            s.momentum.lerp_(g, 1 - o.momentum)
+            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
+            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
+            ahead.append(torch.add(s.momentum, g, alpha=lead))
+        return ahead
 
     def _deltas(
         self,
@@ -220,13 +249,7 @@ class NormalisedStep(StepRule):
     ) -> list[Tensor]:
         """Increments in the coordinates of each block."""
         mine = [shared_options(b, options) for b in blocks]
-        ahead: list[Tensor] = []
-        for s, g, o in zip(states, grads, mine):
-            s.steps += 1
-            s.momentum.lerp_(g, 1 - o.momentum)
-            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
-            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
-            ahead.append(torch.add(s.momentum, g, alpha=lead))
+        ahead = self.look_ahead(states, grads, mine)
         if self._ranks is None:
             directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
         else:
@@ -234,11 +257,12 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions)
         rates = sizes.new_tensor([o.lr for o in mine]) * scale
         lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        for s, u, d, length in zip(states, ahead, directions, lengths.unbind()):
-            s.ahead, s.direction, s.length = u, d, length
+        torch._foreach_mul_(directions, list((-lengths).unbind()))  # in place: what is kept is what is added
+        for s, u, size, delta in zip(states, ahead, torch._foreach_norm(ahead), directions):
+            s.moved(u, size, delta)
         assert self._slope is not None
-        self._slope.taken = -torch.stack([dot(g, d) for g, d in zip(grads, directions)]).mul(lengths).sum()
-        return list(torch._foreach_mul(directions, list((-lengths).unbind())))
+        self._slope.taken = torch.stack([dot(g, delta) for g, delta in zip(grads, directions)]).sum()
+        return directions
 
     def _shared(
         self,
@@ -274,19 +298,33 @@ class NormalisedStep(StepRule):
         }
 
     def cosines(self) -> dict[str, Tensor]:
-        states = self._blocks.items()
-        return {k: cosine(s.direction, s.ahead) for k, s in states if s.direction is not None and s.ahead is not None}
+        found = {}
+        for k, s in self._blocks.items():
+            if s.delta is not None and s.seen is not None:
+                along, size = s.seen
+                both = size.double() * s.delta.double().norm()
+                found[k] = torch.where(both > 0, -along / both, torch.zeros_like(both))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
+        blocks = {k: s.state_dict() for k, s in self._blocks.items()}
+        adam = self._adam.state_dict()
+        if self.shards is not None:
+            blocks = self.shards.union(blocks)
+            moments = {f: self.shards.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
+            adam = {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()}
         return {
-            "blocks": {k: s.state_dict() for k, s in self._blocks.items()},
-            "adam": self._adam.state_dict(),
+            "blocks": blocks,
+            "adam": adam,
             "slope": None if self._slope is None else dict(vars(self._slope)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
-        self._adam.load_state_dict(state["adam"])
+        adam = state["adam"]
+        if self.shards is not None:
+            adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
+        self._adam.load_state_dict(adam)
         self._slope = None if state["slope"] is None else Slope(**state["slope"])
 
 
@@ -307,6 +345,8 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
         ValueError: they lie in groups that differ.
     """
     mine = [options[n] for n in block.names if n in options]
+    if all(o is mine[0] for o in mine):
+        return mine[0]
     where = f"step for the block of {block.names}"
     return Options(
         one_value({o.lr for o in mine}, f"lr in one {where}"),

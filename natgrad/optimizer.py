@@ -20,6 +20,7 @@ from torch import Tensor
 from natgrad.compiled import go_on_in_python
 from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
+from natgrad.sharded import local_of
 from natgrad.steps import Along, Options, StepRule
 from natgrad.weight_average import WeightAverage
 from natgrad.wrappers import warn_alone
@@ -112,7 +113,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
                 self._next_refresh = 0  # the metric knows nothing of it yet
         if self._average is not None:
-            self._average.include({self._name_of[p]: p for p in group["params"]})
+            self._average.include({self._name_of[p]: self._local(p) for p in group["params"]})
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class NaturalGradient(torch.optim.Optimizer):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
-            df = {n: p.grad for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
+            df = {n: self._local(p.grad) for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
         if df:
             with uninterrupted():
                 self._step(df)
@@ -179,7 +180,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )
         fine = all_finite(df)
-        if self.refresh_due:  # ranks are about to meet: if one of them skips, so do all
+        if self.refresh_due or self.metric.shards is not None:  # ranks are about to meet: if one skips, so do all
             fine = self.metric.agree(fine)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
@@ -191,18 +192,27 @@ class NaturalGradient(torch.optim.Optimizer):
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         increments = self.rule.update(self.metric, df, options)
+        written: list[Tensor] = []
+        ways: list[Tensor] = []
         for group in self.param_groups:
-            for p in group["params"]:
-                if (delta := increments.get(self._name_of[p])) is None:
+            for parameter in group["params"]:
+                if (delta := increments.get(self._name_of[parameter])) is None:
                     continue
+                p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
                 if (decay := self._decay(group, p)) is not None:
                     way, length = way * length - p * decay, 1.0
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                p.add_(way, alpha=length)
+                if length == 1.0:
+                    written.append(p)
+                    ways.append(way)
+                else:
+                    p.add_(way, alpha=length)
+        if written:
+            torch._foreach_add_(written, ways)
         if self._average is not None:
-            self._average.follow({n: p for p, n in self._name_of.items()})
+            self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
 
     def _decay(self, group: Mapping[str, Any], p: Tensor) -> Tensor | float | None:
@@ -249,7 +259,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if self._average is None:
             raise ValueError("this optimizer keeps no average; construct it with average=0.98, for instance")
-        trained = {p: p.detach().clone() for p in self._name_of}
+        trained = {p: self._local(p).detach().clone() for p in self._name_of}
         self._showing_average = True
         try:
             self._write({p: self._average.values[n] for p, n in self._name_of.items()})
@@ -262,14 +272,18 @@ class NaturalGradient(torch.optim.Optimizer):
     def _write(self, values: Mapping[Tensor, Tensor]) -> None:
         with uninterrupted():
             for p, value in values.items():
-                p.copy_(value)
+                self._local(p).copy_(value)
+
+    def _local(self, t: Tensor) -> Tensor:
+        """What this rank holds of a parameter or gradient: all of it, or a shard."""
+        return t if self.metric.shards is None else local_of(t)
 
     def _options(self) -> dict[str, Options]:
-        return {
-            self._name_of[p]: Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
-            for g in self.param_groups
-            for p in g["params"]
-        }
+        found: dict[str, Options] = {}
+        for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
+            mine = Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
+            found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
+        return found
 
     @property
     def info(self) -> dict[str, Any]:
@@ -300,7 +314,11 @@ class NaturalGradient(torch.optim.Optimizer):
     # state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``."""
+        """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``.
+
+        Of a sharded model the state is that of one process, in plain tensors, on every rank, and taking it is a call
+        that all ranks make together.
+        """
         state = super().state_dict()
         average = self._average
         state["natgrad"] = {
@@ -308,12 +326,17 @@ class NaturalGradient(torch.optim.Optimizer):
             "refreshes": self.refreshes,
             "next_refresh": self._next_refresh,
             "skipped": self._skips.total,
-            "average": None if average is None else {"steps": average.steps, "values": dict(average.values)},
+            "average": None if average is None else {"steps": average.steps, "values": self._whole(average.values)},
             "rule": type(self.rule).__name__,
             "rule_state": self.rule.state_dict(),
             "metric": self.metric.state_dict(),
         }
         return state
+
+    def _whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shards = self.metric.shards
+        whole: dict[str, Tensor] = dict(values) if shards is None else shards.whole(values)
+        return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit.
@@ -343,7 +366,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
             if self._average is not None:
                 self._average.steps = mine["average"]["steps"]
-                self._average.values = {n: a.clone() for n, a in mine["average"]["values"].items()}
+                values, shards = mine["average"]["values"], self.metric.shards
+                self._average.values = {n: a.clone() for n, a in (shards.shard(values) if shards else values).items()}
             self.steps, self.refreshes = mine["steps"], mine["refreshes"]
             self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
             self.metric.expect(self.refresh_due)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +53,45 @@ def work_of(costs: Sequence[float], ranks: int) -> list[float]:
     for cost, rank in zip(costs, owners(costs, ranks)):
         load[rank] += cost
     return load
+
+
+def cost_of(block: Block) -> float:
+    """Multiplications of a block's inverse, from shapes alone."""
+    return float(sum(prod(s[:-2]) * s[-1] ** 3 for s in map(tuple, block.sides()) if s[-1] > 1 and s[-2:-1] == s[-1:]))
+
+
+def footprint(block: Block) -> float:
+    """Numbers that the owner of a block keeps: statistics and inverse, momentum and the last step."""
+    return float(2 * sum(map(prod, block.sides())) + 2 * block.dimension)
+
+
+def settle(blocks: Sequence[Block], ranks: int) -> None:
+    """Give every block that has none an owner, for good: its statistics will live there and nowhere else.
+
+    Blocks that share a parameter share an owner. Work and memory both count: blocks go, the largest first, to the rank
+    whose larger share of the two is the smallest afterwards. A pure function of the blocks and their order.
+    """
+    units: list[list[Block]] = []
+    for block in blocks:
+        touching = [u for u in units if any(set(block.names) & set(b.names) for b in u)]
+        units = [u for u in units if u not in touching] + [[b for u in touching for b in u] + [block]]
+    sizes = [(sum(map(cost_of, u)), sum(map(footprint, u))) for u in units]
+    total = [sum(s[i] for s in sizes) or 1.0 for i in range(2)]
+    shares = [tuple(s[i] / total[i] for i in range(2)) for s in sizes]
+    load = [[0.0, 0.0] for _ in range(ranks)]
+
+    def give(unit: int, rank: int) -> None:
+        for block in units[unit]:
+            block.owner = rank
+        load[rank] = [a + b for a, b in zip(load[rank], shares[unit])]
+
+    free = []
+    for i, u in enumerate(units):
+        held = next((b.owner for b in u if b.owner is not None), None)
+        free.append(i) if held is None else give(i, held)
+    for i in sorted(free, key=lambda j: (-max(shares[j]), j)):
+        after = [(max(a + b for a, b in zip(load[r], shares[i])), sum(load[r]), r) for r in range(ranks)]
+        give(i, min(after)[2])
 
 
 @dataclass

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natgrad.products import product
+
 
 @dataclass
 class OneHot:
@@ -84,7 +86,7 @@ def second_moment(rows: Rows, full: bool) -> Tensor:
         return rows.square().sum((0, 1)).unsqueeze(1)
     if rows.shape[2] == 1:  # gemm is faster than a batch of one
         flat = rows.reshape(-1, rows.shape[3])
-        return (flat.mT @ flat)[None]
+        return product(flat.mT, flat)[None]
     stacked = rows.permute(2, 0, 1, 3).reshape(rows.shape[2], -1, rows.shape[3])
     return stacked.mT @ stacked
 

@@ -50,6 +50,8 @@ class StepRule:
     momentum: float = 0.0
     damping: float = 1e-3
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
+    on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
+    shards: Any = None  # set by a metric whose parameters are sharded
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:

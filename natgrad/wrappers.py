@@ -31,12 +31,17 @@ def refuse_structures(structures: Mapping[str, str]) -> None:
             )
 
 
-def refuse_rule(rule: StepRule) -> None:
+def refuse_rule(rule: StepRule, sharded: bool) -> None:
     """Raise a ValueError for a step rule whose steps would differ between ranks."""
     if not rule.on_ranks:
         raise ValueError(
             f"{type(rule).__name__} measures the loss on the data of one rank, so that ranks would take different "
             "steps; it is not supported on several ranks. Leave step= out, for the metric's own rule"
+        )
+    if sharded and not rule.on_shards:
+        raise ValueError(
+            f"{type(rule).__name__} works on whole parameters, and the model is sharded by fully_shard; leave "
+            "step= out, for the metric's own rule, or wrap the model in DistributedDataParallel"
         )
 
 
@@ -88,12 +93,6 @@ def refuse_wrappers(model: nn.Module) -> None:
             raise ValueError(f"{where} is wrapped in DataParallel, whose threads the metric cannot follow; {SWITCH}")
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ValueError(
-                f"{where} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; {SWITCH}"
-            )
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            raise ValueError(f"{where} is sharded by fully_shard (FSDP2), which is not supported; {SWITCH}")
-    for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor (tensor parallel or sharded), which is not supported; {SWITCH}"
+                f"{where} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; shard it with "
+                "fully_shard (FSDP2), or " + SWITCH
             )

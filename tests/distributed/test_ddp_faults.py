@@ -163,14 +163,13 @@ def test_a_rank_without_statistics_waits_for_nobody(pool_of: PoolOf) -> None:
 
 def refused(rank: int, size: int, how: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     net = build("mlp")
     mesh = init_device_mesh("cpu", (size,))
     wrap: dict[str, Callable[[], nn.Module]] = {
         "FSDP1": lambda: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
-        "FSDP2": lambda: fully_shard(net, mesh=mesh),
         "DTensor": lambda: parallelize_module(net, mesh, {"0": ColwiseParallel()}),
     }
     with warnings.catch_warnings():
@@ -179,12 +178,34 @@ def refused(rank: int, size: int, how: str) -> None:
     ng.Fisher(wrapped, nn.CrossEntropyLoss())
 
 
-@pytest.mark.parametrize("how", ["FSDP1", "FSDP2", "DTensor"])
+@pytest.mark.parametrize("how", ["FSDP1", "DTensor"])
 def test_sharded_models_are_refused(how: str, pool_of: PoolOf) -> None:
     for said in pool_of(2).errors(refused, how):
         assert said.startswith("ValueError")
         assert how in said
-        assert "DistributedDataParallel(model)" in said
+        assert "DistributedDataParallel" in said
+        assert "fully_shard" in said
+
+
+def met_alone(rank: int, size: int) -> None:
+    """Rank 1 alone meets a layer, in a forward pass that is never backpropagated."""
+    net, criterion = DistributedDataParallel(build("branches"), find_unused_parameters=True), nn.CrossEntropyLoss()
+    metric = ng.Fisher(net, criterion, kind="exact", structure="dense", exchange="inverses")
+    opt = ng.NaturalGradient(metric, refresh=1)
+    for step in range(3):
+        x, y = data(step)
+        x[:, 0] = -1.0
+        opt.zero_grad()
+        if rank == 1 and step == 1:
+            criterion(net(-x), y)
+        criterion(net(x), y).backward()
+        opt.step()
+
+
+def test_a_layer_that_one_rank_alone_meets_is_named(pool_of: PoolOf) -> None:
+    for said in pool_of(2).errors(met_alone):
+        assert "one joint block is over" in said
+        assert "rare.weight" in said
 
 
 def ekfac(rank: int, size: int) -> None:

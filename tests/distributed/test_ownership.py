@@ -13,9 +13,10 @@ from torch import nn
 
 import natgrad as ng
 from natgrad import kronecker
+from natgrad.blocks import Block
 from natgrad.kronecker import FactorisationError
 from natgrad.kronecker_blocks import FULL_SIDE
-from natgrad.ownership import owners, work_of
+from natgrad.ownership import cost_of, footprint, owners, settle, work_of
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, train
 from tests.distributed.test_ddp import call, compare
@@ -191,3 +192,109 @@ def test_a_factorisation_that_fails_at_once_is_said_on_all_ranks(exchange: str, 
     for said in pool_of(2).errors(failing, exchange, (0,)):
         assert said.startswith("FactorisationError: block of")
         assert "'2.weight'" in said
+
+
+# what no assignment can beat -----------------------------------------------------------------------------
+
+
+def least(costs: list[float], size: int) -> float:
+    """A bound from below on the busiest rank's work, whoever assigns.
+
+    Besides the mean and the largest job: the jobs of the two largest sizes, b and m, alone. A rank that has k of the b
+    jobs has room for (x − k b) / m of the others below a load x, so that x is too small where they do not all fit.
+    """
+    bound = max(sum(costs) / size, max(costs))
+    top = sorted({round(c, 3) for c in costs}, reverse=True)
+    # sizes within 1 % of each other count as one, the smaller
+    classes: list[float] = []
+    for c in top:
+        if classes and classes[-1] < 1.01 * c:
+            classes[-1] = min(classes[-1], c)
+        else:
+            classes.append(c)
+    b, m = classes[0], classes[1]
+    big = sum(c >= b * (1 - 1e-9) for c in costs)
+    middle = sum(m * (1 - 1e-9) <= c < b * (1 - 1e-9) for c in costs)
+    loads = sorted({i * b + j * m for i in range(big + 1) for j in range(middle + 1) if i + j})
+    return max(bound, next(x for x in loads if fits(x * (1 + 1e-9), b, m, big, middle, size)))
+
+
+def fits(x: float, b: float, m: float, big: int, middle: int, size: int) -> bool:
+    """Whether so many jobs of two sizes fit below a load of x on every rank: ranks fill up with large ones first or
+    spread them, and every mixture of the two is tried."""
+    most = [-1] * (big + 1)  # most[k]: jobs of size m that fit beside k of size b, on the ranks so far
+    most[0] = 0
+    for _ in range(size):
+        after = [-1] * (big + 1)
+        for k, held in enumerate(most):
+            if held < 0:
+                continue
+            for more in range(min(big - k, int(x / b)) + 1):
+                after[k + more] = max(after[k + more], held + int((x - more * b) / m))
+        most = after
+    return most[big] >= middle
+
+
+@pytest.mark.parametrize("sides", [transformer(), resnet18()], ids=["transformer", "resnet18"])
+def test_no_assignment_is_much_better(sides: Sides) -> None:
+    costs = costs_of(sides)
+    for size in range(2, 65):
+        assert max(work_of(costs, size)) < 1.1 * least(costs, size), size
+
+
+# blocks of sharded models --------------------------------------------------------------------------------
+
+
+class Shape(Block):
+    """A block that is its shapes."""
+
+    def __init__(self, number: int, out: int, into: int) -> None:
+        super().__init__([])
+        self.number, self.out, self.into = number, out, into
+
+    @property
+    def names(self) -> list[str]:
+        return [str(self.number)]
+
+    @property
+    def dimension(self) -> int:
+        return self.out * self.into
+
+    def sides(self) -> list[tuple[int, ...]]:
+        return [(1, d, d) if d <= FULL_SIDE else (1, 1, d) for d in (self.out, self.into)]
+
+
+def shares(sides: Sides, size: int) -> list[tuple[float, float]]:
+    """Work and memory of the busiest and the fullest rank: over the whole, and over max(1/W, the largest block's)."""
+    blocks: list[Block] = [Shape(i, *pair) for i, pair in enumerate(sides)]
+    settle(blocks, size)
+    out = []
+    for measure in (cost_of, footprint):
+        sizes = [measure(b) for b in blocks]
+        most = max(sum(s for b, s in zip(blocks, sizes) if b.owner == r) for r in range(size))
+        out.append((most / sum(sizes), most / max(sum(sizes) / size, max(sizes))))
+    return out
+
+
+EVEN_BLOCKS = {"transformer": (transformer(), (2, 4, 8)), "resnet18": (resnet18(), (2, 4, 8, 16, 32, 64))}
+
+
+@pytest.mark.parametrize("case", EVEN_BLOCKS)
+def test_blocks_are_shared_out_by_work_and_memory(case: str) -> None:
+    sides, sizes = EVEN_BLOCKS[case]
+    for size in sizes:
+        (_, work), (_, memory) = shares(sides, size)
+        assert memory < 1.15, size
+        assert work < 1.2, size
+
+
+def test_blocks_keep_their_owners() -> None:
+    blocks: list[Block] = [Shape(i, 8 + i, 8) for i in range(6)]
+    settle(blocks[:4], 2)
+    before = [b.owner for b in blocks[:4]]
+    settle(blocks, 2)
+    assert [b.owner for b in blocks[:4]] == before
+    assert {b.owner for b in blocks} == {0, 1}
+    again: list[Block] = [Shape(0, 8, 8), Shape(0, 9, 9), Shape(1, 4, 4)]  # two blocks of one parameter
+    settle(again, 2)
+    assert again[0].owner == again[1].owner != again[2].owner
