@@ -86,12 +86,18 @@ def train(workload: Workload, rival: Rival, hyper: Hyper, seed: int, seconds: fl
     spent = wall = next_look = 0.0
     steps = passes = lost = 0
     curve: list[tuple[int, float, float | None, float | None]] = []
+    failure = None
     while spent < seconds and lost < PATIENCE:
         x, y = workload.draw(generator)
         start, began = time.process_time(), time.perf_counter()
         if rival.scheduled:
             set_rates(opts, rates, cosine_with_warmup(spent / seconds))
-        loss, calls = workload.step(opts, model, x, y)
+        try:
+            loss, calls = workload.step(opts, model, x, y)
+        except (ArithmeticError, RuntimeError) as error:  # a decomposition that fails, say: a run lost, not the study
+            failure, lost = f"{type(error).__name__}: {str(error)[:200]}", PATIENCE
+            curve.append((steps, round(spent, 4), None, None))
+            break
         spent += time.process_time() - start
         wall += time.perf_counter() - began
         steps += 1
@@ -108,6 +114,7 @@ def train(workload: Workload, rival: Rival, hyper: Hyper, seed: int, seconds: fl
         "cpu_seconds": spent,
         "wall_seconds": wall,
         "marked": wall > 1.2 * spent,
+        "failure": failure,
         "final_metric": curve[-1][2] if lost < PATIENCE else None,
         "final_train": curve[-1][3] if lost < PATIENCE else None,
         "best_metric": min(held_out) if held_out else None,

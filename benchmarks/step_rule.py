@@ -36,25 +36,32 @@ def with_constant(module: object, name: str, value: float, make: Make) -> Make:
     return build
 
 
+def natural(model: torch.nn.Module, criterion: torch.nn.Module, **options: float) -> ng.NaturalGradient:
+    return ng.NaturalGradient(ng.Fisher(model, criterion), average=AVERAGE, **options)
+
+
 def default(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-    return ng.NaturalGradient(ng.Fisher(model, criterion), average=AVERAGE)
+    return natural(model, criterion)
 
 
 def decayed(decay: float) -> Make:
-    return lambda model, criterion: ng.NaturalGradient(ng.Fisher(model, criterion), average=AVERAGE, weight_decay=decay)
+    return lambda model, criterion: natural(model, criterion, weight_decay=decay)
 
 
 VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh at a quarter of the steps": with_constant(optimizer, "GAP_GROWTH", 4, default),
     "refresh at all of the steps": with_constant(optimizer, "GAP_GROWTH", 1, default),
-    "s moves three times as fast": with_constant(normalised, "ADAPT", 0.09, default),
-    "s moves a third as fast": with_constant(normalised, "ADAPT", 0.01, default),
+    "mean over the last fifth of the steps": with_constant(normalised, "AVERAGING", 5.0, default),
+    "mean over the last twentieth": with_constant(normalised, "AVERAGING", 20.0, default),
+    "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
+    "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.025),
+    "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.1),
     "no weight decay": decayed(0.0),
     "weight decay 0.1": decayed(0.1),
     "weight decay 0.3": decayed(0.3),
 }
-CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "ADAPT"))
+CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "AVERAGING"))
 
 
 def train(workload: Workload, make: Make, steps: int, seed: int) -> tuple[list[float], int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -27,6 +29,7 @@ from natgrad.tasks.compare import Comparison
 from natgrad.tasks.contenders import CONTENDERS
 from natgrad.tasks.display import Bars, Lines
 from natgrad.tasks.files import writable_folder
+from natgrad.tasks.launch import check_nproc, launch, launched
 from natgrad.tasks.networks import INITIALISATIONS
 from natgrad.tasks.task import CommandError
 from natgrad.tasks.training import Budget
@@ -76,6 +79,7 @@ def train(
         Path | None, typer.Option(envvar="NATGRAD_DATA", help="Folder with the data of mnist-autoencoder.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines instead of live bars.")] = False,
+    nproc: Annotated[int, typer.Option(help="Processes that share each batch.")] = 1,
 ) -> None:
     """Compare natural-gradient descent with tuned rivals on real data.
 
@@ -91,14 +95,37 @@ def train(
     budget = read_budget(seconds, steps, chosen.seconds)
     if not 0 <= seed < 2**32:
         raise CommandError(f"--seed {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
+    check_nproc(nproc, chosen.batch_size)
+    if nproc > 1 and not launched():
+        again = ["train", task, "--optimizers", optimizers, "--seed", str(seed), "--init", init, "--nproc", str(nproc)]
+        given = {"--seconds": seconds, "--steps": steps, "--out": out, "--data-dir": data_dir}
+        again += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        raise typer.Exit(launch(nproc, [*again, *["--quiet"] * quiet]))
     data = chosen.load(data_dir)
     folder = writable_folder(out if out is not None else Path("runs") / chosen.name)
+    if nproc > 1:
+        dist.init_process_group("gloo")
     comparison = Comparison(chosen, data, names, budget, seed, init, folder)
-    run_comparison(comparison, plain=quiet)
+    if comparison.crew.leads:
+        run_comparison(comparison, plain=quiet)
+    else:
+        follow(comparison)
+    if nproc > 1:
+        dist.destroy_process_group()
 
 
 app.command()(inspect)
 app.command()(bench)
+
+
+def follow(comparison: Comparison) -> None:
+    """What ranks do that only take part: no word, and no file."""
+    torch.set_num_threads(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            comparison.execute(Lines(Console(file=nowhere)))
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)  # at once: the first rank may be waiting in an exchange
 
 
 def run_comparison(comparison: Comparison, plain: bool) -> None:
@@ -168,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, prog_name="natgrad", standalone_mode=False)
     except CommandError as error:
-        typer.echo(f"natgrad: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0" or not launched():  # once, not from every rank
+            typer.echo(f"natgrad: {error}", err=True)
         return BAD_INPUT
     except Exception as error:
         # typer's own parse errors; their class is click's or typer's, depending on the version of typer

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from natgrad.agreement import Entry, block_to_json, digest_of, entries_of, flattened, reconcile
+from natgrad.attendance import Attendance, first_line, timeout_of
 from natgrad.averages import Average, Statistics
 from natgrad.curvature import Curvature, Draw, statistics_dtype
 from natgrad.ownership import settle
@@ -57,7 +58,15 @@ class Ranks:
 
     def __init__(self, parent: Any, device: torch.device, exchange: str) -> None:
         ranks = parent if isinstance(parent, list) else dist.get_process_group_ranks(parent)
-        self.group = dist.new_group(ranks, use_local_synchronization=True)
+        timeout = timeout_of(dist.group.WORLD if isinstance(parent, list) else parent, device)
+        try:
+            self.group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"not all of the ranks {ranks} made this metric: {first_line(error)}. Every rank of the process group "
+                "must build it, in the same order as other metrics"
+            ) from error
+        self.attendance = Attendance(self.group, ranks, timeout)
         self.rank, self.size = dist.get_rank(self.group), len(ranks)
         self.device, self.exchange = device, exchange
         self.refresh = 1  # steps between refreshes, once an optimizer drives the metric
@@ -76,7 +85,8 @@ class Ranks:
     def all_fine(self, fine: Tensor) -> Tensor:
         """Whether a condition holds on every rank. Collective."""
         flag = fine.to(torch.int32, copy=True)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, self.group)
+        with self.attendance.meeting("whether gradients are finite"):
+            dist.all_reduce(flag, dist.ReduceOp.MIN, self.group)
         self._count("agreement", flag, 2 * (self.size - 1) / self.size)
         return flag.bool()
 
@@ -84,7 +94,8 @@ class Ranks:
         """The numbers of every rank. Collective."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         held = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(held, mine, self.group)
+        with self.attendance.meeting("digests"):
+            dist.all_gather(held, mine, self.group)
         self._count("agreement", mine, self.size - 1)
         return [h.tolist() for h in held]
 
@@ -95,7 +106,8 @@ class Ranks:
 
     def _texts(self, said: Mapping[str, Any]) -> list[dict[str, Any]]:
         texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, json.dumps(said), self.group)
+        with self.attendance.meeting("descriptions"):
+            dist.all_gather_object(texts, json.dumps(said), self.group)
         return [json.loads(t) for t in texts]
 
     def refuse_differences(self, said: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +132,8 @@ class Ranks:
 
     def total(self, numbers: Tensor) -> Tensor:
         """Few numbers, each summed over the ranks. Collective."""
-        dist.all_reduce(numbers, group=self.group)
+        with self.attendance.meeting("totals"):
+            dist.all_reduce(numbers, group=self.group)
         self._count("agreement", numbers, 2 * (self.size - 1) / self.size)
         return numbers
 
@@ -215,9 +228,11 @@ class Ranks:
                 buckets.append([])
             buckets[-1].append(piece)
         flat = [torch.cat(bucket) for bucket in buckets]
-        works = [dist.all_reduce(f, group=self.group, async_op=True) for f in flat]
-        for f, work in zip(flat, works):
-            work.wait()
+        with self.attendance.meeting(what):
+            works = [dist.all_reduce(f, group=self.group, async_op=True) for f in flat]
+            for work in works:
+                work.wait()
+        for f in flat:
             self._count(what, f, 2 * (self.size - 1) / self.size)
         return [t for f, bucket in zip(flat, buckets) for t in f.split([p.numel() for p in bucket])]
 
@@ -233,7 +248,8 @@ class Ranks:
                     taken += 1
                 some, theirs = theirs[:taken], theirs[taken:]
                 flat = torch.cat([pieces[i] for i in some])
-                dist.reduce(flat, dist.get_global_rank(self.group, rank), group=self.group)
+                with self.attendance.meeting(what):
+                    dist.reduce(flat, dist.get_global_rank(self.group, rank), group=self.group)
                 self._count(what, flat, float(rank != self.rank))
                 for i, t in zip(some, flat.split([pieces[i].numel() for i in some])):
                     out[i] = t
@@ -242,13 +258,15 @@ class Ranks:
     def broadcast(self, pieces: Sequence[Sequence[Tensor]], what: str) -> None:
         """Fill the tensors ``pieces[r]`` of every rank with those of rank r, one message a rank that has any."""
         flat = [torch.cat([t.flatten() for t in ts]) if ts else None for ts in pieces]
-        works = []
-        for r, f in enumerate(flat):
-            if f is not None:
-                works.append(dist.broadcast(f, dist.get_global_rank(self.group, r), group=self.group, async_op=True))
-                self._count(what, f, 1.0)
-        for work in works:
-            work.wait()
+        with self.attendance.meeting(what):
+            works = []
+            for r, f in enumerate(flat):
+                if f is not None:
+                    source = dist.get_global_rank(self.group, r)
+                    works.append(dist.broadcast(f, source, group=self.group, async_op=True))
+                    self._count(what, f, 1.0)
+            for work in works:
+                work.wait()
         for f, ts in zip(flat, pieces):
             if f is not None:
                 for t, new in zip(ts, f.split([t.numel() for t in ts])):
@@ -280,6 +298,11 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
     refuse_wrappers(model)
     sharded = mesh_ranks(model)
     if not (dist.is_available() and dist.is_initialized()):
+        if wrapper_of(model) is not None:
+            raise RuntimeError(
+                "the model is wrapped in DistributedDataParallel, but no process group is initialised any more. Make "
+                "the metric before destroy_process_group(), or give Fisher the model inside the wrapper, model.module"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         launched = dist.is_available() and dist.is_torchelastic_launched()
         if process_group is not None or (launched and started > 1):

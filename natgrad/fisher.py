@@ -374,6 +374,8 @@ class Fisher(Metric):
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))
 
     def expect(self, due: bool) -> None:
+        if self.ranks is not None:
+            self.ranks.attendance.moment = f"step {self._driver.steps}"
         self._watcher.expect(due)
 
     @property

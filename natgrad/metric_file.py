@@ -27,7 +27,7 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 2
+FORMAT = 3
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -40,7 +40,8 @@ def state_of(metric: Fisher) -> dict[str, Any]:
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     generators[ROWS] = metric.curvature.row_generator.get_state()
-    return {"about": json.dumps(about(metric)), "tensors": tensors, "generators": generators}
+    said = {**about(metric), "tensors": sorted(tensors)}
+    return {"about": json.dumps(said), "tensors": tensors, "generators": generators}
 
 
 def about(metric: Fisher) -> dict[str, Any]:
@@ -99,6 +100,11 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
         raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
     refuse_differences(about(metric), there)
+    if lacks := sorted(set(there["tensors"]) - set(state["tensors"])):
+        raise ValueError(
+            f"the metric's state lacks {len(lacks)} of its statistics, {lacks[0]!r} the first: it was not read in "
+            "full. Checkpoints of torch.distributed.checkpoint are read by natgrad.checkpoint"
+        )
     blocks = blocks_from(there, state["tensors"], metric.curvature.layers.shapes, metric._like().device)
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}

@@ -1,18 +1,15 @@
-"""The default step rule of Fisher metrics: each block's natural direction, rescaled to a set update size.
+"""The default step rule of Fisher metrics: each block's natural direction at a set length, averaged over steps.
 
-With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum and t the number of steps,
+With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum, t the number of steps before,
 
-    m ← β m + (1 − β) g,   m̂ = m / (1 − βᵗ),   u = β m̂ + (1 − β) g,
-    d = G̃ u Ã,             Δ = −η s d / (rms(d) √(fan_in + 1)).
+    Δ = −η d / (rms(d) √(fan_in + 1)),   d = G̃ g Ã,
+    v ← v + β Δ,   θ ← θ + (1 − β) Δ + c v,   v ← (1 − c) v,   c = k / (k + t).
 
-The metric gives the direction and η the length, which needs no tuning from model to model. s is one number for all
-blocks and follows the slope h = ⟨g_{t+1}, Δ_t⟩ that a *fresh* batch finds along the last step,
-
-    s ← s · exp(−κ clip(h / √EMA(h²), ±2)):
-
-while it points down s grows, once it points up s shrinks (the sign of the learning-rate derivative of Baydin et al.
-2018, arXiv:1703.04782, normalised). Damping is relative to the mean eigenvalue of each factor. Parameters without
-curvature follow Adam at a matching rate (`natgrad.adam`).
+The metric gives the direction and η the length, which needs no tuning from model to model. The velocity v = z − θ
+carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes the steps, x is the mean of z
+over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and models are evaluated. Noise
+is averaged over a growing number of steps, so that no schedule and no horizon is needed. Damping is relative to the
+mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate (`natgrad.adam`).
 """
 
 from __future__ import annotations
@@ -35,10 +32,7 @@ from natgrad.steps import Increments, Options, StepRule, one_value
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
 
-ADAPT = 0.03  # κ; the constants here were chosen on six workloads, see docs/decisions.md
-SLOPE_CLIP = 2.0
-SLOPE_DECAY = 0.95
-SCALE_RANGE = (0.01, 4.0)  # of s
+AVERAGING = 10.0  # k: the mean is over about the last tenth of the steps; its origin is in docs/decisions.md
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
@@ -47,10 +41,9 @@ MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 class BlockState:
     """What the rule remembers of one block, in the block's coordinates."""
 
-    momentum: Tensor  # m
+    velocity: Tensor  # v
     steps: int = 0  # t
-    delta: Tensor | None = None  # Δ of the last step
-    seen: tuple[Tensor, Tensor] | None = None  # ⟨u, Δ⟩ and ‖u‖: for `cosines`, not to continue from
+    seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, Δ⟩, ‖g‖, ‖Δ‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -59,20 +52,21 @@ class BlockState:
 
     failures: int = 0  # factorisations in a row that failed
 
-    def slope_along(self, g: Tensor) -> Tensor | None:
-        """⟨g, Δ⟩ along the last step, a scalar tensor; None where there is none."""
-        return None if self.delta is None or self.delta.shape != g.shape else dot(g, self.delta)
-
-    def moved(self, u: Tensor, size: Tensor, delta: Tensor) -> None:
-        """Remember a step. `size`: ‖u‖."""
-        self.delta, self.seen = delta, (dot(u, delta), size)
+    def move(self, delta: Tensor, momentum: float) -> Tensor:
+        """The increment of θ that Δ leads to. Writes over `delta`."""
+        c = AVERAGING / (AVERAGING + self.steps)
+        self.steps += 1
+        self.velocity.add_(delta, alpha=momentum)
+        increment = delta.mul_(1 - momentum).add_(self.velocity, alpha=c)
+        self.velocity.mul_(1 - c)
+        return increment
 
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state = {"momentum": self.momentum, "steps": self.steps, "delta": self.delta}
+        state: dict[str, Any] = {"velocity": self.velocity, "steps": self.steps}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -117,29 +111,15 @@ class BlockState:
 
 
 @dataclass
-class Slope:
-    """s, and the moving average of h² that it is judged by; scalar tensors, so that no step waits for the device."""
+class Slopes:
+    """Slopes along the velocity: of the batch it was made from, and of the next; scalar tensors."""
 
-    scale: Tensor
-    square: Tensor
-    weight: float = 0.0
-    ratio: Tensor | None = None  # fresh slope over the slope the step was taken at
-    taken: Tensor | None = None  # ⟨g_t, Δ_t⟩
+    taken: Tensor | None = None  # ⟨g_t, v_t⟩
+    ratio: Tensor | None = None  # ⟨g_{t+1}, v_t⟩ / ⟨g_t, v_t⟩
 
-    def move(self, device: torch.device) -> None:
-        if self.scale.device != device:
-            self.scale, self.square, self.taken = self.scale.to(device), self.square.to(device), None
-
-    def learn(self, h: Tensor, adapt: bool) -> None:
-        if self.taken is not None:
-            self.ratio = torch.where(self.taken != 0, h / self.taken, torch.zeros_like(h))
-        if not adapt:
-            return
-        self.square = SLOPE_DECAY * self.square + (1 - SLOPE_DECAY) * h.square()
-        self.weight = SLOPE_DECAY * self.weight + 1 - SLOPE_DECAY
-        size = (self.square / self.weight).sqrt()
-        normal = torch.where(size > 0, h / size, torch.zeros_like(h)).clamp(-SLOPE_CLIP, SLOPE_CLIP)
-        self.scale = (self.scale * torch.exp(-ADAPT * normal)).clamp(*SCALE_RANGE)
+    def meet(self, fresh: Tensor) -> None:
+        if self.taken is not None and self.taken.device == fresh.device:
+            self.ratio = torch.where(self.taken != 0, fresh / self.taken, torch.zeros_like(fresh))
 
 
 class NormalisedStep(StepRule):
@@ -147,9 +127,8 @@ class NormalisedStep(StepRule):
 
     Args:
         lr: η, the root mean square of an update times √(fan_in + 1).
-        momentum: β.
+        momentum: β, from 0 (plain steps, no average) to below 1.
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor.
-        adapt: whether s adapts; False keeps it at 1, for use with a learning-rate schedule of fixed horizon.
     """
 
     damping_meaning = (
@@ -159,18 +138,14 @@ class NormalisedStep(StepRule):
     )
     on_shards = True
 
-    def __init__(self, lr: float = 0.05, momentum: float = 0.9, damping: float = 0.1, adapt: bool = True) -> None:
+    def __init__(self, lr: float = 0.05, momentum: float = 0.9, damping: float = 0.1) -> None:
         super().__init__()
-        self.lr, self.momentum, self.damping, self.adapt = lr, momentum, damping, adapt
+        self.lr, self.momentum, self.damping = lr, momentum, damping
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
-        self._slope: Slope | None = None
+        self.slopes = Slopes()
         self._ranks: Ranks | None = None  # that share the work, where there are several
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
-
-    @property
-    def scale(self) -> Tensor | float:
-        return 1.0 if self._slope is None else self._slope.scale
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
         if metric.shards is not None:
@@ -179,14 +154,11 @@ class NormalisedStep(StepRule):
             return update_on_shards(self, metric, df, options)
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
-        scale = next(iter(df.values())).new_ones((), dtype=torch.float32)
         self._ranks = getattr(metric, "ranks", None)
         if active:
             grads = [packed_gradient(b, df, metric.parameters) for b in active]
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
-            self._learn_slope(states, grads)
-            scale = self._slope.scale if self._slope is not None else scale
-            deltas = self._deltas(active, states, grads, options, scale)
+            deltas = self._deltas(active, states, grads, options)
         moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
@@ -195,49 +167,22 @@ class NormalisedStep(StepRule):
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
-                out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE * scale)
-        self._tell(options, scale)
+                out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
+        self._tell(options)
         return {n: d for n, d in out.items() if n in df}
 
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
-        if key not in self._blocks or self._blocks[key].momentum.shape != g.shape:  # or: its layer has grown
+        if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g))
         state = self._blocks[key]
-        if state.momentum.dtype != g.dtype or state.momentum.device != g.device:  # the model was moved or cast
-            state.momentum = state.momentum.to(g)
-            state.delta = None
+        if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
+            state.velocity = state.velocity.to(g)
         return state
 
     def drop(self, block: Block) -> None:
         """Forget a block that another rank owns."""
         self._blocks.pop(key_of(block), None)
-
-    def slope(self, like: Tensor) -> Slope:
-        if self._slope is None:
-            self._slope = Slope(like.new_ones(()), like.new_zeros(()))
-        self._slope.move(like.device)
-        return self._slope
-
-    def _learn_slope(self, states: Sequence[BlockState], grads: Sequence[Tensor]) -> None:
-        """Let s learn from the slope that this batch finds along the last step."""
-        slope = self.slope(grads[0])
-        parts = [p for s, g in zip(states, grads) if (p := s.slope_along(g)) is not None]
-        if parts:
-            slope.learn(torch.stack(parts).sum(), self.adapt)
-
-    def look_ahead(
-        self, states: Sequence[BlockState], grads: Sequence[Tensor], options: Sequence[Options]
-    ) -> list[Tensor]:
-        """u of each block, after its momentum has taken in the gradient."""
-        ahead: list[Tensor] = []
-        for s, g, o in zip(states, grads, options):
-            s.steps += 1
-            s.momentum.lerp_(g, 1 - o.momentum)
-            # β m̂ + (1 − β) g up to a factor, which the length removes: one pass instead of three
-            lead = (1 - o.momentum) * (1 - o.momentum**s.steps) / o.momentum if o.momentum else 0.0
-            ahead.append(torch.add(s.momentum, g, alpha=lead))
-        return ahead
 
     def _deltas(
         self,
@@ -245,24 +190,36 @@ class NormalisedStep(StepRule):
         states: Sequence[BlockState],
         grads: list[Tensor],
         options: Mapping[str, Options],
-        scale: Tensor,
     ) -> list[Tensor]:
         """Increments in the coordinates of each block."""
         mine = [shared_options(b, options) for b in blocks]
-        ahead = self.look_ahead(states, grads, mine)
+        self.slopes.meet(slope_along(states, grads))
         if self._ranks is None:
-            directions = [s.refresh(b, o.damping).apply(u) for s, b, o, u in zip(states, blocks, mine, ahead)]
+            directions = [s.refresh(b, o.damping).apply(g) for s, b, o, g in zip(states, blocks, mine, grads)]
         else:
-            directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], ahead)
+            directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
+        increments = self.stretch(blocks, states, mine, grads, directions)
+        self.slopes.taken = slope_along(states, grads)
+        return increments
+
+    def stretch(
+        self,
+        blocks: Sequence[Block],
+        states: Sequence[BlockState],
+        options: Sequence[Options],
+        grads: list[Tensor],
+        directions: list[Tensor],
+    ) -> list[Tensor]:
+        """Directions → Δ → increments. Writes over `directions`."""
         sizes = update_sizes(blocks, directions)
-        rates = sizes.new_tensor([o.lr for o in mine]) * scale
-        lengths = torch.where(sizes > 0, rates / sizes, torch.zeros_like(sizes))
-        torch._foreach_mul_(directions, list((-lengths).unbind()))  # in place: what is kept is what is added
-        for s, u, size, delta in zip(states, ahead, torch._foreach_norm(ahead), directions):
-            s.moved(u, size, delta)
-        assert self._slope is not None
-        self._slope.taken = torch.stack([dot(g, delta) for g, delta in zip(grads, directions)]).sum()
-        return directions
+        rates = sizes.new_tensor([o.lr for o in options])
+        lengths = torch.where(sizes > 0, -rates / sizes, torch.zeros_like(sizes)).unbind()
+        torch._foreach_mul_(directions, list(lengths))
+        for s, g, d, ng, nd in zip(
+            states, grads, directions, torch._foreach_norm(grads), torch._foreach_norm(directions)
+        ):
+            s.seen = (dot(g, d), ng, nd)
+        return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
 
     def _shared(
         self,
@@ -270,14 +227,14 @@ class NormalisedStep(StepRule):
         blocks: Sequence[Block],
         states: Sequence[BlockState],
         dampings: Sequence[float],
-        ahead: Sequence[Tensor],
+        grads: Sequence[Tensor],
     ) -> list[Tensor]:
         """Directions with the inverses shared out among the ranks."""
         if way_of(ranks, blocks) == "directions":
             now = [(b.names, b.version, damping) for b, damping in zip(blocks, dampings)]
             fresh, self._shared_at = now != self._shared_at, now
             return shared_directions(
-                ranks, blocks, lambda i: states[i].refresh(blocks[i], dampings[i]).apply(ahead[i]), ahead, fresh
+                ranks, blocks, lambda i: states[i].refresh(blocks[i], dampings[i]).apply(grads[i]), grads, fresh
             )
         stale = [i for i, (s, b) in enumerate(zip(states, blocks)) if s.is_stale(b, dampings[i])]
         made = shared_inverses(
@@ -285,14 +242,14 @@ class NormalisedStep(StepRule):
         )
         for i, make in zip(stale, made):
             states[i].refresh(blocks[i], dampings[i], make)
-        return [s.refresh(b, damping).apply(u) for s, b, damping, u in zip(states, blocks, dampings, ahead)]
+        return [s.refresh(b, damping).apply(g) for s, b, damping, g in zip(states, blocks, dampings, grads)]
 
-    def _tell(self, options: Mapping[str, Options], scale: Tensor) -> None:
-        ratio = None if self._slope is None else self._slope.ratio
+    def _tell(self, options: Mapping[str, Options]) -> None:
+        ratio = self.slopes.ratio
         first = next(iter(options.values()))
         self.info = {
             "damping": first.damping,
-            "step_length": scale * first.lr,
+            "step_length": first.lr,
             "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }
@@ -300,9 +257,9 @@ class NormalisedStep(StepRule):
     def cosines(self) -> dict[str, Tensor]:
         found = {}
         for k, s in self._blocks.items():
-            if s.delta is not None and s.seen is not None:
-                along, size = s.seen
-                both = size.double() * s.delta.double().norm()
+            if s.seen is not None:
+                along, *sizes = s.seen
+                both = sizes[0].double() * sizes[1].double()
                 found[k] = torch.where(both > 0, -along / both, torch.zeros_like(both))
         return found
 
@@ -316,7 +273,7 @@ class NormalisedStep(StepRule):
         return {
             "blocks": blocks,
             "adam": adam,
-            "slope": None if self._slope is None else dict(vars(self._slope)),
+            "slopes": dict(vars(self.slopes)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -325,7 +282,7 @@ class NormalisedStep(StepRule):
         if self.shards is not None:
             adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
         self._adam.load_state_dict(adam)
-        self._slope = None if state["slope"] is None else Slope(**state["slope"])
+        self.slopes = Slopes(**state["slopes"])
 
 
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
@@ -370,6 +327,11 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     assert isinstance(block, JointBlock)
     squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
     return (torch.stack(squares).sum() / d.numel()).sqrt()
+
+
+def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:
+    """Σ ⟨g, v⟩ over blocks, a scalar tensor."""
+    return torch.stack([dot(g, s.velocity) for s, g in zip(states, grads)]).sum()
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

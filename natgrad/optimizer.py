@@ -7,6 +7,7 @@ that are not finite, and holds the one line that writes parameters.
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +28,8 @@ from natgrad.wrappers import warn_alone
 
 GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
+TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
+KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
 PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
 
@@ -92,6 +95,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._showing_average = False
         self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
         super().__init__(split_groups(metric.parameters, groups), defaults)
+        self.state[KEPT_APART] = {}  # type: ignore[index]  # else get_state_dict takes a step to have a state
         self._skips = Skips()
         self._spent, self._started = 0.0, time.perf_counter()
         if type(metric).observe is not Metric.observe:
@@ -221,7 +225,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if given is not None:
             return group["lr"] * given if given else None
         own = self._own_decay
-        return self.rule.scale * group["lr"] * own if own and p.dim() > 1 else None
+        return group["lr"] * own if own and p.dim() > 1 else None
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -318,8 +322,17 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Of a sharded model the state is that of one process, in plain tensors, on every rank, and taking it is a call
         that all ranks make together.
+
+        Raises:
+            TypeError: torch's ``get_state_dict`` asks, which would keep the options alone.
         """
+        if sys._getframe(1).f_globals.get("__name__") == TORCH_STATES:
+            raise TypeError(
+                "get_state_dict and get_optimizer_state_dict know states by parameter alone, and would leave out the "
+                "metric. Use natgrad.checkpoint.save and load, or natgrad.checkpoint.Saved(opt) with dcp.save"
+            )
         state = super().state_dict()
+        state["state"] = {}
         average = self._average
         state["natgrad"] = {
             "steps": self.steps,
@@ -361,7 +374,9 @@ class NaturalGradient(torch.optim.Optimizer):
         with uninterrupted():
             self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
             self.metric.discard_pending()
-            super().load_state_dict({k: v for k, v in state_dict.items() if k != "natgrad"})
+            super().load_state_dict(
+                {**{k: v for k, v in state_dict.items() if k != "natgrad"}, "state": {KEPT_APART: {}}}
+            )
             # tensors of ours keep their own dtype; torch would cast them to the parameter's: they are not in `state`
             self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
             if self._average is not None:

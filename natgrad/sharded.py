@@ -160,7 +160,8 @@ class Shards:
         flat = [t.reshape(-1) for r in self._every for t in sent[r]]
         outgoing = torch.cat(flat) if flat else like.new_empty(0)
         incoming = like.new_empty(sum(in_sizes))
-        dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=self.ranks.group)
+        with self.ranks.attendance.meeting(what):
+            dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=self.ranks.group)
         self.ranks.sent[what] += (sum(out_sizes) - out_sizes[self.mine]) * like.element_size()
         self.ranks.messages[what] += 1
         left = iter(incoming.split([t.numel() for r in self._every for t in got[r]]))
@@ -192,7 +193,8 @@ class Shards:
     def union(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of all ranks' dictionaries, on every rank; tensors through host memory. Collective."""
         texts: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(texts, moved(held, torch.device("cpu")), self.ranks.group)
+        with self.ranks.attendance.meeting("what each rank holds"):
+            dist.all_gather_object(texts, moved(held, torch.device("cpu")), self.ranks.group)
         found = {k: v for text in texts for k, v in text.items()}
         return {k: moved(found[k], self.ranks.device) for k in sorted(found)}
 

@@ -57,11 +57,6 @@ class StepRule:
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
 
-    @property
-    def scale(self) -> Tensor | float:
-        """What the rule multiplies the learning rate by at present."""
-        return 1.0
-
     def update(
         self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]
     ) -> Mapping[str, Tensor | Along]:

@@ -31,6 +31,8 @@ LEVELS = {
     "compiled": 0,
     "huggingface": 0,
     "interrupts": 0,
+    "packing": 0,
+    "checkpoint_files": 0,
     "weight_average": 0,
     "operators": 0,
     "jacobian": 0,
@@ -57,6 +59,7 @@ LEVELS = {
     "hessian": 2,
     "steps": 2,
     "agreement": 2,
+    "attendance": 2,
     "wrappers": 2,
     "ownership": 2,
     "searches": 2,
@@ -71,6 +74,8 @@ LEVELS = {
     "optimizer": 3,
     "report": 3,
     "journal": 3,
+    "saved": 3,
+    "checkpoint": 3,
     "inspect_figures": 4,
     "inspect_report": 4,
     "inspect_cli": 5,
@@ -78,6 +83,7 @@ LEVELS = {
     "tasks": 4,
     "solve_cli": 5,
     "cli": 5,
+    "__main__": 5,
 }
 
 # Within the folder of tasks: what a task is, the tasks, the list of them, what runs them.
@@ -98,6 +104,8 @@ TASK_LEVELS = {
     "mnist_autoencoder": 3,
     "__init__": 4,
     "contenders": 1,
+    "crew": 0,
+    "launch": 1,
     "display": 1,
     "training": 2,
     "compare": 3,

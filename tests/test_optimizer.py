@@ -253,17 +253,17 @@ def test_a_gradient_whose_norm_overflows_is_skipped_too() -> None:
     """Its momentum would hold every later step back."""
     model = mlp().float()
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
-    lengths = []
+    places = []
     for i in range(8):
         opt.zero_grad()
         out = model(X.float())
         (nn.functional.mse_loss(out, torch.zeros_like(out)) * (1e25 if i == 2 else 1.0)).backward()
         with pytest.warns(UserWarning, match="skipped") if i == 2 else contextlib.nullcontext():
             opt.step()
-        lengths.append(opt.info["step_length"])
+        places.append(flat(model).clone())
     assert bool(torch.isfinite(flat(model)).all())
     assert opt.info["skipped"] == 1
-    assert len(set(lengths[-4:])) == 4  # it still learns
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(places[3:]))  # it still learns
 
 
 def test_without_any_gradient_nothing_happens() -> None:
@@ -372,7 +372,7 @@ def test_every_structure_and_kind_descends(structure: str, kind: str) -> None:
     model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
     # without decay: eight data with labels at random are fitted by large weights alone
     opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind, structure=structure), weight_decay=0.0)
-    for _ in range(60):
+    for _ in range(120):
         opt.zero_grad()
         loss = criterion(model(X), Y)
         loss.backward()
@@ -399,7 +399,7 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
 
 
 def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay_is_given() -> None:
-    """θ ← (1 − 0.1 η s) θ + Δ for weights, biases untouched; nothing for squared error or a rule of the user's own."""
+    """θ ← (1 − 0.1 η) θ + Δ for weights, biases untouched; nothing for squared error or a rule of the user's own."""
     fits = {}
     for decay in (None, 0.0):
         model = mlp(hidden=8)
@@ -410,7 +410,7 @@ def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay
         nn.functional.cross_entropy(model(X), Y).backward()
         opt.step()
         fits[decay] = {n: p.detach() - start[n] for n, p in model.named_parameters()}
-        rate = 0.1 * opt.param_groups[0]["lr"] * float(opt.rule.scale)
+        rate = 0.1 * opt.param_groups[0]["lr"]
     for n, delta in fits[None].items():
         expected = fits[0.0][n] - (rate * start[n] if start[n].dim() > 1 else 0)
         torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-14)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mlp
 from torch import Tensor, nn
 from training_cases import Scaled, batches, classifier, natural, train, weights
 
@@ -180,3 +181,28 @@ def test_the_quadratic_model_says_what_it_needs() -> None:
     opt = natural(model, nn.MSELoss(), step=ng.ExactQuadratic(x, y), maximize=True)
     with pytest.raises(ValueError, match="cannot maximise"):
         train(model, opt, [(x, y)])
+
+
+def test_the_default_step_averages_its_iterates() -> None:
+    """z takes the steps, x is their weighted mean and θ = (1 − β) z + β x, kept apart here."""
+    model, twin = mlp(hidden=6), mlp(hidden=6)
+    x_in = torch.linspace(-1, 1, 24).double().reshape(8, 3)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), kind="exact"), momentum=0.9)
+    plain = ng.NaturalGradient(ng.Fisher(twin, nn.MSELoss(), kind="exact"), momentum=0.0)
+    z = [p.detach().clone() for p in twin.parameters()]
+    x = [p.clone() for p in z]
+    for step in range(25):
+        for net, o in ((model, opt), (twin, plain)):
+            o.zero_grad()
+            (net(x_in) - x_in[:, :3].sin()).square().mean().backward()
+        before = [p.detach().clone() for p in twin.parameters()]
+        opt.step()
+        plain.step()  # without momentum its increment is Δ itself
+        c = 10 / (10 + step)
+        with torch.no_grad():
+            for i, (p, b) in enumerate(zip(twin.parameters(), before)):
+                z[i] += p - b
+                x[i] += c * (z[i] - x[i])
+                p.copy_(0.1 * z[i] + 0.9 * x[i])
+        for p, q in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)

@@ -17,6 +17,7 @@ from natgrad import journal
 from natgrad.report import draw_curves
 from natgrad.runs import Run, best
 from natgrad.tasks.contenders import CONTENDERS, Setup
+from natgrad.tasks.crew import Crew
 from natgrad.tasks.display import Display
 from natgrad.tasks.files import write_whole
 from natgrad.tasks.task import Data, Task
@@ -35,6 +36,7 @@ class Comparison:
         seed: of the initialisation and of the order of the data, the same for every run.
         init: name of the initialisation.
         out: a folder that can be written.
+        crew: the processes that do each run together; the first one writes.
     """
 
     task: Task
@@ -44,6 +46,7 @@ class Comparison:
     seed: int
     init: str
     out: Path
+    crew: Crew = field(default_factory=Crew)
     runs: list[Run] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
 
@@ -83,7 +86,7 @@ class Comparison:
 
     def _train(self, model: nn.Module, run: Run, budget: Budget, display: Display) -> Setup:
         contender = CONTENDERS[run.optimizer]
-        return train(self.task, self.data, model, contender, run, budget, self.seed, display.show)
+        return train(self.task, self.data, model, contender, run, budget, self.seed, display.show, self.crew)
 
     def _warm_up(self) -> None:
         """Two steps of each optimizer, thrown away: what PyTorch loads on first use is on nobody's clock."""
@@ -91,7 +94,8 @@ class Comparison:
             throwaway = Run(run.optimizer, run.rate)
             contender = CONTENDERS[run.optimizer]
             model = self.task.build(self.seed, self.init)
-            train(self.task, self.data, model, contender, throwaway, Budget(None, 2), self.seed, lambda *_: None)
+            few = Budget(None, 2)
+            train(self.task, self.data, model, contender, throwaway, few, self.seed, lambda *_: None, self.crew)
 
     def edges(self) -> list[str]:
         """Optimizers whose best rate is the first or last of their sweep: a wider one might find a better."""
@@ -115,6 +119,7 @@ class Comparison:
             "seed": self.seed,
             "init": self.init,
             "batch_size": self.task.batch_size,
+            "processes": self.crew.size,
             "natgrad": natgrad.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -139,6 +144,8 @@ class Comparison:
             self._write(journal.NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        if not self.crew.leads:
+            return
         path = write_whole(self.out / name, write)
         if path not in self.written:
             self.written.append(path)

@@ -14,6 +14,7 @@ from natgrad import journal
 from natgrad.optimizer import NaturalGradient
 from natgrad.runs import Point, Run
 from natgrad.tasks.contenders import Contender, Setup
+from natgrad.tasks.crew import Crew
 from natgrad.tasks.task import Data, Task
 
 EVALUATED = 1500  # training examples in an evaluation, the first ones: large data sets then cost no minutes
@@ -82,24 +83,29 @@ def train(
     budget: Budget,
     seed: int,
     show: Callable[[Run, float], None],
+    crew: Crew | None = None,
 ) -> Setup:
     """Train `model` until the budget is spent, appending to ``run.points`` as it goes.
 
     An interrupted run so keeps what it had. `show` is called with the fraction of the budget that is spent,
-    off the clock.
+    off the clock. Ranks of a crew take the same steps; the first one's clock counts.
     """
+    crew = crew or Crew()
     criterion = task.criterion()
     stream = batches(data, task.batch_size, seed)
     clock = Clock()
-    setup = contender.make(model, criterion, run.rate)
+    called = crew.wrapped(model)
+    setup = contender.make(called, criterion, run.rate)
     groups = setup.optimizer.param_groups
     step, used, due = 0, 0.0, 0.0
     shown = time.monotonic()
     while True:
         if used >= due or used >= 1:
             clock.pause()
-            losses = evaluate(task, model, data)
-            run.points.append(Point(step, round(clock.seconds(), 4), *losses, rate=float(groups[0]["lr"])))
+            train_loss, test_loss = crew.told(*(evaluate(task, model, data) if crew.leads else (0.0, 0.0)))
+            run.points.append(
+                Point(step, round(clock.seconds(), 4), train_loss, test_loss, rate=float(groups[0]["lr"]))
+            )
             if step and isinstance(setup.optimizer, NaturalGradient):
                 run.journal.append(journal.record(setup.optimizer))
             due = max(0.004, min(used * GROWTH, used + 0.025))
@@ -115,12 +121,12 @@ def train(
         if run.rate is not None:
             for group in groups:
                 group["lr"] = run.rate * (1 + math.cos(math.pi * used)) / 2
-        inputs, targets = next(stream)
+        inputs, targets = map(crew.part, next(stream))
         setup.optimizer.zero_grad()
-        loss = criterion(model(inputs), targets)
+        loss = criterion(called(inputs), targets)
         loss.backward()
         setup.optimizer.step()
         step += 1
-        used = budget.used(step, clock.seconds())
+        (used,) = crew.told(budget.used(step, clock.seconds()))
     run.complete = True
     return setup

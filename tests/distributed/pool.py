@@ -19,11 +19,11 @@ PATIENCE = 40.0  # seconds that a task may take; a hang fails the test
 COLLECTIVE = timedelta(seconds=10)  # that a rank waits for the others
 
 
-def serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
+def serve(rank: int, size: int, store: str, tasks: Any, answers: Any, timeout: timedelta) -> None:
     """What each process runs."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=COLLECTIVE)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     while (task := tasks.get()) is not None:
         function, args = task
         faulthandler.dump_traceback_later(0.8 * PATIENCE)  # where a hang hangs
@@ -38,14 +38,16 @@ def serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:
 class Pool:
     """`size` processes of one process group."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timeout: timedelta = COLLECTIVE) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self._answers = context.Queue()
         self._tasks = [context.Queue() for _ in range(size)]
         self._processes = [
-            context.Process(target=serve, args=(r, size, f"{self._folder.name}/store", t, self._answers), daemon=True)
+            context.Process(
+                target=serve, args=(r, size, f"{self._folder.name}/store", t, self._answers, timeout), daemon=True
+            )
             for r, t in enumerate(self._tasks)
         ]
         for p in self._processes:
@@ -65,12 +67,15 @@ class Pool:
             assert answer[1] == "error", f"rank {answer[0]} returned {answer[2]!r} instead of raising"
         return [answer[2] for answer in answers]
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, patience: float = PATIENCE) -> list[Any]:
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, patience: float = PATIENCE, answers: int | None = None
+    ) -> list[Any]:
+        """(rank, "value" or "error", …) of every rank, or of the first `answers` that have one."""
         for tasks in self._tasks:
             tasks.put((function, args))
         found = []
         try:
-            for _ in self._tasks:
+            for _ in range(self.size if answers is None else answers):
                 found.append(self._answers.get(timeout=patience))
         except queue.Empty:
             self.kill()
