@@ -61,8 +61,8 @@ def cost_of(block: Block) -> float:
 
 
 def footprint(block: Block) -> float:
-    """Numbers that the owner of a block keeps: statistics and inverse, momentum and the last step."""
-    return float(2 * sum(map(prod, block.sides())) + 2 * block.dimension)
+    """Numbers that the owner of a block keeps: statistics, inverse and velocity."""
+    return float(2 * sum(map(prod, block.sides())) + block.dimension)
 
 
 def settle(blocks: Sequence[Block], ranks: int) -> None:

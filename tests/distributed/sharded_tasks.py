@@ -161,7 +161,7 @@ def held_bytes(opt: Any) -> tuple[int, dict[str, int]]:
         tensors = [s for a in block.statistics.values() for s in a.sums.values()]
         state = opt.rule._blocks.get(str(block.layers[0].key))
         if state is not None:
-            tensors += [state.momentum, state.delta]
+            tensors += [state.velocity]
             tensors += [t for t in vars(state.inverse).values() if isinstance(t, Tensor)]
         if tensors:
             found[str(block.layers[0].key)] = sum(t.numel() * t.element_size() for t in tensors)
