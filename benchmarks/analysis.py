@@ -56,9 +56,11 @@ def seconds(line: Line) -> float:
 def passes(line: Line) -> float:
     """Forward-backwards to the target, those that the curvature took included, in proportion to the steps.
 
-    A miss counts as what the run would have made in 4/3 of the budget.
+    A miss counts as what the run would have made in 4/3 of the budget; ∞ where its first step failed.
     """
     if missed(line):
+        if not line["cpu_seconds"]:
+            return math.inf
         return line["passes"] * OVERTIME * line["budget"] / line["cpu_seconds"]
     return line["steps_to_target"] * line["passes"] / line["steps"]
 
@@ -68,11 +70,13 @@ def missed(line: Line) -> bool:
 
 
 def at_budget(line: Line) -> float:
-    """Held-out metric of the last look at the budget or before; ∞ where it was not finite.
+    """Held-out metric of the last look at the budget or before; ∞ where it was not finite or the run was lost by then.
 
     A run ends with the step that crosses its budget, so that one mean step beyond still counts.
     """
-    end = line["budget"] + line["cpu_seconds"] / line["steps"]
+    end = line["budget"] + line["cpu_seconds"] / max(1, line["steps"])
+    if line["final_metric"] is None and line["cpu_seconds"] <= end:
+        return math.inf
     looks = [value for _, t, value, *_ in line["curve"] if t <= end]
     return finite(looks[-1]) if looks else math.inf
 
@@ -220,7 +224,7 @@ class Study:
         return self.median(workload, optimizer, lambda line: line["state_bytes"] / line["parameter_bytes"])
 
     def not_finite(self, optimizer: str) -> int:
-        """Runs that ended with a metric that is not finite."""
+        """Runs that ended with a metric that is not finite, or with an error."""
         return sum(math.isinf(finite(line["final_metric"])) for line in self.lines if line["optimizer"] == optimizer)
 
     def marked(self, optimizer: str) -> int:

@@ -93,7 +93,13 @@ def upkeep(study: Study) -> str:
         reached = f"{every - sum(n for n, _ in lost)} of {every}"
         state = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} – {max(ratios):.1f})" if ratios else "–"
         rows.append([name, state, reached, str(study.not_finite(name)), str(study.marked(name))])
-    head = ["optimizer", "state bytes per parameter byte", "runs that reached the target", "not finite", "marked"]
+    head = [
+        "optimizer",
+        "state bytes per parameter byte",
+        "runs that reached the target",
+        "not finite or failed",
+        "marked",
+    ]
     return table(head, rows)
 
 

@@ -42,6 +42,7 @@ def line(workload: str, optimizer: str, seed: int, hit: float | None, **more: An
         "cpu_seconds": 12.0,
         "wall_seconds": 12.1,
         "marked": False,
+        "failure": None,
         "target": 5.0,
         "steps_to_target": None if hit is None else round(10 * hit),
         "cpu_to_target": hit,
@@ -146,6 +147,18 @@ def test_the_metric_at_equal_time_does_not_see_overtime() -> None:
     assert analysis.at_budget(line("a", "adamw", 0, 3.0, curve=ends, cpu_seconds=12.05)) == 3.0
     lost = [[10, 6.0, 5.0, 5.0], [20, 11.0, None, None]]
     assert math.isinf(analysis.at_budget(line("a", "adamw", 0, 3.0, curve=lost)))
+
+
+def test_a_run_that_failed_has_no_metric_however_good_its_last_look_was() -> None:
+    gone = {"final_metric": None, "failure": "LinAlgError: singular"}
+    assert math.isinf(analysis.at_budget(line("a", "soap", 0, 3.0, **gone)))
+    late = line("a", "natgrad", 0, 3.0, **gone, cpu_seconds=15.0)  # in overtime: what it had at the budget stands
+    assert analysis.at_budget(late) == 4.0
+    first = line("a", "soap", 0, None, **gone, steps=0, passes=0, cpu_seconds=0.0, curve=[[0, 0.0, None, None]])
+    assert analysis.seconds(first) == pytest.approx(16)
+    assert math.isinf(analysis.passes(first))
+    assert math.isinf(analysis.at_budget(first))
+    assert Study([first]).not_finite("soap") == 1
 
 
 def test_the_profile_is_of_problems_that_somebody_solved() -> None:
