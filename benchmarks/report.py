@@ -40,10 +40,12 @@ def results(study: Study) -> str:
     places = {tuple(line["environment"].get(k, "?") for k in ("machine", "torch", "python")) for line in study.lines}
     where = "; ".join("{}, torch {}, Python {}".format(*place) for place in sorted(places))
     marked = sum(bool(line["marked"]) for line in study.lines)
+    waiting = [w for w in STUDY if w not in study.workloads]
+    absent = f" Not run to the end yet: {', '.join(waiting)}." if waiting else ""
     return f"""**natgrad with no option set, beside tuned rivals.** Time to the target of the best of tuned AdamW,
 NAdamW and SGD over natgrad's, geometric mean over {head[1] if head else 0} workloads:
 **{times(head[0] if head else None)}**; by workload: {counts}. Above 1 natgrad is faster, below 1 the rival is.
-What is in brackets is a 95 % interval.
+What is in brackets is a 95 % interval.{absent}
 
 † the rival missed the target, ‡ natgrad did, in the median over seeds (in a mean: on some workload). A miss counts as
 {OVERTIME:.2f} times the budget for either; that is a convention and not a measurement.

@@ -10,6 +10,7 @@ sets let rise long before a run ends. One line of JSON a run, resumable; a run t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -46,9 +47,10 @@ class Variant:
     factor: float = 1.0
 
     def optimizer(self, model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-        default = ng.NaturalGradient(ng.Fisher(model, criterion))
         if self.knob in (DEFAULT, "batch"):
-            return default
+            return ng.NaturalGradient(ng.Fisher(model, criterion))
+        # of a copy: a second metric on the model itself would take statistics of its own on every step
+        default = ng.NaturalGradient(ng.Fisher(copy.deepcopy(model), copy.deepcopy(criterion)))
         if self.knob == "refresh":
             return ng.NaturalGradient(ng.Fisher(model, criterion), refresh=round(default.refresh * self.factor))
         options = {self.knob: default.defaults[self.knob] * self.factor}
