@@ -98,7 +98,7 @@ The runs were made on: {where}.
 
 
 def protocol(study: Study, lines: list[Line]) -> str:
-    trials = " or ".join(map(str, sorted(tuning_trials(lines)))) or "the same number of"
+    trials = " or ".join(map(str, sorted(tuning_trials(study, lines)))) or "the same number of"
     return f"""## Protocol
 
 - The clock is the CPU time of one thread, curvature included, evaluation not. Ratios are of runs of
@@ -144,9 +144,10 @@ def workloads(study: Study) -> list[list[str]]:
     return [[w, TITLES.get(w, w), f"{WORKLOADS[w]().seconds:g}"] for w in STUDY]
 
 
-def tuning_trials(lines: list[Line]) -> set[int]:
-    """How many trials a rival had on a workload."""
-    return set(Counter((x["workload"], x["optimizer"]) for x in lines if x.get("phase") == "tune").values())
+def tuning_trials(study: Study, lines: list[Line]) -> set[int]:
+    """How many trials a rival had on a workload of the study."""
+    tuned = [x for x in lines if x.get("phase") == "tune" and x["workload"] in study.workloads]
+    return set(Counter((x["workload"], x["optimizer"]) for x in tuned).values())
 
 
 def sensitivity_section(found: dict[tuple[str, str, float], list[float]]) -> str:
@@ -155,7 +156,7 @@ def sensitivity_section(found: dict[tuple[str, str, float], list[float]]) -> str
         for workload in dict.fromkeys(w for w, _, _ in found)
         for k in sensitivity.KNOBS
     ]
-    seeds = max(map(len, found.values()))
+    seeds = " or ".join(map(str, sorted({len(ratios) for ratios in found.values()})))
     return f"""## How far the defaults may be off
 
 CPU time to the training loss that the default reaches at half its budget, over the default's own time, with one knob
