@@ -43,7 +43,7 @@ class BlockState:
 
     velocity: Tensor  # v
     steps: int = 0  # t
-    seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, Δ⟩, ‖g‖, ‖Δ‖: for `cosines`, not to continue from
+    seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, d⟩, ‖g‖, ‖d‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -211,14 +211,13 @@ class NormalisedStep(StepRule):
         directions: list[Tensor],
     ) -> list[Tensor]:
         """Directions → Δ → increments. Writes over `directions`."""
-        sizes = update_sizes(blocks, directions)
+        norms = torch._foreach_norm(directions)
+        for s, g, d, size_g, size_d in zip(states, grads, directions, torch._foreach_norm(grads), norms):
+            s.seen = (dot(g, d), size_g, size_d)
+        sizes = update_sizes(blocks, directions, norms)
         rates = sizes.new_tensor([o.lr for o in options])
         lengths = torch.where(sizes > 0, -rates / sizes, torch.zeros_like(sizes)).unbind()
         torch._foreach_mul_(directions, list(lengths))
-        for s, g, d, ng, nd in zip(
-            states, grads, directions, torch._foreach_norm(grads), torch._foreach_norm(directions)
-        ):
-            s.seen = (dot(g, d), ng, nd)
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
 
     def _shared(
@@ -260,7 +259,7 @@ class NormalisedStep(StepRule):
             if s.seen is not None:
                 along, *sizes = s.seen
                 both = sizes[0].double() * sizes[1].double()
-                found[k] = torch.where(both > 0, -along / both, torch.zeros_like(both))
+                found[k] = torch.where(both > 0, along / both, torch.zeros_like(both))
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,13 +311,13 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
     )
 
 
-def update_sizes(blocks: Sequence[Block], directions: list[Tensor]) -> Tensor:
+def update_sizes(blocks: Sequence[Block], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
     """The size of each block's direction that η is measured against: rms(d) √(fan_in + 1), over all layers of a
     block.
     """
-    norms = torch.stack(torch._foreach_norm(directions))
+    stacked = torch.stack(list(norms))
     units = [unit(b.layers[0]) if len(b.layers) == 1 else 1.0 for b in blocks]
-    sizes = norms * norms.new_tensor([u / d.numel() ** 0.5 for u, d in zip(units, directions)])
+    sizes = stacked * stacked.new_tensor([u / d.numel() ** 0.5 for u, d in zip(units, directions)])
     joint = {i: joint_size(b, directions[i]) for i, b in enumerate(blocks) if len(b.layers) > 1}
     return torch.stack([joint.get(i, size) for i, size in enumerate(sizes.unbind())]) if joint else sizes
 
