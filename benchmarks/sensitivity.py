@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import natgrad as ng
+from benchmarks.harness import read
 from benchmarks.workloads import WORKLOADS, Workload
 
 SECONDS = {"digits_ae": 4.0, "mnist_ae": 12.0}  # CPU budget of a run
@@ -112,10 +113,6 @@ def train(workload: Workload, variant: Variant, seed: int, budget: float, steps:
 
 def key(line: Line) -> tuple[Any, ...]:
     return line["workload"], line["knob"], line["factor"], line["seed"]
-
-
-def read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def time_to(curve: list[list[float]], target: float) -> float | None:

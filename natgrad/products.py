@@ -1,8 +1,7 @@
 """Matrix products, by the faster of the libraries that PyTorch holds.
 
 `torch.mm` in float32 goes to MKL, which keeps to 256-bit vectors on processors that are not Intel's; oneDNN uses all
-512 bits there and takes half the time (240 against 112 GFLOP/s on one core of an AMD EPYC of the Zen 5 kind). The
-numbers agree to rounding.
+512 bits there. The numbers agree to rounding.
 """
 
 from __future__ import annotations

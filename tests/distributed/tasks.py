@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
+from natgrad import kronecker
+from natgrad.kronecker import FactorisationError
 
 BATCH = 16
 Result = dict[str, Any]
@@ -136,3 +139,23 @@ def train(
         "losses": losses,
         "messages": {} if metric.ranks is None else dict(metric.ranks.messages),
     }
+
+
+def steps_with_failures(one_step: Callable[[int], None], at: tuple[int, ...], steps: int = 6) -> Iterator[int]:
+    """Takes steps, at some of which the 9 × 9 factor cannot be inverted; yields after each."""
+    inverse = kronecker.damped_inverse
+
+    def failing_inverse(m: Tensor, damping: Any) -> Tensor:
+        if m.shape[-1] == 9:
+            raise FactorisationError("for the test")
+        return inverse(m, damping)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(steps):
+            kronecker.damped_inverse = failing_inverse if step in at else inverse
+            try:
+                one_step(step)
+            finally:
+                kronecker.damped_inverse = inverse
+            yield step
