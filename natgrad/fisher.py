@@ -155,7 +155,7 @@ class Fisher(Metric):
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
-        self.weight_decay = 0.1 if isinstance(self.reading, CrossEntropy) else 0.0
+        self.weight_decay = 0.05 if isinstance(self.reading, CrossEntropy) else 0.0
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None

@@ -2,14 +2,17 @@
 
 With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum, t the number of steps before,
 
-    Δ = −η d / (rms(d) √(fan_in + 1)),   d = G̃ g Ã,
+    Δ = −η exp(κ c̄) d / (rms(d) √(fan_in + 1)),   d = G̃ g Ã,   c̄ ← ρ c̄ − (1 − ρ) ⟨d, v⟩ / ‖d‖‖v‖,
     v ← v + β Δ,   θ ← θ + (1 − β) Δ + c v,   v ← (1 − c) v,   c = k / (k + t).
 
-The metric gives the direction and η the length, which needs no tuning from model to model. The velocity v = z − θ
-carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes the steps, x is the mean of z
-over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and models are evaluated. Noise
-is averaged over a growing number of steps, so that no schedule and no horizon is needed. Damping is relative to the
-mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate (`natgrad.adam`).
+The metric gives the direction and η the length, which needs no tuning from model to model. The coherence c̄ of a block
+is the mean cosine between its new direction and where it has been going: steps that agree may be longer (the first of a
+training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn back should be shorter. That
+lengths follow the sign of such products goes back to Jacobs 1988 (Neural Networks 1(4), 295–307). The velocity
+v = z − θ carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes the steps, x is the
+mean of z over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and models evaluated.
+Noise is averaged over a growing number of steps, so that no schedule and no horizon is needed. Damping is relative to
+the mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate (`natgrad.adam`).
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from natgrad.distributed import Ranks
 
 AVERAGING = 10.0  # k: the mean is over about the last tenth of the steps; its origin is in docs/decisions.md
+COHERENCE_GAIN = 3.0  # κ: a step is at most e³ times as long, or as short, as η says
+COHERENCE_MEMORY = 0.8  # ρ: over about five steps
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
@@ -42,6 +47,7 @@ class BlockState:
     """What the rule remembers of one block, in the block's coordinates."""
 
     velocity: Tensor  # v
+    coherence: Tensor  # c̄, a scalar
     steps: int = 0  # t
     seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, d⟩, ‖g‖, ‖d‖: for `cosines`, not to continue from
     inverse: Inverse | None = None
@@ -66,7 +72,7 @@ class BlockState:
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state: dict[str, Any] = {"velocity": self.velocity, "steps": self.steps}
+        state: dict[str, Any] = {"velocity": self.velocity, "coherence": self.coherence, "steps": self.steps}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -126,7 +132,7 @@ class NormalisedStep(StepRule):
     """See the module docstring.
 
     Args:
-        lr: η, the root mean square of an update times √(fan_in + 1).
+        lr: η, the root mean square of an update times √(fan_in + 1), where steps neither agree nor turn back.
         momentum: β, from 0 (plain steps, no average) to below 1.
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor.
     """
@@ -138,7 +144,7 @@ class NormalisedStep(StepRule):
     )
     on_shards = True
 
-    def __init__(self, lr: float = 0.05, momentum: float = 0.9, damping: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._blocks: dict[str, BlockState] = {}
@@ -174,10 +180,10 @@ class NormalisedStep(StepRule):
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
-            self._blocks[key] = BlockState(torch.zeros_like(g))
+            self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()))
         state = self._blocks[key]
         if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
-            state.velocity = state.velocity.to(g)
+            state.velocity, state.coherence = state.velocity.to(g), state.coherence.to(g)
         return state
 
     def drop(self, block: Block) -> None:
@@ -215,7 +221,7 @@ class NormalisedStep(StepRule):
         for s, g, d, size_g, size_d in zip(states, grads, directions, torch._foreach_norm(grads), norms):
             s.seen = (dot(g, d), size_g, size_d)
         sizes = update_sizes(blocks, directions, norms)
-        rates = sizes.new_tensor([o.lr for o in options])
+        rates = sizes.new_tensor([o.lr for o in options]) * (COHERENCE_GAIN * meet(states, directions, norms)).exp()
         lengths = torch.where(sizes > 0, -rates / sizes, torch.zeros_like(sizes)).unbind()
         torch._foreach_mul_(directions, list(lengths))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
@@ -326,6 +332,18 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     assert isinstance(block, JointBlock)
     squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
     return (torch.stack(squares).sum() / d.numel()).sqrt()
+
+
+def meet(states: Sequence[BlockState], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
+    """The coherence c̄ of each block, (blocks,), with its new direction in it."""
+    along = torch.stack([dot(d, s.velocity) for s, d in zip(states, directions)])
+    sizes = torch.stack([*norms, *torch._foreach_norm([s.velocity for s in states])]).view(2, -1)
+    both = (sizes > 0).all(0)
+    cosines = torch.where(both, -along / sizes[0] / sizes[1], torch.zeros_like(along))
+    now = cosines.lerp(torch.stack([s.coherence for s in states]), COHERENCE_MEMORY)
+    for s, c in zip(states, now.unbind()):
+        s.coherence = c
+    return now
 
 
 def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:

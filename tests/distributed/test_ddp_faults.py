@@ -41,7 +41,7 @@ def one_step(net: Any, criterion: Any, opt: Any, step: int, rank: int, size: int
 
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "schedule": ({}, {"refresh": 8}, "optimizer refresh is 8 on rank 1 and 4 on rank 0"),
-    "lr": ({}, {"lr": 0.5}, "optimizer lr of group 0 is 0.5 on rank 1 and 0.05 on rank 0"),
+    "lr": ({}, {"lr": 0.5}, "optimizer lr of group 0 is 0.5 on rank 1 and 0.1 on rank 0"),
     "kind": ({"kind": "sampled"}, {}, "kind is 'sampled' on rank 1 and 'exact' on rank 0"),
     "structure": ({"structure": "dense"}, {}, "structure 0.weight is 'dense' on rank 1 and 'kfac' on rank 0"),
     "model": ({"params": "[02].*"}, {}, "parameter 4.weight is missing on rank 1"),
