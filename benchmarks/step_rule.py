@@ -55,13 +55,15 @@ VARIANTS: dict[str, Make] = {
     "mean over the last fifth of the steps": with_constant(normalised, "AVERAGING", 5.0, default),
     "mean over the last twentieth": with_constant(normalised, "AVERAGING", 20.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
-    "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.025),
-    "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.1),
+    "steps of a fixed length": with_constant(normalised, "COHERENCE_GAIN", 0.0, default),
+    "a coherence of half the gain": with_constant(normalised, "COHERENCE_GAIN", 1.5, default),
+    "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
+    "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
     "no weight decay": decayed(0.0),
-    "weight decay 0.1": decayed(0.1),
-    "weight decay 0.3": decayed(0.3),
+    "weight decay 0.05": decayed(0.05),
+    "weight decay 0.15": decayed(0.15),
 }
-CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "AVERAGING"))
+CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "AVERAGING"), (normalised, "COHERENCE_GAIN"))
 
 
 def train(workload: Workload, make: Make, steps: int, seed: int) -> tuple[list[float], int]:
@@ -91,16 +93,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workloads", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--steps", type=int, help="in place of each workload's own number")
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=130)
     for name in args.workloads:
         workload = WORKLOADS[name]()
-        table = Table(title=f"{name}, {STEPS[name]} steps, mean of {args.seeds} seeds")
+        steps = args.steps or STEPS[name]
+        table = Table(title=f"{name}, {steps} steps, mean of {args.seeds} seeds")
         for column in ("variant", "train", "held out", "train, averaged", "held out, averaged", "refreshes"):
             table.add_column(column, justify="left" if column == "variant" else "right")
         for variant in args.variants:
-            runs = [train(workload, VARIANTS[variant], STEPS[name], seed) for seed in range(args.seeds)]
+            runs = [train(workload, VARIANTS[variant], steps, seed) for seed in range(args.seeds)]
             means = [statistics.mean(losses[i] for losses, _ in runs) for i in range(4)]
             table.add_row(variant, *(f"{m:.4g}" for m in means), str(runs[0][1]))
         console.print(table)
