@@ -50,8 +50,8 @@ def decayed(decay: float) -> Make:
 
 VARIANTS: dict[str, Make] = {
     "default": default,
-    "refresh at a quarter of the steps": with_constant(optimizer, "GAP_GROWTH", 4, default),
-    "refresh at all of the steps": with_constant(optimizer, "GAP_GROWTH", 1, default),
+    "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
+    "refresh after twice the steps": with_constant(optimizer, "GAP_GROWTH", 2.0, default),
     "mean over the last fifth of the steps": with_constant(normalised, "AVERAGING", 5.0, default),
     "mean over the last twentieth": with_constant(normalised, "AVERAGING", 20.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),

@@ -26,7 +26,7 @@ from natgrad.steps import Along, Options, StepRule
 from natgrad.weight_average import WeightAverage
 from natgrad.wrappers import warn_alone
 
-GAP_GROWTH = 2  # the gap between refreshes is half the steps taken, up to `refresh`
+GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
 KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
@@ -244,7 +244,7 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         self.steps += 1
         if due:
-            self._next_refresh = self.steps - 1 + max(1, min(self.refresh, self.steps // GAP_GROWTH))
+            self._next_refresh = self.steps - 1 + max(1, min(self.refresh, int(self.steps * GAP_GROWTH)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and drop statistics of a backward pass that no step followed."""

@@ -114,7 +114,7 @@ def test_a_region_compiled_inside_the_model() -> None:
     model = Outer()
     opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
     losses = train(model, opt, batches(20))  # a watched pass runs eagerly, the region too
-    assert opt.refreshes > 5
+    assert opt.refreshes >= 5
     assert losses[-1] < losses[0]
     assert "rest.0.weight" in opt.metric.names
 
