@@ -131,7 +131,7 @@ def relative_inverse(side: Tensor, damping: float) -> Tensor:
     per = torch.where(size > 0, 1 / size, torch.zeros_like(size))
     if is_diagonal(side):
         return 1 / (side * per + damping)
-    if side.shape[-1] > LEAF and damping >= WELL_DAMPED and is_wide(side):
+    if damping >= WELL_DAMPED and is_wide(side):
         m = (side * per).reshape(side.shape[-2:])
         m.diagonal().add_(damping)
         found = inverse_by_quarters(m)
@@ -168,6 +168,8 @@ def inverse_by_quarters(m: Tensor) -> Tensor | None:
 
 
 def finite(m: Tensor) -> Tensor:
+    if bool(torch.linalg.vector_norm(m).isfinite()):  # a tenth of the time; it may overflow where no entry does
+        return m
     if not bool(torch.isfinite(m).all()):
         raise FactorisationError(f"a curvature factor of shape {tuple(m.shape)} holds NaN or Inf")
     return m
