@@ -70,7 +70,7 @@ class KroneckerBlock(Block):
         for use in uses[0]:
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
             gradients, inputs, scale = self._rows(use)
-            moment = second_moment(gradients, self.full[use.swapped])
+            moment = self._moment(use, gradients)
             new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
             if use.first and inputs is not None:
                 total = second_moment(inputs, self.full[not use.swapped])
@@ -83,6 +83,14 @@ class KroneckerBlock(Block):
             if not self.is_mean(key):
                 average.weigh(mass, source)
         return new
+
+    def _moment(self, use: Use, gradients: Rows) -> Tensor:
+        full = self.full[use.swapped]
+        if use.moments is None or gradients is not use.gradients:
+            return second_moment(gradients, full)
+        if full not in use.moments:
+            use.moments[full] = second_moment(gradients, full)
+        return use.moments[full]
 
     def _shape(self, key: str) -> tuple[int, ...]:
         groups, out, into = self.matrix_shape
