@@ -23,7 +23,7 @@ from torch import Tensor
 
 from natgrad.averages import Average, Statistics
 from natgrad.kronecker import damped_inverse, safe_eigh
-from natgrad.layers import Layer, Use
+from natgrad.layers import Layer, Use, Window
 from natgrad.pieces import Piece
 
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -173,11 +173,19 @@ class Block:
 
     def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
+        if (windows := self.windows) is not None and x.dim() == 3 and x.is_contiguous():
+            start = x.storage_offset()
+            return {n: x.as_strided(size, strides, start + at) for n, (size, strides, at) in windows.items()}
         if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
             return self.layers[0].views(x)
         out = {n: torch.zeros_like(parameters[n]) for n in self.names}
         self.unpack(x, out)
         return out
+
+    @property
+    def windows(self) -> dict[str, Window] | None:
+        """Where contiguous coordinates (groups, d_out, d_in) hold each parameter, if they are that."""
+        return None
 
     # verbs
 

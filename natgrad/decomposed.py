@@ -139,7 +139,7 @@ def is_plain(x: Tensor, start: State, weights: Sequence[Any]) -> bool:
     return (
         w_hr is None
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and all(w.is_leaf for w in held)
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *start, *held))
@@ -179,7 +179,7 @@ class _Recurrence(torch.autograd.Function):
         return gates.clone() if b_hh is None else gates + b_hh
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         flat = d.flatten(0, 1)
         w = product(flat.mT, ctx.trail[0].flatten(0, 1)) if ctx.needs_input_grad[1] else None
@@ -207,7 +207,7 @@ class _Scan(torch.autograd.Function):
         return torch.cat([states[1:], cells[-1:]])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         acts, cells, size, w = ctx.held
         i, f, g, o = acts.chunk(4, -1)

@@ -38,7 +38,8 @@ from natgrad.kronecker import (
     times,
     trace_of,
 )
-from natgrad.layers import Layer, Use
+from natgrad.layers import Layer, Use, Window
+from natgrad.products import product
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
@@ -129,6 +130,10 @@ class KroneckerBlock(Block):
 
     def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
         self.layer.unpack(x, into)
+
+    @property
+    def windows(self) -> dict[str, Window] | None:
+        return self.layer.windows
 
     @property
     def matrix_shape(self) -> torch.Size:
@@ -404,4 +409,6 @@ class KroneckerInverse(Inverse):
     v: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
+        if x.dim() == 3 and len(x) == 1 and not (is_diagonal(self.u) or is_diagonal(self.v)):
+            return product(product(self.u[0], x[0]), self.v[0]).unsqueeze(0)
         return times(left_times(self.u, x), self.v)

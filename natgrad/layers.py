@@ -16,6 +16,7 @@ from natgrad.rows import OneHot, Rows, narrow, outer, project, regroup, with_col
 from natgrad.views import GradientView, IndexView, canonical
 
 Turn = tuple["Tensor | None", "Tensor | None"]
+Window = tuple[tuple[int, ...], tuple[int, ...], int]  # size, strides and offset inside a matrix
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Layer:
     fan_in: int = 1  # inputs that are not zero at once
     _shape_of: Any = None  # the pieces that `_shape` belongs to
     _shape: torch.Size = field(default_factory=torch.Size)
+    _windows_of: Any = None  # the pieces that `_windows` belongs to
+    _windows: dict[str, Window] | None = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -80,6 +83,25 @@ class Layer:
         for i, b in enumerate(self.biases):
             out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
         return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+
+    @property
+    def windows(self) -> dict[str, Window] | None:
+        """Where a contiguous (groups, d_out, d_in) holds each parameter; None where it holds a part of one, or its
+        entries in an order that no strides give.
+        """
+        known = (self.weight, *self.biases)
+        if self._windows_of != known:
+            self._windows_of, self._windows = known, self._find_windows()
+        return self._windows
+
+    def _find_windows(self) -> dict[str, Window] | None:
+        if any(p.rows is not None for p in self.pieces) or len(self.names) < len(self.pieces):
+            return None
+        m = torch.empty(self.matrix_shape, device="meta")
+        views = self.views(m)
+        if any(t.untyped_storage()._cdata != m.untyped_storage()._cdata for t in views.values()):
+            return None
+        return {n: (tuple(t.shape), t.stride(), int(t.storage_offset())) for n, t in views.items()}
 
     def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))

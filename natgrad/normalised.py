@@ -162,7 +162,7 @@ class NormalisedStep(StepRule):
         active = [b for b in blocks if any(n in df for n in b.names)]
         self._ranks = getattr(metric, "ranks", None)
         if active:
-            grads = [packed_gradient(b, df, metric.parameters) for b in active]
+            grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
             deltas = self._deltas(active, states, grads, options)
         moved: dict[str, Tensor] = {}
@@ -294,6 +294,26 @@ def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[
     """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
     held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
     return block.pack(held).to(block.dtype)
+
+
+def packed_gradients(
+    blocks: Sequence[Block], df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """`packed_gradient` of each block, with one call for all copies."""
+    found, parts, sources = [], [], []
+    for block in blocks:
+        windows = block.windows
+        if windows is None or any(n not in df for n in windows):
+            found.append(packed_gradient(block, df, parameters))
+            continue
+        g = df[block.names[0]].new_empty(block.layers[0].matrix_shape, dtype=block.dtype)
+        found.append(g)
+        for n, (size, strides, at) in windows.items():
+            parts.append(g.as_strided(size, strides, at))
+            sources.append(df[n])
+    if parts:
+        torch._foreach_copy_(parts, sources)
+    return found
 
 
 def key_of(block: Block) -> str:
