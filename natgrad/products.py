@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 4e6  # multiplications below which the call costs more than the product saves
+NARROW = 16  # columns below which the transposed product is up to four times as fast
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 WIDE = _linear is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -21,7 +22,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     if m * k * n < SMALLEST or not is_wide(a) or not is_wide(b):
         if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] == 1:  # gemm is faster than a batch of one
-            return torch.mm(a[0], b[0]).unsqueeze(0)
+            return product(a[0], b[0]).unsqueeze(0)
+        if n < NARROW <= k and a.dim() == b.dim() == 2:
+            return torch.mm(b.mT, a.mT).mT
         return a @ b
     stack = max(a.dim(), b.dim()) - 2
     out: Tensor = _linear(whole(a.reshape(m, k)), whole(b.reshape(k, n).mT), None, "none", [], "")
