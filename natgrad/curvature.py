@@ -232,7 +232,7 @@ class Curvature:
             if grads[i] is not None:
                 of_layer.setdefault(key_of(call), []).append(i)
         seen = Counter(id(g) for g in grads if g is not None)
-        shared: dict[int, dict[bool, Tensor]] = {i: {} for i, times in seen.items() if times > 1}
+        shared: dict[int, dict[bool, tuple[Tensor, Any]]] = {i: {} for i, times in seen.items() if times > 1}
         like = part.outputs[0].new_zeros((), dtype=dtype)
         for block in blocks:
             if not any(self.parameters[n].requires_grad for n in block.names):

@@ -30,7 +30,6 @@ from natgrad.blocks import CHUNK, Block, Inverse, Job
 from natgrad.kronecker import (
     diagonal_of,
     eigen_of,
-    factored_inverses,
     is_diagonal,
     kron_apply,
     left_times,
@@ -58,6 +57,8 @@ class KroneckerBlock(Block):
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
+        self.twin: KroneckerBlock | None = None  # an earlier block that had the same gradients in the last pass
+        self._u_inverse: tuple[int, float, Tensor | None] = (-1, 0.0, None)
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         self.full = (1 < out <= FULL_SIDE, 1 < into <= FULL_SIDE and not exactly_diagonal)
@@ -90,8 +91,10 @@ class KroneckerBlock(Block):
         if use.moments is None or gradients is not use.gradients:
             return second_moment(gradients, full)
         if full not in use.moments:
-            use.moments[full] = second_moment(gradients, full)
-        return use.moments[full]
+            use.moments[full] = second_moment(gradients, full), self
+        moment, first = use.moments[full]
+        self.twin = None if first is self else first
+        return moment
 
     def _shape(self, key: str) -> tuple[int, ...]:
         groups, out, into = self.matrix_shape
@@ -187,10 +190,20 @@ class KroneckerBlock(Block):
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
         if results is None:
-            return KroneckerInverse(*factored_inverses(self.u, self.v, damping))
+            u = self._inverse_of_twin(damping)
+            u = relative_inverse(self.u, damping) if u is None else u
+            self._u_inverse = self.version, damping, u
+            return KroneckerInverse(u, relative_inverse(self.v, damping))
         done = iter(results)
         u, v = (relative_inverse(s, damping) if is_diagonal(s) else next(done) for s in (self.u, self.v))
         return KroneckerInverse(u, v)
+
+    def _inverse_of_twin(self, damping: float) -> Tensor | None:
+        """The inverse of U, where a block that meets the same gradients has the same U and has inverted it."""
+        twin = self.twin
+        if twin is None or twin._u_inverse[:2] != (twin.version, damping) or not torch.equal(twin.u, self.u):
+            return None
+        return twin._u_inverse[2]
 
     def relative_jobs(self, damping: float) -> list[Job]:
         return [
