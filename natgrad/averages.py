@@ -56,7 +56,11 @@ class Average:
         else:  # in place: factors are large, and allocation slow
             mixed = self.value().mul_(decay)
             for source, total in new.sums.items():
-                mixed.addcmul_(total, reciprocal(new.masses[source]) * (1 - decay))
+                mass = new.masses[source]
+                if mass.dim() == 0 and mass.device.type == "cpu":  # free to read
+                    mixed.add_(total, alpha=(1 - decay) / float(mass) if float(mass) > 0 else 0.0)
+                else:
+                    mixed.addcmul_(total, reciprocal(mass) * (1 - decay))
         self.sums, self.masses, self.settled = {"": mixed}, {"": mixed.new_ones(())}, True
 
 

@@ -15,6 +15,7 @@ the mean eigenvalue of each factor. Exact damping goes through the eigenbases: (
 from __future__ import annotations
 
 import warnings
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -128,15 +129,16 @@ def relative_inverse(side: Tensor, damping: float) -> Tensor:
     """One side of `factored_inverses`."""
     damping = damping**0.5
     size = diagonal_of(side).mean()
+    if damping >= WELL_DAMPED and is_wide(side) and not is_diagonal(side):
+        mean = float(size)  # on the CPU, where it costs less than to compute with it there
+        m = (side * (1 / mean if mean > 0 else 0.0)).reshape(side.shape[-2:])
+        m.diagonal().add_(damping)
+        found = inverse_by_quarters(m)
+        if found is not None and isfinite(float(torch.linalg.vector_norm(found))):
+            return found.reshape(side.shape)
     per = torch.where(size > 0, 1 / size, torch.zeros_like(size))
     if is_diagonal(side):
         return 1 / (side * per + damping)
-    if damping >= WELL_DAMPED and is_wide(side):
-        m = (side * per).reshape(side.shape[-2:])
-        m.diagonal().add_(damping)
-        found = inverse_by_quarters(m)
-        if found is not None and bool(torch.linalg.vector_norm(found).isfinite()):
-            return found.reshape(side.shape)
     return damped_inverse(side * per, damping)
 
 
@@ -168,7 +170,7 @@ def inverse_by_quarters(m: Tensor) -> Tensor | None:
 
 
 def finite(m: Tensor) -> Tensor:
-    if bool(torch.linalg.vector_norm(m).isfinite()):  # a tenth of the time; it may overflow where no entry does
+    if isfinite(float(torch.linalg.vector_norm(m))):  # a tenth of the time; it may overflow where no entry does
         return m
     if not bool(torch.isfinite(m).all()):
         raise FactorisationError(f"a curvature factor of shape {tuple(m.shape)} holds NaN or Inf")
