@@ -424,4 +424,4 @@ class KroneckerInverse(Inverse):
     def apply(self, x: Tensor) -> Tensor:
         if x.dim() == 3 and len(x) == 1 and not (is_diagonal(self.u) or is_diagonal(self.v)):
             return product(product(self.u[0], x[0]), self.v[0]).unsqueeze(0)
-        return times(left_times(self.u, x), self.v)
+        return times(left_times(self.u, x), self.v).contiguous()  # every rank is to sum its entries in one order
