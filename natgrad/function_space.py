@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from natgrad.iterative import ConjugateGradient
 from natgrad.jacobian import Rows
 from natgrad.kronecker_sum import KroneckerSolver, KroneckerSum, preconditioner
+from natgrad.layer_rows import Unseen, layer_rows
 from natgrad.metric import Metric, Vector, named
 from natgrad.residuals import Batch, Residuals, Term
 from natgrad.root_metric import SOLVERS, RootMetric
@@ -65,6 +66,7 @@ class GaussNewton(RootMetric):
         super().__init__(named(model), solver)
         self.residuals = Residuals(model, terms, weights, chunk)
         self._kronecker: KroneckerSum | None = None
+        self._by_layer = True  # until the residuals turn out to depend on more than linear layers
 
     # Kronecker blocks, as preconditioner ("kfac") or as the metric itself ("kfac-only") -----------------------
 
@@ -122,19 +124,35 @@ class GaussNewton(RootMetric):
         res, at, before = self.residuals, self.point, self.residuals.batch
         res.bind(batch, at)
         self.resampled = any(a is not b for n in before for a, b in zip(before[n], res.batch[n])) if before else None
-        with torch.no_grad():
-            self.root = res.values(at)
-        res.check_finite(self.root)
-        self.rows = Rows(
-            res.rows,
-            sum(p.numel() for p in at.values()),
-            lambda: res.jacobian(at),
-            lambda v: res.jvp(at, self.flat_to_vector(v)),
-            lambda c: self.vector_to_flat(res.vjp(at, c)),
-            self.root,
-        )
+        self.root, self.rows = self._linearise_by_layer() or self._linearise()
         self.loss = 0.5 * (self.root @ self.root)
         return self.loss
+
+    def _linearise_by_layer(self) -> tuple[Tensor, Rows] | None:
+        """Residuals and rows by the factors of linear layers; None where that will not do."""
+        if not self._by_layer:
+            return None
+        try:
+            return layer_rows(self.residuals, self.point)
+        except Unseen:
+            self._by_layer = False
+            return None
+
+    def _linearise(self) -> tuple[Tensor, Rows]:
+        """Residuals and rows by differentiation at each point."""
+        res, at = self.residuals, self.point
+        with torch.no_grad():
+            root = res.values(at)
+        res.check_finite(root)
+        size = sum(p.numel() for p in at.values())
+
+        def jvp(v: Tensor) -> Tensor:
+            return res.jvp(at, self.flat_to_vector(v))
+
+        def vjp(c: Tensor) -> Tensor:
+            return self.vector_to_flat(res.vjp(at, c))
+
+        return root, Rows(res.rows, size, lambda: res.jacobian(at), jvp, vjp, root)
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
         with torch.no_grad():

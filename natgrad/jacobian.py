@@ -23,6 +23,7 @@ class Rows:
         jvp: (P,) → (N,)
         vjp: (N,) → (P,)
         like: a tensor with the dtype and device of everything.
+        gram: JJᵀ, (N, N); given where neither it nor products need J in memory.
     """
 
     count: int
@@ -31,19 +32,27 @@ class Rows:
     jvp: Callable[[Tensor], Tensor]
     vjp: Callable[[Tensor], Tensor]
     like: Tensor
+    gram: Callable[[], Tensor] | None = None
 
     @staticmethod
     def of(matrix: Tensor) -> Rows:
         """The rows of a matrix (N, P) that is already there."""
-        return Rows(matrix.shape[0], matrix.shape[1], lambda: iter([matrix]), matrix.mv, matrix.mT.mv, matrix)
+        n, p = matrix.shape
+        return Rows(n, p, lambda: iter([matrix]), matrix.mv, matrix.mT.mv, matrix, lambda: gram(matrix))
 
     def matrix(self) -> Tensor:
         """J as one tensor (N, P)."""
         parts = list(self.chunks())
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def product(self) -> Tensor:
+        """JJᵀ, (N, N)."""
+        return gram(self.matrix()) if self.gram is None else self.gram()
+
     def kept(self) -> Rows:
         """The same rows with J in memory where it is small, which makes products many times quicker."""
+        if self.gram is not None:
+            return self
         small = self.count * self.parameters * self.like.element_size() <= KEPT_BYTES
         return Rows.of(self.matrix()) if small else self
 
@@ -64,6 +73,15 @@ class Rows:
             vjp,
             roots[0][1].like,
         )
+
+
+def gram(jacobian: Tensor, blocks: int = 8) -> Tensor:
+    """JJᵀ, formed below the diagonal only: about half of the work."""
+    n = jacobian.shape[0]
+    out, step = jacobian.new_zeros(n, n), -(-n // blocks)
+    for i in range(0, n, step):
+        out[i : i + step, : i + step] = jacobian[i : i + step] @ jacobian[: i + step].mT
+    return out.tril() + out.tril(-1).mT
 
 
 def gathered(chunks: Iterator[Tensor], rows: int) -> Iterator[Tensor]:

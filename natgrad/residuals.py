@@ -119,7 +119,7 @@ class Residuals:
             r = vmap(lambda *at, term=self.terms[name]: term(self.field(params), *at))(
                 *data
             )  # (points,) or (points, k)
-            parts.append(r.reshape(-1) * self._scale(name))
+            parts.append(r.reshape(-1) * self.scale(name))
         return torch.cat(parts)
 
     def loss(self, params: Vector) -> Tensor:
@@ -144,7 +144,7 @@ class Residuals:
             for start in range(0, len(data[0]), points):
                 part = derivative(params, *(d[start : start + points] for d in data))
                 n = min(points, len(data[0]) - start)
-                yield torch.cat([part[m].reshape(n * k, -1) for m in params], dim=1).mul_(self._scale(name))
+                yield torch.cat([part[m].reshape(n * k, -1) for m in params], dim=1).mul_(self.scale(name))
 
     def jvp(self, params: Vector, v: Vector) -> Tensor:
         """J v, shape (N,)."""
@@ -174,7 +174,8 @@ class Residuals:
                     f"{shown}{' …' if len(bad) > 3 else ''}"
                 )
 
-    def _scale(self, name: str) -> float:
+    def scale(self, name: str) -> float:
+        """√(weight / points), of the rows of a term."""
         return math.sqrt(self.weights[name] / len(self.batch[name][0]))
 
 

@@ -88,50 +88,42 @@ class Kernel:
             'solver="dense" or "cg", or fewer points',
             rows.like,
         )
-        ensure_fits(
-            n * rows.parameters * size,
-            f"the {n}×{rows.parameters} Jacobian",
-            'solver="cg" or fewer points',
-            rows.like,
-        )
-        self.damping, self.parameters = damping, rows.parameters
-        self.jacobian = rows.matrix()
-        self.kernel = gram(self.jacobian)
+        if rows.gram is None:
+            ensure_fits(
+                n * rows.parameters * size,
+                f"the {n}×{rows.parameters} Jacobian",
+                'solver="cg" or fewer points',
+                rows.like,
+            )
+            rows = Rows.of(rows.matrix())
+        self.damping, self.rows = damping, rows
+        self.kernel = rows.product()
         self.lower = damped_cholesky(self.kernel, damping)
 
     def _solve(self, c: Tensor) -> Tensor:
         """(JJᵀ + λI)⁻¹ c, refined with the residual of the equations themselves; the best iterate is kept."""
         y = torch.cholesky_solve(c[:, None], self.lower)[:, 0]
-        residual = c - self.jacobian @ (self.jacobian.mT @ y) - self.damping * y
+        residual = c - self.rows.jvp(self.rows.vjp(y)) - self.damping * y
         for _ in range(self.REFINEMENTS):
             trial = y + torch.cholesky_solve(residual[:, None], self.lower)[:, 0]
-            left = c - self.jacobian @ (self.jacobian.mT @ trial) - self.damping * trial
+            left = c - self.rows.jvp(self.rows.vjp(trial)) - self.damping * trial
             if not left.norm() < residual.norm():
                 break
             y, residual = trial, left
         return y
 
     def sharp(self, g: Tensor) -> Tensor:
-        return (g - self.pull(self.jacobian @ g)) / self.damping
+        return (g - self.pull(self.rows.jvp(g))) / self.damping
 
     def pull(self, c: Tensor) -> Tensor:
-        return self.jacobian.mT @ self._solve(c)
+        return self.rows.vjp(self._solve(c))
 
     def logdet(self) -> Tensor:
         n = len(self.lower)
-        return 2 * self.lower.diagonal().log().sum() + (self.parameters - n) * math.log(self.damping)
+        return 2 * self.lower.diagonal().log().sum() + (self.rows.parameters - n) * math.log(self.damping)
 
 
 # pieces -------------------------------------------------------------------------------------------------------
-
-
-def gram(jacobian: Tensor, blocks: int = 8) -> Tensor:
-    """JJᵀ, formed below the diagonal only: about half of the work."""
-    n = jacobian.shape[0]
-    out, step = jacobian.new_zeros(n, n), -(-n // blocks)
-    for i in range(0, n, step):
-        out[i : i + step, : i + step] = jacobian[i : i + step] @ jacobian[: i + step].mT
-    return out.tril() + out.tril(-1).mT
 
 
 def damped_cholesky(matrix: Tensor, damping: float) -> Tensor:

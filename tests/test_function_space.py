@@ -10,10 +10,10 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.jacobian import Rows
+from natgrad.jacobian import Rows, gram
 from natgrad.operators import derivatives, laplacian
 from natgrad.root_metric import RootMetric
-from natgrad.solvers import free_bytes, gram
+from natgrad.solvers import free_bytes
 
 torch.set_num_threads(1)
 

@@ -50,6 +50,7 @@ LEVELS = {
     "metric_file": 2,
     "fisher": 2,
     "taylor_kfac": 2,
+    "layer_rows": 2,
     "kronecker_sum": 2,
     "root_metric": 2,
     "function_space": 2,
