@@ -155,8 +155,13 @@ class GaussNewton(RootMetric):
         return root, Rows(res.rows, size, lambda: res.jacobian(at), jvp, vjp, root)
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
+        if not increments and self.loss is not None:
+            return float(self.loss)
         with torch.no_grad():
             return float(self.residuals.loss(self.moved(increments)))
 
     def _values_at(self, params: Vector) -> Tensor:
         return self.residuals.values(params)
+
+    def _values_here(self) -> Tensor:
+        return super()._values_here() if self.root is None else self.root

@@ -77,9 +77,13 @@ class RootMetric(Metric):
     def factor(self, damping: float) -> Solver:
         """The solver with its factors at this damping; made once for one observation and damping."""
         damping = self.check_damping(damping)
-        if self._factor is None or self._factor[0] != damping:
-            self._factor = None  # frees the old one first
-            self._factor = (damping, self._make_solver(damping))
+        held = self._factor
+        if held is not None and held[0] == damping:
+            return held[1]
+        self._factor = None  # frees the old one first
+        solver = held[1].damped(damping) if held is not None and isinstance(held[1], (Dense, Kernel)) else None
+        del held
+        self._factor = (damping, solver or self._make_solver(damping))
         return self._factor[1]
 
     def _make_solver(self, damping: float) -> Solver:
@@ -163,17 +167,21 @@ class RootMetric(Metric):
         """
         self.linearised()
         with torch.no_grad():
-            shifts = [
-                self._values_at(self.moved({n: s * DIFFERENCE * v for n, v in velocity.items()})) for s in (1, 0, -1)
-            ]
-        if shifts[0].numel() == 0:
-            return None
-        bend = (shifts[0] - 2 * shifts[1] + shifts[2]) / DIFFERENCE**2
+            ahead, behind = (
+                self._values_at(self.moved({n: s * DIFFERENCE * v for n, v in velocity.items()})) for s in (1, -1)
+            )
+            if ahead.numel() == 0:
+                return None
+            bend = (ahead - 2 * self._values_here() + behind) / DIFFERENCE**2
         return self.flat_to_vector(-self.factor(damping).pull(bend)) if bool(torch.isfinite(bend).all()) else None
 
     def _values_at(self, params: Vector) -> Tensor:
         """What the rows measure, (N,), such that J is its derivative; empty where the metric does not know it."""
         return next(iter(params.values())).new_empty(0)
+
+    def _values_here(self) -> Tensor:
+        """The same at the parameters at which the metric is linearised."""
+        return self._values_at(self.point)
 
     def moved(self, increments: Mapping[str, Tensor]) -> Vector:
         """The parameters at which the metric is linearised, plus increments."""

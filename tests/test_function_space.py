@@ -13,7 +13,7 @@ import natgrad as ng
 from natgrad.jacobian import Rows, gram
 from natgrad.operators import derivatives, laplacian
 from natgrad.root_metric import RootMetric
-from natgrad.solvers import free_bytes
+from natgrad.solvers import Dense, Kernel, free_bytes
 
 torch.set_num_threads(1)
 
@@ -583,3 +583,27 @@ def test_rows_stack_and_gram():
     metric = RootMetric({"w": nn.Parameter(torch.zeros(3, dtype=torch.float64))})
     metric.rows = rows
     torch.testing.assert_close(metric.dense(), full.mT @ full)
+
+
+@pytest.mark.parametrize("solver", [Dense, Kernel])
+def test_a_factor_takes_another_damping_without_the_rows(solver):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 9, dtype=torch.float64, generator=generator)
+    c, passes = torch.randn(6, dtype=torch.float64, generator=generator), []
+
+    def chunks():
+        passes.append(None)
+        return iter([matrix])
+
+    rows = Rows(6, 9, chunks, matrix.mv, matrix.mT.mv, matrix)
+    first = solver(rows, 1e-3)
+    again = first.damped(1e-1)
+    assert len(passes) == 1
+    torch.testing.assert_close(again.pull(c), solver(Rows.of(matrix), 1e-1).pull(c), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(first.pull(c), solver(Rows.of(matrix), 1e-3).pull(c), rtol=1e-10, atol=1e-12)
+    metric = RootMetric({"w": nn.Parameter(torch.zeros(9, dtype=torch.float64))}, solver.__name__.lower())
+    metric.rows = Rows.of(matrix)
+    for damping in (1e-3, 1e-1, 1e-2):  # more, and less again
+        torch.testing.assert_close(
+            metric.factor(damping).pull(c), solver(Rows.of(matrix), damping).pull(c), rtol=1e-10, atol=1e-12
+        )
