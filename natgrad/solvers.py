@@ -94,6 +94,7 @@ class Kernel:
     """Woodbury: Cholesky of JJᵀ + λI in the space of residuals: O(N²P + N³) once, O(NP + N²) a solve."""
 
     REFINEMENTS = 2
+    REFINED = 1e-10  # a residual, relative to the right-hand side, that is small enough
 
     def __init__(self, rows: Rows, damping: float) -> None:
         n, size = rows.count, rows.like.element_size()
@@ -126,6 +127,8 @@ class Kernel:
         y = torch.cholesky_solve(c[:, None], self.lower)[:, 0]
         residual = c - self.rows.jvp(self.rows.vjp(y)) - self.damping * y
         for _ in range(self.REFINEMENTS):
+            if residual.norm() <= self.REFINED * c.norm():
+                break
             trial = y + torch.cholesky_solve(residual[:, None], self.lower)[:, 0]
             left = c - self.rows.jvp(self.rows.vjp(trial)) - self.damping * trial
             if not left.norm() < residual.norm():
