@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MethodType
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from benchmarks import rivals
-from benchmarks.workloads import CharTransformer, RowReader
+from benchmarks.workloads import CharTransformer, Pinn, RowReader, pinn
 
 
 def autoencoder() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -75,6 +76,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module, Tensor, Tensor]]] = {
     "recurrent": recurrent,
     "tabular": tabular,
 }
+
+
+PHYSICS: dict[str, Callable[[], Pinn]] = {"pinn": pinn}  # losses of which natgrad takes the residuals, not the gradient
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -159,13 +163,18 @@ def rivals_here() -> dict[str, Callable[[nn.Module, nn.Module], Optimizers]]:
     return found
 
 
+def held_by(metric: ng.Metric) -> object:
+    """Blocks, or where there are none the last linearisation and its factors, which stay until the next one."""
+    return getattr(metric, "blocks", None) or [vars(metric)[n] for n in ("point", "rows", "root", "_factor")]
+
+
 def state_bytes(opts: Optimizers, model: nn.Module) -> int:
     """Bytes of every tensor an optimizer holds, shared memory once, without parameters and gradients."""
     seen: set[int] = set()
     storages: dict[int, int] = {}
     todo: list[object] = []
     for opt in opts:
-        todo += [opt.rule, opt.metric.blocks] if isinstance(opt, ng.NaturalGradient) else [opt.state]
+        todo += [opt.rule, held_by(opt.metric)] if isinstance(opt, ng.NaturalGradient) else [opt.state]
     theirs = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, p.grad) if t is not None}
     while todo:
         item = todo.pop()
@@ -178,6 +187,8 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
             todo += item.values()
         elif isinstance(item, (list, tuple, set)):
             todo += item
+        elif isinstance(item, MethodType):
+            todo.append(item.__self__)
         elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
             todo += vars(item).values()
     return sum(size for place, size in storages.items() if place not in theirs)
@@ -187,10 +198,7 @@ def compare(name: str, steps: int) -> Table:
     """A row for each optimizer."""
     loops: dict[str, tuple[Callable[[], object], Optimizers, nn.Module]] = {}
     for optimizer, build in rivals_here().items():
-        torch.manual_seed(0)
-        model, criterion, x, y = MODELS[name]()
-        opts = build(model, criterion)
-        loops[optimizer] = (partial(train_once, model, criterion, x, y, opts), opts, model)
+        loops[optimizer] = loop_of(name, optimizer, build)
     times: dict[str, list[float]] = {optimizer: [] for optimizer in loops}
     failed: dict[str, str] = {}
     for _ in range(steps):
@@ -219,6 +227,25 @@ def compare(name: str, steps: int) -> Table:
     return table
 
 
+def loop_of(
+    name: str, optimizer: str, build: Callable[[nn.Module, nn.Module], Optimizers]
+) -> tuple[Callable[[], object], Optimizers, nn.Module]:
+    """(one step, optimizers, model)"""
+    torch.manual_seed(0)
+    if name in PHYSICS:
+        workload = PHYSICS[name]()
+        model = workload.model()
+        opts = (
+            [ng.NaturalGradient(ng.GaussNewton(model, workload.terms(model)))]
+            if optimizer == "natgrad"
+            else build(model, workload.criterion)
+        )
+        return partial(workload.step, opts, model, *workload.train), opts, model
+    model, criterion, x, y = MODELS[name]()
+    opts = build(model, criterion)
+    return partial(train_once, model, criterion, x, y, opts), opts, model
+
+
 def train_once(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, opts: Optimizers) -> None:
     for opt in opts:
         opt.zero_grad()
@@ -234,7 +261,7 @@ def quantile(values: list[float], q: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=[*MODELS, *PHYSICS], default=[*MODELS, *PHYSICS])
     parser.add_argument("--parts", action="store_true", help="split natgrad's step instead of comparing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -242,7 +269,7 @@ def main() -> None:
         for name in given.only:
             Console(width=120).print(compare(name, given.steps))
         return
-    results = {name: measure(name, given.steps) for name in given.only}
+    results = {name: measure(name, given.steps) for name in given.only if name in MODELS}
     table = Table(title="CPU ms a step (ratio to plain forward + backward)")
     table.add_column("part")
     for name in results:
