@@ -23,6 +23,7 @@ from natgrad.steps import Options, StepRule, one_value
 # how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
 FIXED = (10.0, 2**-8, 2**-3)
 FRESH = (10.0, 2**-3, 1.0)
+STRIDE = 4  # halvings tried at a time where many are needed, as in a first step at tiny damping
 
 
 class SearchRule(StepRule):
@@ -194,9 +195,9 @@ def lowest(f: Callable[[int], float], first: int, last: int, start: float) -> tu
             seen[k] = f(k)
         return seen[k]
 
-    k = first
+    k, stride = first, 1
     while at(k) >= start and k < last:
-        k += 1
+        k, stride = min(k + stride, last), min(2 * stride, STRIDE)
     while k > 0 and at(k - 1) < at(k):
         k -= 1
     while k < last and at(k + 1) < at(k):
