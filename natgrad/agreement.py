@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from natgrad.blocks import Block
-from natgrad.curvature import BLOCKS, Curvature, Draw
+from natgrad.curvature import Curvature, Draw, block_of
 from natgrad.kronecker_blocks import KroneckerBlock
-from natgrad.metric_file import layer_from_json, layer_to_json
+from natgrad.metric_file import block_to_json, layer_from_json
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ def entries_of(blocks: Sequence[Block], draw: Draw) -> list[Entry]:
     return sorted(found, key=lambda e: e.name)
 
 
-def block_to_json(block: Block) -> dict[str, Any]:
-    layers = [layer_to_json(layer) for layer in block.layers]
-    return {"structure": block.structure, "sharing": getattr(block, "sharing", "expand"), "layers": layers}
-
-
 def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], list[str]]:
     """Give every rank the same blocks in the same order, and the entries that any rank has.
 
@@ -73,10 +68,8 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
     shapes = curvature.layers.shapes
     for name, data in every.items():
         if name not in mine:
-            mine[name] = block = BLOCKS[data["structure"]](
-                [layer_from_json(d, shapes) for d in data["layers"]], data["sharing"]
-            )
-            block.structure = data["structure"]
+            layers = [layer_from_json(d, shapes) for d in data["layers"]]
+            mine[name] = block = block_of(data["structure"], layers, data["sharing"], data["max_side"])
             if isinstance(block, KroneckerBlock):
                 curvature.limit_rows(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})

@@ -127,7 +127,7 @@ class Block:
         return False
 
     def is_symmetric(self, key: str) -> bool:
-        """Whether a statistic is a stack of symmetric matrices."""
+        """Whether a statistic is a stack of symmetric matrices, or of pieces of them (`natgrad.sides`)."""
         return False
 
     def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
@@ -213,7 +213,7 @@ class Block:
         return []
 
     def sides(self) -> list[tuple[int, ...]]:
-        """Shapes of the statistics, known before there are any; (…, d, d) with d > 1 is inverted."""
+        """Shapes of the statistics, known before there are any; of (…, p, d) with p > 1 each piece is inverted."""
         raise NotImplementedError
 
     def relative_to_mean(self, damping: float) -> float:

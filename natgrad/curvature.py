@@ -30,14 +30,17 @@ TRAINING_ROWS = 2048  # rows of a call that enter a factor while an optimizer dr
 # or as many as the larger side has, so that the moving average of a few refreshes has full rank
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 
-BLOCKS: dict[str, Callable[[Sequence[Layer], str], Block]] = {
-    "dense": lambda layers, sharing: DenseBlock(layers),
-    "block": lambda layers, sharing: DenseBlock(layers),
-    "diagonal": lambda layers, sharing: DiagonalBlock(layers),
-    "kfac": KroneckerBlock,
-    "ekfac": EigenvalueBlock,
-    "input": InputBlock,
-}
+KRONECKER: dict[str, type[KroneckerBlock]] = {"kfac": KroneckerBlock, "ekfac": EigenvalueBlock, "input": InputBlock}
+STRUCTURES = ("dense", "block", "diagonal", *KRONECKER)
+
+
+def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: int | None) -> Block:
+    """An empty block. `sharing` and `max_side` are of the Kronecker structures."""
+    if structure in KRONECKER:
+        return KRONECKER[structure](layers, sharing, max_side)
+    block = DiagonalBlock(layers) if structure == "diagonal" else DenseBlock(layers)
+    block.structure = structure
+    return block
 
 
 @dataclass
@@ -70,7 +73,8 @@ class Part:
 class Curvature:
     """The layers and blocks of a model, and how their statistics are taken.
 
-    ``structure_of`` and ``sharing_of`` map a parameter name to its structure and weight sharing.
+    ``structure_of``, ``sharing_of`` and ``max_side_of`` map a parameter name to its structure, its weight sharing and
+    the longest block that is kept of a Kronecker side, None for no limit.
     """
 
     module: nn.Module
@@ -81,6 +85,7 @@ class Curvature:
     parameters: dict[str, Tensor]
     structure_of: Callable[[str], str]
     sharing_of: Callable[[str], str]
+    max_side_of: Callable[[str], int | None]
     fraction: float = 1.0
     max_positions: int | None = None
     trains: bool = False  # an optimizer drives the metric
@@ -232,7 +237,7 @@ class Curvature:
             if grads[i] is not None:
                 of_layer.setdefault(key_of(call), []).append(i)
         seen = Counter(id(g) for g in grads if g is not None)
-        shared: dict[int, dict[bool, tuple[Tensor, Any]]] = {i: {} for i, times in seen.items() if times > 1}
+        shared: dict[int, dict[int, tuple[Tensor, Any]]] = {i: {} for i, times in seen.items() if times > 1}
         like = part.outputs[0].new_zeros((), dtype=dtype)
         for block in blocks:
             if not any(self.parameters[n].requires_grad for n in block.names):
@@ -324,8 +329,8 @@ class Curvature:
                 if joint is not None:
                     joint.extend(layer)
                     continue
-            block = BLOCKS[structure]([layer], self.sharing_of(layer.key.name))
-            block.structure = structure
+            name = layer.key.name
+            block = block_of(structure, [layer], self.sharing_of(name), self.max_side_of(name))
             if isinstance(block, KroneckerBlock):
                 self.limit_rows(block)
             self.blocks.append(block)

@@ -30,12 +30,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from natgrad.agreement import Entry, block_to_json, digest_of, entries_of, flattened, reconcile
+from natgrad.agreement import Entry, digest_of, entries_of, flattened, reconcile
 from natgrad.attendance import Attendance, first_line, timeout_of
 from natgrad.averages import Average, Statistics
 from natgrad.curvature import Curvature, Draw, statistics_dtype
+from natgrad.metric_file import block_to_json
 from natgrad.ownership import settle
 from natgrad.sharded import mesh_ranks
+from natgrad.sides import from_triangle, triangle
 from natgrad.wrappers import refuse_wrappers, wrapper_of
 
 if TYPE_CHECKING:
@@ -334,21 +336,6 @@ def ranks_of(model: nn.Module, process_group: Any, device: torch.device, exchang
     return Ranks(parent, device, exchange) if dist.get_world_size(parent) > 1 else None
 
 
-def triangle(m: Tensor) -> Tensor:
-    """(…, d, d) symmetric → its upper triangle, flat: half the bytes."""
-    i, j = torch.triu_indices(m.shape[-1], m.shape[-1], device=m.device)
-    return m[..., i, j].flatten()
-
-
-def from_triangle(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    i, j = torch.triu_indices(shape[-1], shape[-1], device=flat.device)
-    out = flat.new_empty(shape)
-    rows = flat.reshape(*shape[:-2], -1)
-    out[..., i, j] = rows
-    out[..., j, i] = rows
-    return out
-
-
 def described(metric: Fisher) -> dict[str, Any]:
     """What must be the same on every rank."""
     found = {
@@ -358,6 +345,7 @@ def described(metric: Fisher) -> dict[str, Any]:
         "samples": metric.samples,
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
+        "max_side": {n: metric.curvature.max_side_of(n) for n in metric.parameters},
         "fraction": metric.curvature.fraction,
         "max_positions": metric.curvature.max_positions,
     }

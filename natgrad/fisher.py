@@ -26,8 +26,8 @@ from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
 from natgrad.coverage import Coverage, CoverageRow
 from natgrad.curvature import (
-    BLOCKS,
     PER_DATUM,
+    STRUCTURES,
     TRAINING_ROWS,
     Curvature,
     Draw,
@@ -36,7 +36,6 @@ from natgrad.curvature import (
 )
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
-from natgrad.kronecker import diagonal_of, is_diagonal
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.likelihoods import CrossEntropy, read
 from natgrad.metric import Metric, Vector
@@ -46,12 +45,14 @@ from natgrad.options import (
     check_curvature_batch,
     choose,
     chosen_parameters,
+    max_side_by_pattern,
     received,
     refuse_modules,
     unwrapped,
 )
 from natgrad.ownership import settle
 from natgrad.sharded import LiveNames, Shards, kept_open, local_of, sharded_modules
+from natgrad.sides import dense_of, diagonal_of, is_diagonal
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
 from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
@@ -85,6 +86,9 @@ class Fisher(Metric):
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
+        max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
+            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None keeps sides whole, and
+            of one longer than 4096 (a vocabulary) the diagonal. Or ``{name pattern: either}``.
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
@@ -112,6 +116,7 @@ class Fisher(Metric):
         seed: int = 0,
         fraction: float = 1.0,
         max_positions: int | None = None,
+        max_side: int | Mapping[str, int | None] | None = None,
         process_group: Any = None,
         exchange: str = "auto",
     ) -> None:
@@ -145,8 +150,9 @@ class Fisher(Metric):
             samples,
             seed if self.ranks is None else self.ranks.seed(seed),
             self.parameters,
-            by_pattern("structure", structure, tuple(BLOCKS), "kfac", self.parameters),
+            by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
+            max_side_by_pattern(max_side, self.parameters),
             fraction,
             max_positions,
         )
@@ -542,8 +548,9 @@ class Fisher(Metric):
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
         inputs.
 
-        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …); a side longer
-        than `natgrad.kronecker_blocks.FULL_SIDE` is kept as its diagonal and returned as that vector.
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What `max_side`
+        leaves out is zero. Where a side longer than `natgrad.kronecker_blocks.FULL_SIDE` is not kept whole, it comes
+        as it is kept: its diagonal (d,), or the columns (p, d) of its blocks, see `natgrad.sides`.
 
         Raises:
             ValueError: there is no such parameter, or its block is no Kronecker product.
@@ -560,7 +567,7 @@ class Fisher(Metric):
         if len(kron) > 1:
             pieces = [str(p) for b in kron for p in b.pieces if p.name == name]
             raise ValueError(f"parameter {name!r} is used in {len(kron)} slices with a block each: {pieces}")
-        u, v = (whole_side(s) for s in (kron[0].u, kron[0].v))
+        u, v = (shown(s) for s in (kron[0].u, kron[0].v))
         return (u[0], v[0]) if u.shape[0] == 1 else (u, v)
 
     def _ready(self) -> list[Block]:
@@ -737,9 +744,8 @@ def statistics_from_plain(plain: Mapping[str, Any]) -> Statistics:
     return {key: Average(**fields) for key, fields in plain.items()}
 
 
-def whole_side(side: Tensor) -> Tensor:
-    """A Kronecker side as a matrix, or as the vector of its diagonal where the matrix is too large."""
-    if not is_diagonal(side):
-        return side
-    diagonal = diagonal_of(side)
-    return torch.diag_embed(diagonal) if diagonal.shape[-1] <= FULL_SIDE else diagonal
+def shown(side: Tensor) -> Tensor:
+    """A Kronecker side as a matrix, or as it is kept where the matrix is too large."""
+    if side.shape[-1] <= FULL_SIDE:
+        return dense_of(side)
+    return diagonal_of(side) if is_diagonal(side) else side

@@ -5,7 +5,8 @@ U (d_out, d_out) from output gradients and V (d_in, d_in) from inputs. With *row
 
     (U ⊗ V) vec(X) = vec(U X Vᵀ),      V symmetric: vec(U X V),
 
-so ``torch.kron(U, V) @ X.flatten() == (U @ X @ V).flatten()``. All functions take stacks (…, d, d).
+so ``torch.kron(U, V) @ X.flatten() == (U @ X @ V).flatten()``. All functions take stacks (…, d, d); where one takes a
+side, that may be kept in pieces along its diagonal, see `natgrad.sides`.
 
 Factored damping splits λ between the factors (Martens & Grosse 2015, arXiv:1503.05671, §6.3); here it is relative to
 the mean eigenvalue of each factor. Exact damping goes through the eigenbases: (U ⊗ V + λI)⁻¹ has the eigenvalues
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from natgrad.products import is_wide, product
+from natgrad.sides import diagonal_of, is_diagonal, left_times, pieces_of, side_of, times
 
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
@@ -33,34 +35,16 @@ class FactorisationError(RuntimeError):
 
 
 def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in). A side is (…, d, d), or its diagonal (…, 1, d)."""
+    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in), of two sides."""
     return times(left_times(u, x), v)
 
 
-def left_times(u: Tensor, x: Tensor) -> Tensor:
-    return u.mT * x if is_diagonal(u) else product(u, x)
-
-
-def times(x: Tensor, v: Tensor) -> Tensor:
-    return x * v if is_diagonal(v) else product(x, v)
-
-
-def is_diagonal(side: Tensor) -> bool:
-    return side.shape[-2] == 1
-
-
-def diagonal_of(side: Tensor) -> Tensor:
-    return side[..., 0, :] if is_diagonal(side) else side.diagonal(dim1=-2, dim2=-1)
-
-
-def trace_of(side: Tensor) -> Tensor:
-    """(groups,)"""
-    return diagonal_of(side).sum(-1)
-
-
 def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues (groups, d) and eigenvectors; None where the side is diagonal: the axes themselves."""
-    return (diagonal_of(side).clamp(min=0), None) if is_diagonal(side) else safe_eigh(side)
+    """Eigenvalues (…, d) and eigenvectors of a side; None where it is diagonal: the axes themselves."""
+    if is_diagonal(side):
+        return diagonal_of(side).clamp(min=0), None
+    found = [safe_eigh(m) for m in pieces_of(side)]
+    return torch.cat([values for values, _ in found], dim=-1), side_of([vectors for _, vectors in found])
 
 
 def symmetrise(m: Tensor) -> Tensor:
@@ -127,19 +111,28 @@ def factored_inverses(u: Tensor, v: Tensor, damping: float) -> tuple[Tensor, Ten
 
 def relative_inverse(side: Tensor, damping: float) -> Tensor:
     """One side of `factored_inverses`."""
-    damping = damping**0.5
-    size = diagonal_of(side).mean()
-    if damping >= WELL_DAMPED and is_wide(side) and not is_diagonal(side):
+    if is_diagonal(side):
+        return 1 / (side * per(diagonal_of(side).mean()) + damping**0.5)
+    return side_of([relative_inverse_of_piece(side, i, damping) for i in range(len(pieces_of(side)))])
+
+
+def relative_inverse_of_piece(side: Tensor, number: int, damping: float) -> Tensor:
+    """One piece of `relative_inverse` of a side that is not diagonal: (…, w, w)."""
+    piece, damping = pieces_of(side)[number], damping**0.5
+    size = diagonal_of(side).mean()  # of the whole side: pieces keep their sizes to each other
+    if damping >= WELL_DAMPED and is_wide(piece):
         mean = float(size)  # on the CPU, where it costs less than to compute with it there
-        m = (side * (1 / mean if mean > 0 else 0.0)).reshape(side.shape[-2:])
+        m = (piece * (1 / mean if mean > 0 else 0.0)).reshape(piece.shape[-2:])
         m.diagonal().add_(damping)
         found = inverse_by_quarters(m)
         if found is not None and isfinite(float(torch.linalg.vector_norm(found))):
-            return found.reshape(side.shape)
-    per = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    if is_diagonal(side):
-        return 1 / (side * per + damping)
-    return damped_inverse(side * per, damping)
+            return found.reshape(piece.shape)
+    return damped_inverse(piece * per(size), damping)
+
+
+def per(size: Tensor) -> Tensor:
+    """1 / size, a scalar; 0 where that is."""
+    return torch.where(size > 0, 1 / size, torch.zeros_like(size))
 
 
 def inverse_by_quarters(m: Tensor) -> Tensor | None:

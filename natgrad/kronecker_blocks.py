@@ -11,8 +11,11 @@
 - input   c·I ⊗ V, c the mean of the diagonal of U (`InputBlock`): the input factor alone, at the trace of K-FAC
           (FOOF, Benzing 2022, arXiv:2201.12250).
 
-A side longer than `FULL_SIDE` is kept as its diagonal; so is the input side of a table, which is exact: the rows are
-unit vectors. A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
+A side longer than `max_side` is kept as equal blocks along its diagonal of at most that many rows (`natgrad.sides`);
+where no limit is given, one longer than `FULL_SIDE` is kept as its diagonal. So is the input side of a table, which is
+exact: the rows are unit vectors.
+
+A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
 U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁ + tr V₂·U₂) ⊗ (tr U₁·V₁ + tr U₂·V₂) / Σ tr U_i tr V_i.
 """
 
@@ -27,22 +30,26 @@ from torch import Tensor
 
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import CHUNK, Block, Inverse, Job
-from natgrad.kronecker import (
-    diagonal_of,
-    eigen_of,
-    is_diagonal,
-    kron_apply,
-    left_times,
-    relative_inverse,
-    times,
-    trace_of,
-)
+from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece
 from natgrad.layers import Layer, Use, Window
 from natgrad.products import product
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
+from natgrad.sides import (
+    across,
+    diagonal_of,
+    is_diagonal,
+    is_whole,
+    left_times,
+    pieces_of,
+    rows_of_pieces,
+    side_of,
+    times,
+    trace_of,
+    transposed,
+)
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
-FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal
+FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
 
 
 class KroneckerBlock(Block):
@@ -50,10 +57,10 @@ class KroneckerBlock(Block):
 
     structure = "kfac"
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
         super().__init__(layers)
         (self.layer,) = self.layers
-        self.sharing = sharing
+        self.sharing, self.max_side = sharing, max_side
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
@@ -61,7 +68,8 @@ class KroneckerBlock(Block):
         self._u_inverse: tuple[int, float, Tensor | None] = (-1, 0.0, None)
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
-        self.full = (1 < out <= FULL_SIDE, 1 < into <= FULL_SIDE and not exactly_diagonal)
+        # rows p of the pieces that each side is kept in
+        self.kept = (kept_rows(out, max_side), 1 if exactly_diagonal else kept_rows(into, max_side))
 
     # U′, V′: the second product of a layer that is used in the transposed layout too
 
@@ -75,7 +83,7 @@ class KroneckerBlock(Block):
             moment = self._moment(use, gradients)
             new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
             if use.first and inputs is not None:
-                total = second_moment(inputs, self.full[not use.swapped])
+                total = second_moment(inputs, self.kept[not use.swapped])
                 new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
         # a product that this batch does not use has zero gradient there
         for key in {"U"} | {k for k in self.statistics if k == "V′"}:
@@ -87,20 +95,19 @@ class KroneckerBlock(Block):
         return new
 
     def _moment(self, use: Use, gradients: Rows) -> Tensor:
-        full = self.full[use.swapped]
+        kept = self.kept[use.swapped]
         if use.moments is None or gradients is not use.gradients:
-            return second_moment(gradients, full)
-        if full not in use.moments:
-            use.moments[full] = second_moment(gradients, full), self
-        moment, first = use.moments[full]
+            return second_moment(gradients, kept)
+        if kept not in use.moments:
+            use.moments[kept] = second_moment(gradients, kept), self
+        moment, first = use.moments[kept]
         self.twin = None if first is self else first
         return moment
 
     def _shape(self, key: str) -> tuple[int, ...]:
         groups, out, into = self.matrix_shape
         side = int(key[0] == "V")
-        d = (out, into)[side]
-        return (groups, d, d) if self.full[side] else (groups, 1, d)
+        return groups, self.kept[side], (out, into)[side]
 
     def sides(self) -> list[tuple[int, ...]]:
         return [self._shape("U"), self._shape("V")]
@@ -126,7 +133,7 @@ class KroneckerBlock(Block):
         return key in ("V", "U′", "Q_U", "Q_V")
 
     def is_symmetric(self, key: str) -> bool:
-        return key[0] in "UV" and self.full[key[0] == "V"]
+        return key[0] in "UV" and self.kept[key[0] == "V"] > 1
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layer.pack(tensors)
@@ -146,13 +153,13 @@ class KroneckerBlock(Block):
 
     @property
     def u(self) -> Tensor:
-        """(groups, d_out, d_out), or (groups, 1, d_out) where it is diagonal"""
+        """(groups, d_out, d_out), or (groups, p, d_out) in pieces of p rows"""
         u: Tensor = self.cached("sides", self._sides)[0]
         return u
 
     @property
     def v(self) -> Tensor:
-        """(groups, d_in, d_in), or (groups, 1, d_in) where it is diagonal"""
+        """(groups, d_in, d_in), or (groups, p, d_in) in pieces of p rows"""
         v: Tensor = self.cached("sides", self._sides)[1]
         return v
 
@@ -195,7 +202,10 @@ class KroneckerBlock(Block):
             self._u_inverse = self.version, damping, u
             return KroneckerInverse(u, relative_inverse(self.v, damping))
         done = iter(results)
-        u, v = (relative_inverse(s, damping) if is_diagonal(s) else next(done) for s in (self.u, self.v))
+        u, v = (
+            relative_inverse(s, damping) if is_diagonal(s) else side_of([next(done) for _ in pieces_of(s)])
+            for s in (self.u, self.v)
+        )
         return KroneckerInverse(u, v)
 
     def _inverse_of_twin(self, damping: float) -> Tensor | None:
@@ -207,9 +217,10 @@ class KroneckerBlock(Block):
 
     def relative_jobs(self, damping: float) -> list[Job]:
         return [
-            Job(side.shape[0] * side.shape[-1] ** 3, side, partial(relative_inverse, side, damping))
+            Job(len(m) * m.shape[-1] ** 3, m, partial(relative_inverse_of_piece, side, i, damping))
             for side in (self.u, self.v)
             if not is_diagonal(side)
+            for i, m in enumerate(pieces_of(side))
         ]
 
     def diagonal(self) -> Tensor:
@@ -231,8 +242,8 @@ class KroneckerBlock(Block):
 
     def sizes(self) -> str:
         groups, out, into = self.matrix_shape
-        sides = [f"{d}²" if full else f"diag {d}" if d > 1 else "1" for d, full in zip((out, into), self.full)]
-        return " ⊗ ".join(sides) + (f" × {groups}" if groups > 1 else "")
+        sides = " ⊗ ".join(size_text(p, d) for p, d in zip(self.kept, (out, into)))
+        return sides + (f" × {groups}" if groups > 1 else "")
 
 
 class InputBlock(KroneckerBlock):
@@ -240,9 +251,9 @@ class InputBlock(KroneckerBlock):
 
     structure = "input"
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
-        super().__init__(layers, sharing)
-        self.full = (False, self.full[1])
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
+        super().__init__(layers, sharing, max_side)
+        self.kept = (1, self.kept[1])
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         u, v = super()._sides()
@@ -255,8 +266,8 @@ class EigenvalueBlock(KroneckerBlock):
     structure = "ekfac"
     looks_twice = True
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand") -> None:
-        super().__init__(layers, sharing)
+    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
+        super().__init__(layers, sharing, max_side)
         self.needs_data = True
 
     def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
@@ -265,7 +276,6 @@ class EigenvalueBlock(KroneckerBlock):
             return
         if settled or not self.statistics:
             twin = EigenvalueBlock(self.layers, self.sharing)
-            twin.full = self.full
             factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
             twin.statistics = self.merged([s for s in factors if s], plain)
             bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
@@ -350,6 +360,28 @@ class EigenvalueBlock(KroneckerBlock):
         return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
 
 
+def kept_rows(d: int, max_side: int | None) -> int:
+    """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal."""
+    if max_side is None:
+        return max(1, d) if d <= FULL_SIDE else 1
+    return rows_of_pieces(d, max_side)
+
+
+def size_text(p: int, d: int) -> str:
+    """What a side takes.
+
+    >>> size_text(9, 9), size_text(1, 9), size_text(3, 9), size_text(4, 9)
+    ('9²', 'diag 9', '3·3²', '(2·4² + 1²)')
+    """
+    if d == 1:
+        return "1"
+    if p == 1:
+        return f"diag {d}"
+    pieces, rest = divmod(d, p)
+    equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
+    return f"({equal} + {rest}²)" if rest else equal
+
+
 def basis_of(statistics: Statistics, key: str) -> Tensor | None:
     return statistics[key].sums[""] if key in statistics else None
 
@@ -359,7 +391,7 @@ def turned(statistics: Statistics, bases: Statistics) -> Statistics:
     overlaps = []
     for key in ("Q_U", "Q_V"):
         q, to = basis_of(statistics, key), basis_of(bases, key)
-        overlaps.append(None if q is to or q is None or to is None else to.mT @ q)
+        overlaps.append(None if q is to or q is None or to is None else across(to, q))
     if all(r is None for r in overlaps):
         return statistics
     moved = statistics["S"].copy()
@@ -369,20 +401,20 @@ def turned(statistics: Statistics, bases: Statistics) -> Statistics:
 
 def overlapped(s: Tensor, ru: Tensor | None, rv: Tensor | None) -> Tensor:
     """(R_U∘R_U) S (R_V∘R_V)ᵀ"""
-    s = s if ru is None else ru.square() @ s
-    return s if rv is None else s @ rv.square().mT
+    s = s if ru is None else left_times(ru.square(), s)
+    return s if rv is None else times(s, transposed(rv.square()))
 
 
 def into_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
     """Q_Uᵀ X Q_V"""
-    x = x if qu is None else qu.mT @ x
-    return x if qv is None else x @ qv
+    x = x if qu is None else left_times(transposed(qu), x)
+    return x if qv is None else times(x, qv)
 
 
 def out_of_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
     """Q_U X Q_Vᵀ"""
-    x = x if qu is None else qu @ x
-    return x if qv is None else x @ qv.mT
+    x = x if qu is None else left_times(qu, x)
+    return x if qv is None else times(x, transposed(qv))
 
 
 def summed_positions(rows: Rows) -> Rows:
@@ -422,6 +454,7 @@ class KroneckerInverse(Inverse):
     v: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        if x.dim() == 3 and len(x) == 1 and not (is_diagonal(self.u) or is_diagonal(self.v)):
+        whole = all(is_whole(s) and not is_diagonal(s) for s in (self.u, self.v))
+        if whole and x.dim() == 3 and len(x) == 1:
             return product(product(self.u[0], x[0]), self.v[0]).unsqueeze(0)
         return times(left_times(self.u, x), self.v).contiguous()  # every rank is to sum its entries in one order

@@ -53,17 +53,20 @@ def about(metric: Fisher) -> dict[str, Any]:
         "reduction": metric.reading.reduction,
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
+        "max_side": {n: metric.curvature.max_side_of(n) for n in metric.parameters},
         "seen": metric.seen,
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
-        "blocks": [
-            {
-                "structure": block.structure,
-                "sharing": getattr(block, "sharing", "expand"),
-                "layers": [layer_to_json(layer) for layer in block.layers],
-            }
-            for block in metric.blocks
-        ],
+        "blocks": [block_to_json(block) for block in metric.blocks],
+    }
+
+
+def block_to_json(block: Block) -> dict[str, Any]:
+    return {
+        "structure": block.structure,
+        "sharing": getattr(block, "sharing", "expand"),
+        "max_side": getattr(block, "max_side", None),
+        "layers": [layer_to_json(layer) for layer in block.layers],
     }
 
 
@@ -128,13 +131,12 @@ def blocks_from(
     there: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device
 ) -> list[Block]:
     """The blocks of a state, with their statistics. `shapes`: of the parameters."""
-    from natgrad.curvature import BLOCKS
+    from natgrad.curvature import block_of
 
     blocks = []
     for i, data in enumerate(there["blocks"]):
         layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = BLOCKS[data["structure"]](layers, data["sharing"])
-        block.structure = data["structure"]
+        block = block_of(data["structure"], layers, data["sharing"], data.get("max_side"))
         for name, tensor in tensors.items():
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)
@@ -167,12 +169,13 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
         for k in ("kind", "criterion", "reduction")
         if here[k] != there[k]
     ]
-    said += [
-        f"the {k} of {n} is {here[k][n]!r} here and {there[k][n]!r} in the state"
-        for k in ("structure", "sharing")
-        for n in here[k]
-        if n in there[k] and here[k][n] != there[k][n]
-    ]
+    for k in ("structure", "sharing", "max_side"):
+        other = there.get(k, dict.fromkeys(here[k]))  # a state from before there was a `max_side` has none
+        said += [
+            f"the {k} of {n} is {here[k][n]!r} here and {other[n]!r} in the state"
+            for n in here[k]
+            if n in other and here[k][n] != other[n]
+        ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))
 

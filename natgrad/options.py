@@ -29,6 +29,15 @@ def check_curvature_batch(kind: str, fraction: float, max_positions: int | None)
         raise ValueError(f"kind={kind!r} uses all the data; fraction and max_positions belong to kind='sampled'")
 
 
+def check_max_side(max_side: Any) -> None:
+    """Raise a ValueError unless it is a whole number of at least 1, or None."""
+    if max_side is not None and (not isinstance(max_side, int) or isinstance(max_side, bool) or max_side < 1):
+        raise ValueError(
+            "max_side must be a whole number of at least 1 (the longest block kept of a Kronecker side), None, or "
+            f"{{name pattern: either}}, got {max_side!r}"
+        )
+
+
 def refuse_modules(root: nn.Module) -> None:
     """Raise a ValueError for modules that no metric can follow."""
     for path, module in root.named_modules():
@@ -55,10 +64,30 @@ def by_pattern(
     """
     if not isinstance(given, (str, Mapping)):
         raise TypeError(f"{what} takes one of {known} or {{name pattern: {what}}}, got {describe(given)}")
+    return rules_of(what, given, default, lambda value: choose(what, value, known), names)
+
+
+def max_side_by_pattern(
+    given: int | Mapping[str, int | None] | None, names: Iterable[str]
+) -> Callable[[str], int | None]:
+    """Name → the longest block kept of a Kronecker side, None for no limit.
+
+    Raises:
+        ValueError: it is no number of rows, or a pattern matches no name.
+    """
+    return rules_of("max_side", given, None, check_max_side, names)
+
+
+def rules_of(
+    what: str, given: Any, default: Any, check: Callable[[Any], None], names: Iterable[str]
+) -> Callable[[str], Any]:
+    """Name → the value of the first pattern that matches it; `check` raises for a value that is none."""
     names = list(names)
-    rules = {"*": given} if isinstance(given, str) else {**given, "*": default} if "*" not in given else dict(given)
+    if not isinstance(given, Mapping):
+        given = {"*": given}
+    rules = dict(given) if "*" in given else {**given, "*": default}
     for pattern, value in rules.items():
-        choose(what, value, known)
+        check(value)
         if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             raise ValueError(f"{what}: no trainable parameter matches {pattern!r}; there are {names}")
     return lambda name: next(v for pattern, v in rules.items() if fnmatch.fnmatchcase(name, pattern))

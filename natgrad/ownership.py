@@ -3,8 +3,8 @@
 The expensive part of a refresh is the inverse of each factor, d³ multiplications for a side d. It is computed by one
 rank and sent to the others, in one of two ways:
 
-- inverses     each *factor* has an owner, which broadcasts its inverse: Σ (d_in² + d_out²) numbers a refresh, nothing
-               on other steps; every rank applies every inverse.
+- inverses     each *factor* has an owner, or each piece of one that is kept in pieces, which broadcasts its inverse:
+               Σ (d_in² + d_out²) numbers a refresh, nothing on other steps; every rank applies every inverse.
 - directions   each *block* has an owner, which alone holds and applies its inverse and broadcasts the direction:
                Σ d_in d_out numbers a step.
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, Job
 from natgrad.kronecker import FactorisationError
+from natgrad.sides import spans
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
@@ -57,7 +58,14 @@ def work_of(costs: Sequence[float], ranks: int) -> list[float]:
 
 def cost_of(block: Block) -> float:
     """Multiplications of a block's inverse, from shapes alone."""
-    return float(sum(prod(s[:-2]) * s[-1] ** 3 for s in map(tuple, block.sides()) if s[-1] > 1 and s[-2:-1] == s[-1:]))
+    return float(sum(cost_of_side(s) for s in block.sides()))
+
+
+def cost_of_side(shape: Sequence[int]) -> int:
+    """Σ w³ over the pieces of a side (…, p, d); a diagonal costs nothing."""
+    if len(shape) < 2 or shape[-2] == 1:
+        return 0
+    return prod(shape[:-2]) * sum((stop - start) ** 3 for start, stop in spans(shape[-2], shape[-1]))
 
 
 def footprint(block: Block) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from natgrad.products import product
+from natgrad.sides import is_whole, pieces_of, side_of, spans
 
 
 @dataclass
@@ -75,15 +76,20 @@ def count(rows: Rows) -> Tensor:
     return rows.new_tensor(float(rows.shape[0] * rows.shape[1]))
 
 
-def second_moment(rows: Rows, full: bool) -> Tensor:
-    """Σ r rᵀ (groups, d, d), or its diagonal (groups, 1, d)."""
+def second_moment(rows: Rows, kept: int) -> Tensor:
+    """Σ r rᵀ as a side in pieces of `kept` rows, (groups, kept, d): d for all of it, 1 for its diagonal."""
     if isinstance(rows, OneHot):
-        if not full and rows.index.shape[-1] == 1:
+        if kept == 1 and rows.index.shape[-1] == 1:
             counts = rows.scale.new_zeros(rows.size)
             return counts.index_add(0, rows.index.flatten(), rows.scale.flatten().square())[None, None]
         rows = rows.dense()
-    if not full:
+    if kept == 1:
         return rows.square().sum((0, 1)).unsqueeze(1)
+    return side_of([gram(rows[..., start:stop]) for start, stop in spans(kept, rows.shape[3])])
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Σ r rᵀ, (groups, d, d)"""
     if rows.shape[2] == 1:  # gemm is faster than a batch of one
         flat = rows.reshape(-1, rows.shape[3])
         return product(flat.mT, flat)[None]
@@ -113,12 +119,16 @@ def scatter_outer(dense: Tensor, hot: OneHot) -> Tensor:
 
 
 def project(rows: Rows, basis: Tensor | None) -> Rows:
-    """Rows in another basis: r ↦ Qᵀ r; None is the identity."""
+    """Rows in another basis: r ↦ Qᵀ r, Q kept in pieces as the side that it is of; None is the identity."""
     if basis is None:
         return rows
     if isinstance(rows, OneHot):
-        return (basis[0][rows.index] * rows.scale[..., None]).sum(2).unsqueeze(2)
-    return torch.einsum("npgd,gde->npge", rows, basis)
+        if is_whole(basis):
+            return (basis[0][rows.index] * rows.scale[..., None]).sum(2).unsqueeze(2)
+        rows = rows.dense()
+    parts = zip(pieces_of(basis), spans(*basis.shape[-2:]))
+    turned = [torch.einsum("npgd,gde->npge", rows[..., start:stop], q) for q, (start, stop) in parts]
+    return turned[0] if len(turned) == 1 else torch.cat(turned, dim=-1)
 
 
 def with_columns(rows: Rows, values: Sequence[float]) -> Rows:

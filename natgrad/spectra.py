@@ -22,6 +22,7 @@ from torch import Tensor
 
 from natgrad import metric_file
 from natgrad.blocks import Block
+from natgrad.kronecker import eigen_of
 
 ZERO = 1e-7  # of the largest eigenvalue: what float32 statistics cannot tell from zero
 
@@ -111,7 +112,7 @@ def spectrum(block: Block, damping: float, relative: bool) -> Spectrum:
         damped = values + damping
     elif "U" in block.statistics and "V" in block.statistics:
         # (u/t_U + √λ)(v/t_V + √λ) in units of the spectrum; for several groups, in those of each
-        u, v = (torch.linalg.eigvalsh(block.value(k).double()).clamp(min=0) for k in ("U", "V"))
+        u, v = (eigen_of(block.value(k).double())[0] for k in ("U", "V"))
         tu, tv = u.mean(-1, keepdim=True), v.mean(-1, keepdim=True)
         root = damping**0.5
         values = (u[..., :, None] * v[..., None, :]).flatten()

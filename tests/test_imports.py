@@ -24,6 +24,7 @@ LEVELS = {
     "ops": 0,
     "capture": 0,
     "kronecker": 0,
+    "sides": 0,
     "coverage": 0,
     "runs": 0,
     "jet": 0,
