@@ -41,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "input": {"options": {"structure": "input"}},
     "reduce": {"model": "conv", "options": {"sharing": "reduce"}},
     "empirical": {"options": {"kind": "empirical"}},
+    "pieces": {"options": {"max_side": 4}},
+    "pieces, conv": {"model": "conv", "options": {"max_side": 2}},
+    "pieces, input": {"options": {"max_side": 4, "structure": "input"}},
     "moved": {"model": "moved", "steps": 10},
     "accumulation": {"micro": 2},
     "static graph": {"ddp": {"static_graph": True}},
@@ -53,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_are_one_process(case: str, size: int, pool_of: PoolOf) -> None:
     arguments = CASES[case]
-    if size == 4 and case not in ("mlp", "conv", "accumulation"):
+    if size == 4 and case not in ("mlp", "conv", "pieces", "accumulation"):
         pytest.skip("two ranks show it")
     compare(pool_of(size).run(call, arguments), train(0, 1, **arguments))
 

@@ -13,8 +13,9 @@ from torch import nn
 import natgrad as ng
 from natgrad import kronecker
 from natgrad.blocks import Block
-from natgrad.kronecker_blocks import FULL_SIDE
+from natgrad.kronecker_blocks import kept_rows
 from natgrad.ownership import cost_of, footprint, owners, settle, work_of
+from natgrad.sides import spans
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, steps_with_failures, train
 from tests.distributed.test_ddp import call, compare
@@ -41,8 +42,10 @@ def resnet18() -> Sides:
     return [*sides, (1000, 513)]
 
 
-def costs_of(sides: Sides) -> list[float]:
-    return [float(d) ** 3 for pair in sides for d in pair if 1 < d <= FULL_SIDE]
+def costs_of(sides: Sides, max_side: int | None = None) -> list[float]:
+    """Of the inverse of every factor, or of every piece of one."""
+    kept = [(kept_rows(d, max_side), d) for pair in sides for d in pair]
+    return [float(stop - start) ** 3 for p, d in kept if p > 1 for start, stop in spans(p, d)]
 
 
 def excess(costs: list[float], size: int) -> float:
@@ -64,6 +67,46 @@ def test_where_work_is_uneven() -> None:
     assert uneven == [set(range(17, 30)), {3}]
 
 
+SPLIT: dict[tuple[str, int | None], set[int]] = {  # where the busiest rank's work is 10 % above 1/W, of W up to 64
+    ("transformer", None): {*range(17, 30), *range(34, 65)},
+    ("transformer", 1536): set(range(48, 57)),
+    ("transformer", 1024): {45, 52, 60, 61, 62, 63},
+    ("transformer", 768): set(),
+    ("transformer", 512): set(),
+    ("transformer, its table diagonal", 512): set(),
+    ("resnet18", None): set(range(3, 65)) - {4, 5},
+    ("resnet18", 1024): set(range(20, 65)) - {22, 23},
+    ("resnet18", 512): {26, 29, *range(36, 60), 63, 64},
+    ("resnet18", 256): {43, *range(49, 65)},
+    ("resnet18", 112): set(),
+}
+NETS = {"transformer": transformer(), "transformer, its table diagonal": transformer(words=1), "resnet18": resnet18()}
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_pieces_share_out_what_dominates(case: tuple[str, int | None]) -> None:
+    name, max_side = case
+    costs = costs_of(NETS[name], max_side)
+    share = {size: max(work_of(costs, size)) / sum(costs) for size in range(2, 65)}
+    assert {size for size in share if share[size] * size >= 1.1} == SPLIT[case]
+
+
+@pytest.mark.parametrize(
+    ("name", "max_side", "uneven"),
+    [
+        ("transformer", 512, set()),
+        ("transformer", 768, set()),
+        ("resnet18", 112, set()),
+        ("resnet18", 1024, {20, 21}),
+        ("resnet18", 1536, {9, 12, 13, 14, 15}),
+    ],
+)
+def test_work_in_pieces_is_even(name: str, max_side: int, uneven: set[int]) -> None:
+    """Within 10 % of max(1/W, the largest piece's share)."""
+    costs = costs_of(NETS[name], max_side)
+    assert {size for size in range(2, 65) if excess(costs, size) >= 1.1} == uneven
+
+
 def test_the_assignment_is_a_function_of_the_costs() -> None:
     costs = [float(c) for c in torch.randint(1, 5, (40,)).tolist()]
     assert owners(costs, 7) == owners(list(costs), 7)
@@ -79,10 +122,21 @@ def test_costs_of_blocks_are_those_of_their_factors() -> None:
     assert jobs == [[8**3, 7**3], [5**3, 9**3], [3**3, 6**3]]
 
 
+def test_costs_of_split_blocks_are_those_of_their_pieces() -> None:
+    metric = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), max_side=4)
+    metric.update(torch.randn(4, 6, dtype=torch.float64))
+    for block, (out, into) in zip(metric.blocks, SIDES):
+        costs = [job.cost for job in block.relative_jobs(0.1)]
+        assert costs == costs_of([(out, into)], 4)
+        assert sum(costs) == cost_of(block)
+
+
 # sharing the inverses ------------------------------------------------------------------------------------
 
 EXCHANGED: dict[str, dict[str, Any]] = {
     "kfac": {},
+    "pieces": {"options": {"max_side": 4}},
+    "pieces, conv": {"model": "conv", "options": {"max_side": 2}},
     "conv": {"model": "conv"},
     "dense": {"options": {"structure": "dense"}},
     "block": {"options": {"structure": "block"}},
@@ -100,7 +154,7 @@ def test_shared_work_is_the_work_of_one_process(case: str, exchange: str, pool_o
     assert set(found[0]["info"]["sent_bytes"]) - {"agreement", "statistics"} == {exchange}
 
 
-def counted(rank: int, size: int, exchange: str) -> list[int]:
+def counted(rank: int, size: int, exchange: str, **options: Any) -> list[int]:
     """Sides of the factors that this rank inverts in one refresh."""
     calls: list[int] = []
     inverse = kronecker.damped_inverse
@@ -109,7 +163,7 @@ def counted(rank: int, size: int, exchange: str) -> list[int]:
         calls.append(m.shape[-1])
         return inverse(m, damping)
 
-    net, criterion, opt = setup({"exchange": exchange})
+    net, criterion, opt = setup({"exchange": exchange, **options})
     kronecker.damped_inverse = spied
     try:
         one_step(net, criterion, opt, 0, rank, size)
@@ -124,6 +178,17 @@ def test_each_factor_is_inverted_once(exchange: str, pool_of: PoolOf) -> None:
     assert sorted(d for calls in found for d in calls) == sorted([8, 7, 5, 9, 3, 6])
     if exchange == "inverses":
         assert max(sum(d**3 for d in calls) for calls in found) == 9**3
+
+
+def counted_in_pieces(rank: int, size: int) -> list[int]:
+    return counted(rank, size, "inverses", max_side=4)
+
+
+def test_each_piece_is_inverted_once(pool_of: PoolOf) -> None:
+    """8 = 4 + 4, 7 = 4 + 3, 5 = 3 + 2, 9 = 3 + 3 + 3, 3, 6 = 3 + 3; no rank has a whole factor of side 9 to invert."""
+    found = pool_of(4).run(counted_in_pieces)
+    assert sorted(d for calls in found for d in calls) == sorted([4, 4, 4, 3, 3, 2, 3, 3, 3, 3, 3, 3])
+    assert max(sum(d**3 for d in calls) for calls in found) == 4**3 + 3**3 + 3**3  # of 416; whole, one has 9³ = 729
 
 
 SIDES = [(8, 7), (5, 9), (3, 6)]  # of the layers of "mlp"
@@ -142,6 +207,14 @@ def test_bytes_are_those_of_the_formula(exchange: str, size: int, pool_of: PoolO
         assert sent["inverses"] / refreshes == sum(o * o + i * i for o, i in SIDES)
     else:
         assert sent["directions"] / steps == sum(o * i for o, i in SIDES)
+
+
+def test_bytes_of_pieces_are_those_of_the_formula(pool_of: PoolOf) -> None:
+    info = pool_of(2).run(call, {"options": {"exchange": "inverses", "max_side": 4}})[0]["info"]
+    widths = [stop - start for pair in SIDES for d in pair for start, stop in spans(kept_rows(d, 4), d)]
+    sent = {k: v / 8 / info["refreshes"] for k, v in info["sent_bytes"].items()}
+    assert sent["statistics"] == pytest.approx(sum(w * (w + 1) / 2 for w in widths), rel=0.1)
+    assert sent["inverses"] == sum(w * w for w in widths)
 
 
 @pytest.mark.parametrize(("refresh", "expected"), [(20, "inverses"), (1, "directions")])
@@ -237,9 +310,9 @@ def test_no_assignment_is_much_better(sides: Sides) -> None:
 class Shape(Block):
     """A block that is its shapes."""
 
-    def __init__(self, number: int, out: int, into: int) -> None:
+    def __init__(self, number: int, out: int, into: int, max_side: int | None = None) -> None:
         super().__init__([])
-        self.number, self.out, self.into = number, out, into
+        self.number, self.out, self.into, self.max_side = number, out, into, max_side
 
     @property
     def names(self) -> list[str]:
@@ -250,12 +323,12 @@ class Shape(Block):
         return self.out * self.into
 
     def sides(self) -> list[tuple[int, ...]]:
-        return [(1, d, d) if d <= FULL_SIDE else (1, 1, d) for d in (self.out, self.into)]
+        return [(1, kept_rows(d, self.max_side), d) for d in (self.out, self.into)]
 
 
-def shares(sides: Sides, size: int) -> list[tuple[float, float]]:
+def shares(sides: Sides, size: int, max_side: int | None = None) -> list[tuple[float, float]]:
     """Work and memory of the busiest and the fullest rank: over the whole, and over max(1/W, the largest block's)."""
-    blocks: list[Block] = [Shape(i, *pair) for i, pair in enumerate(sides)]
+    blocks: list[Block] = [Shape(i, *pair, max_side) for i, pair in enumerate(sides)]
     settle(blocks, size)
     out = []
     for measure in (cost_of, footprint):
@@ -275,6 +348,23 @@ def test_blocks_are_shared_out_by_work_and_memory(case: str) -> None:
         (_, work), (_, memory) = shares(sides, size)
         assert memory < 1.15, size
         assert work < 1.2, size
+
+
+@pytest.mark.parametrize(
+    ("name", "max_side", "work", "memory"),
+    [
+        ("transformer", None, {12, 14, 15, *range(17, 31)}, {15}),
+        ("transformer", 512, set(), set()),
+        ("resnet18", None, {3}, {5}),
+        ("resnet18", 512, set(), set()),
+        ("resnet18", 1024, set(), set()),
+    ],
+)
+def test_where_whole_blocks_are_uneven(name: str, max_side: int | None, work: set[int], memory: set[int]) -> None:
+    """15 % above max(1/W, the largest block's share), of W from 2 to 64."""
+    found = {size: shares(NETS[name], size, max_side) for size in range(2, 65)}
+    assert {size for size, ((_, w), _) in found.items() if w >= 1.15} == work
+    assert {size for size, (_, (_, m)) in found.items() if m >= 1.15} == memory
 
 
 def test_blocks_keep_their_owners() -> None:
