@@ -122,8 +122,8 @@ class Use:
     region: tuple[int, int] | None = None  # groups that the call uses; None for all
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
-    moments: dict[int, tuple[Tensor, Any]] | None = None  # of the gradients, and who took them; calls with the same
-    # gradients share it
+    moments: dict[int, tuple[Tensor, Any]] | None = None  # of the gradients, by what is kept, and who took them; calls
+    # with the same gradients share it
     _inputs: Rows | None = None
 
     @property
