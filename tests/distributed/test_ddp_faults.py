@@ -143,7 +143,7 @@ def test_statistics_that_are_bad_on_one_rank_are_dropped_by_all(pool_of: PoolOf)
 def no_forward(rank: int, size: int) -> None:
     """Rank 1 leaves its forward pass out of the watched model where a refresh is due."""
     net, criterion, opt = setup()
-    for step in range(3):
+    for step in range(4):
         x, y = data(step)
         opt.zero_grad()
         if rank == 1 and step == 1:
