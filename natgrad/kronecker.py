@@ -101,16 +101,11 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     return ((vectors / (values + damping.double()[..., None])[..., None, :]) @ vectors.mT).to(m.dtype)
 
 
-def factored_inverses(u: Tensor, v: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(U/t_U + √λ I)⁻¹ and (V/t_V + √λ I)⁻¹ with t the mean eigenvalue over all groups: relative, factored damping.
+def relative_inverse(side: Tensor, damping: float) -> Tensor:
+    """(U/t_U + √λ I)⁻¹ with t the mean eigenvalue over all groups: one side under relative, factored damping.
 
     A factor that is zero stays at its damping: its inverse is I/√λ.
     """
-    return relative_inverse(u, damping), relative_inverse(v, damping)
-
-
-def relative_inverse(side: Tensor, damping: float) -> Tensor:
-    """One side of `factored_inverses`."""
     if is_diagonal(side):
         return 1 / (side * per(diagonal_of(side).mean()) + damping**0.5)
     return side_of([relative_inverse_of_piece(side, i, damping) for i in range(len(pieces_of(side)))])
@@ -163,7 +158,7 @@ def inverse_by_quarters(m: Tensor) -> Tensor | None:
 
 
 def finite(m: Tensor) -> Tensor:
-    if isfinite(float(torch.linalg.vector_norm(m))):  # a tenth of the time; it may overflow where no entry does
+    if isfinite(float(torch.linalg.vector_norm(m))):  # one pass; it may overflow where no entry does
         return m
     if not bool(torch.isfinite(m).all()):
         raise FactorisationError(f"a curvature factor of shape {tuple(m.shape)} holds NaN or Inf")

@@ -32,13 +32,11 @@ from natgrad.averages import Average, Statistics
 from natgrad.blocks import CHUNK, Block, Inverse, Job
 from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece
 from natgrad.layers import Layer, Use, Window
-from natgrad.products import product
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
 from natgrad.sides import (
     across,
     diagonal_of,
     is_diagonal,
-    is_whole,
     left_times,
     pieces_of,
     rows_of_pieces,
@@ -275,7 +273,7 @@ class EigenvalueBlock(KroneckerBlock):
         if not new:
             return
         if settled or not self.statistics:
-            twin = EigenvalueBlock(self.layers, self.sharing)
+            twin = EigenvalueBlock(self.layers, self.sharing, self.max_side)
             factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
             twin.statistics = self.merged([s for s in factors if s], plain)
             bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
@@ -454,7 +452,4 @@ class KroneckerInverse(Inverse):
     v: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
-        whole = all(is_whole(s) and not is_diagonal(s) for s in (self.u, self.v))
-        if whole and x.dim() == 3 and len(x) == 1:
-            return product(product(self.u[0], x[0]), self.v[0]).unsqueeze(0)
-        return times(left_times(self.u, x), self.v).contiguous()  # every rank is to sum its entries in one order
+        return kron_apply(self.u, x, self.v).contiguous()  # every rank is to sum its entries in one order

@@ -27,7 +27,7 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 3
+FORMAT = 4
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -136,7 +136,7 @@ def blocks_from(
     blocks = []
     for i, data in enumerate(there["blocks"]):
         layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = block_of(data["structure"], layers, data["sharing"], data.get("max_side"))
+        block = block_of(data["structure"], layers, data["sharing"], data["max_side"])
         for name, tensor in tensors.items():
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)
@@ -169,13 +169,12 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
         for k in ("kind", "criterion", "reduction")
         if here[k] != there[k]
     ]
-    for k in ("structure", "sharing", "max_side"):
-        other = there.get(k, dict.fromkeys(here[k]))  # a state from before there was a `max_side` has none
-        said += [
-            f"the {k} of {n} is {here[k][n]!r} here and {other[n]!r} in the state"
-            for n in here[k]
-            if n in other and here[k][n] != other[n]
-        ]
+    said += [
+        f"the {k} of {n} is {here[k][n]!r} here and {there[k][n]!r} in the state"
+        for k in ("structure", "sharing", "max_side")
+        for n in here[k]
+        if n in there[k] and here[k][n] != there[k][n]
+    ]
     if said:
         raise ValueError("the state belongs to another metric: " + "; ".join(said))
 

@@ -221,7 +221,9 @@ class NormalisedStep(StepRule):
         for s, g, d, size_g, size_d in zip(states, grads, directions, torch._foreach_norm(grads), norms):
             s.seen = (dot(g, d), size_g, size_d)
         sizes = update_sizes(blocks, directions, norms)
-        rates = sizes.new_tensor([o.lr for o in options]) * (COHERENCE_GAIN * meet(states, directions, norms)).exp()
+        rates = (
+            sizes.new_tensor([o.lr for o in options]) * (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
+        )
         lengths = torch.where(sizes > 0, -rates / sizes, torch.zeros_like(sizes)).unbind()
         torch._foreach_mul_(directions, list(lengths))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
@@ -354,7 +356,7 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
-def meet(states: Sequence[BlockState], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
+def coherences(states: Sequence[BlockState], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
     """The coherence c̄ of each block, (blocks,), with its new direction in it."""
     along = torch.stack([dot(d, s.velocity) for s, d in zip(states, directions)])
     sizes = torch.stack([*norms, *torch._foreach_norm([s.velocity for s in states])]).view(2, -1)

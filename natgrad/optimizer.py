@@ -43,7 +43,7 @@ class NaturalGradient(torch.optim.Optimizer):
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
-            matrices alone and in proportion to the learning rate: `Fisher` has 0.1 for classification, where separable
+            matrices alone and in proportion to the learning rate: `Fisher` has 0.05 for classification, where separable
             data otherwise drive the weights to infinity, and 0 for other likelihoods.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.

@@ -57,7 +57,7 @@ def test_two_processes_do_the_run_of_one(tmp_path: Path) -> None:
         assert b == pytest.approx(a, rel=1e-5)  # the sum of two halves, in float32
     for (step, a), (_, b) in zip(one["natgrad"], two["natgrad"]):
         assert b == pytest.approx(a, rel=1e-5 if step == 0 else 0.25)  # the second rank draws labels of its own
-    assert two["natgrad"][-1][1] < 0.3 * two["natgrad"][0][1]
+    assert two["natgrad"][-1][1] < 0.1 * two["natgrad"][0][1]
 
 
 def test_ctrl_c_stops_all_and_keeps_what_there_is(tmp_path: Path) -> None:

@@ -351,6 +351,31 @@ def test_blocks_are_shared_out_by_work_and_memory(case: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "megabytes", "work"),
+    [
+        ("transformer", 1, 3105, 100.0),
+        ("transformer", 2, 1562, 50.6),
+        ("transformer", 4, 806, 26.1),
+        ("transformer", 8, 406, 13.5),
+        ("transformer", 16, 210, 6.9),
+        ("transformer", 64, 160, 3.4),
+        ("resnet18", 1, 297, 100.0),
+        ("resnet18", 2, 152, 51.5),
+        ("resnet18", 4, 78, 26.5),
+        ("resnet18", 8, 49, 21.3),
+        ("resnet18", 64, 49, 21.3),
+    ],
+)
+def test_the_table_of_sharded_models(name: str, size: int, megabytes: int, work: float) -> None:
+    """Memory of the fullest rank in float32 and the share of work of the busiest, as docs/distributed.md has them."""
+    whole = sum(footprint(Shape(i, *pair)) for i, pair in enumerate(NETS[name])) * 4 / 1e6
+    (busiest, _), (fullest, over) = shares(NETS[name], size)
+    assert round(fullest * whole) == megabytes
+    assert round(100 * busiest, 1) == work
+    assert over < 1.09
+
+
+@pytest.mark.parametrize(
     ("name", "max_side", "work", "memory"),
     [
         ("transformer", None, {12, 14, 15, *range(17, 31)}, {15}),
