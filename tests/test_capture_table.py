@@ -229,7 +229,7 @@ def test_capture_attached_after_compile():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("called", [False, True])
 def test_a_raw_model_whose_compiled_form_is_trained_is_no_silent_miss(called):
-    """What is compiled before the metric is attached to the raw model has no hooks in it; what is compiled later has."""
+    """What is compiled before the metric is attached to the raw model has no hooks in it; compiled later, it has."""
     model, loss = mlp(), nn.CrossEntropyLoss()
     x, y = batch()
     compiled = torch.compile(model, backend="eager")
