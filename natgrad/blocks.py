@@ -212,6 +212,13 @@ class Block:
         """The expensive parts of `relative_inverse`; none where it is cheap."""
         return []
 
+    def excess(self) -> Tensor | float:
+        """How many times the inverse of the curvature, scale and all, `relative_inverse` is, damping aside; a scalar.
+
+        It is not 1 where that inverts factors divided by their mean eigenvalues.
+        """
+        return 1.0
+
     def sides(self) -> list[tuple[int, ...]]:
         """Shapes of the statistics, known before there are any; of (…, p, d) with p > 1 each piece is inverted."""
         raise NotImplementedError

@@ -221,6 +221,9 @@ class KroneckerBlock(Block):
             for i, m in enumerate(pieces_of(side))
         ]
 
+    def excess(self) -> Tensor | float:
+        return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()
+
     def diagonal(self) -> Tensor:
         return diagonal_of(self.u)[..., :, None] * diagonal_of(self.v)[..., None, :]
 
@@ -345,6 +348,9 @@ class EigenvalueBlock(KroneckerBlock):
         mean = values.mean()
         scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
         return EigenInverse(1 / (scaled + damping), qu, qv)
+
+    def excess(self) -> Tensor | float:
+        return self.value("S").mean()
 
     def diagonal(self) -> Tensor:
         values, qu, qv = self.eigen()

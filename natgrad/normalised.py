@@ -2,10 +2,13 @@
 
 With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum, t the number of steps before,
 
-    Δ = −η exp(κ c̄) d / (rms(d) √(fan_in + 1)),   d = G̃ g Ã,   c̄ ← ρ c̄ − (1 − ρ) ⟨d, v⟩ / ‖d‖‖v‖,
+    Δ = −exp(κ c̄) min(η / (rms(d) √(fan_in + 1)), ν / s) d,   d = G̃ g Ã,   c̄ ← ρ c̄ − (1 − ρ) ⟨d, v⟩ / ‖d‖‖v‖,
     v ← v + β Δ,   θ ← θ + (1 − β) Δ + c v,   v ← (1 − c) v,   c = k / (k + t).
 
-The metric gives the direction and η the length, which needs no tuning from model to model. The coherence c̄ of a block
+The metric gives the direction and η the length, which needs no tuning from model to model. Where the data can be fitted
+to the last point, steps of a set length cannot end: there the Newton step d / s of the block is the shorter one and
+ends by itself (s, `Block.excess`, undoes the scaling of the factors). As blocks do not know of each other and would
+remove the same residual several times over, the share ν of it is taken. The coherence c̄ of a block
 is the mean cosine between its new direction and where it has been going: steps that agree may be longer (the first of a
 training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn back should be shorter. That
 lengths follow the sign of such products goes back to Jacobs 1988 (Neural Networks 1(4), 295–307). The velocity
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 AVERAGING = 10.0  # k: the mean is over about the last tenth of the steps; its origin is in docs/decisions.md
 COHERENCE_GAIN = 3.0  # κ: a step is at most e³ times as long, or as short, as η says
 COHERENCE_MEMORY = 0.8  # ρ: over about five steps
+NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step that neither agrees nor turns back stays in
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
@@ -50,6 +54,8 @@ class BlockState:
     coherence: Tensor  # c̄, a scalar
     steps: int = 0  # t
     seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, d⟩, ‖g‖, ‖d‖: for `cosines`, not to continue from
+    excess: Tensor | None = None  # s, a scalar
+    excess_of: int = -1  # the version of the statistics that it belongs to
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -70,9 +76,18 @@ class BlockState:
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
+    def excess_for(self, block: Block) -> Tensor:
+        """`Block.excess`, the last finite one: of the statistics, which all ranks have, not of the inverse."""
+        if self.excess is None or self.excess_of != block.version:
+            fresh = torch.as_tensor(block.excess())
+            self.excess = fresh if self.excess is None else torch.where(fresh.isfinite(), fresh, self.excess.to(fresh))
+            self.excess_of = block.version
+        return self.excess
+
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state: dict[str, Any] = {"velocity": self.velocity, "coherence": self.coherence, "steps": self.steps}
+        names = ("velocity", "coherence", "steps", "excess")
+        state: dict[str, Any] = {n: getattr(self, n) for n in names}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -132,7 +147,7 @@ class NormalisedStep(StepRule):
     """See the module docstring.
 
     Args:
-        lr: η, the root mean square of an update times √(fan_in + 1), where steps neither agree nor turn back.
+        lr: η, the root mean square of an update times √(fan_in + 1), where steps neither agree nor turn back; at most.
         momentum: β, from 0 (plain steps, no average) to below 1.
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor.
     """
@@ -221,11 +236,11 @@ class NormalisedStep(StepRule):
         for s, g, d, size_g, size_d in zip(states, grads, directions, torch._foreach_norm(grads), norms):
             s.seen = (dot(g, d), size_g, size_d)
         sizes = update_sizes(blocks, directions, norms)
-        rates = (
-            sizes.new_tensor([o.lr for o in options]) * (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
-        )
-        lengths = torch.where(sizes > 0, -rates / sizes, torch.zeros_like(sizes)).unbind()
-        torch._foreach_mul_(directions, list(lengths))
+        gains = (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
+        set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
+        newton = NEWTON_SHARE / torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
+        lengths = torch.where(sizes > 0, -gains * torch.minimum(set_lengths, newton), torch.zeros_like(sizes))
+        torch._foreach_mul_(directions, list(lengths.unbind()))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
 
     def _shared(

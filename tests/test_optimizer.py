@@ -400,27 +400,59 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
 
 
 def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
-    """Averaging and the length that follows the coherence, 30 steps by hand; the first agree, later ones turn back."""
+    """Averaging and the length, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
     y = torch.randn(8, 2).double() / 4
     opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))
     metric = torch.linalg.inv(3 * (X.mT @ X) / (X.mT @ X).trace() + 0.1**0.5 * torch.eye(3).double())
+    metric /= 1 + 0.1**0.5  # the inverse of U, a multiple of I
     theta, v, coherence = model.weight.detach().clone(), torch.zeros(2, 3).double(), 0.0
-    seen = []
+    seen: list[float] = []
+    newton: list[bool] = []
     for t in range(30):
         d = 2 / 16 * (X @ theta.mT - y).mT @ X @ metric  # of the mean squared error; U is a multiple of I
         size, speed = d.norm(), v.norm()
         coherence = 0.8 * coherence - (0.2 * float((d * v).sum() / (size * speed)) if speed > 0 else 0.0)
-        delta = -0.1 * math.exp(3 * coherence) * d / (size / 6**0.5 * 2)
+        lengths = 0.1 / float(size / 6**0.5 * 2), 0.5 / float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
+        delta = -math.exp(3 * coherence) * min(lengths) * d
         v, c = v + 0.9 * delta, 10 / (10 + t)
         theta, v = theta + 0.1 * delta + c * v, (1 - c) * v
         seen.append(coherence)
+        newton.append(lengths[1] < lengths[0])
         opt.zero_grad()
         criterion(model(X), y).backward()
         opt.step()
         close(model.weight.detach(), theta, 1e-12)
     assert max(seen) > 0.4
     assert min(seen) < -0.1
+    assert not all(newton[:5])
+    assert any(newton)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "input", "dense", "diagonal"])
+def test_excess_is_what_the_relative_inverse_has_too_much(structure: str, close: Close) -> None:
+    """Without damping, relative_inverse = s · inverse, in every structure."""
+    model = nn.Linear(3, 2).double()
+    metric = ng.Fisher(model, nn.MSELoss(reduction="sum"), kind="empirical", structure=structure)
+    metric.update(torch.randn(40, 3).double(), torch.randn(40, 2).double() * 5)
+    (block,) = metric.blocks
+    g = torch.randn(block.pack({n: p.detach() for n, p in model.named_parameters()}).shape).double()
+    scale = torch.as_tensor(block.excess(), dtype=torch.float64)
+    close(block.relative_inverse(1e-26).apply(g), scale * block.inverse(1e-24).apply(g), 1e-8)
+
+
+def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
+    """Minibatches, no schedule: steps of a set length alone end at a loss of about 1e-3 here."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 4).double(), torch.randn(24, 1).double()
+    model, criterion = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)).double(), nn.MSELoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    for i in range(1500):
+        opt.zero_grad()
+        rows = torch.arange(8) + 8 * (i % 3)
+        criterion(model(x[rows]), y[rows]).backward()
+        opt.step()
+    assert float(criterion(model(x), y).detach()) < 1e-10
 
 
 def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay_is_given() -> None:
