@@ -15,8 +15,8 @@ look at the first four, so that the last two were added after it, on which nothi
 - ``friedman1``      4,000 drawn points of scikit-learn's ``make_friedman1`` with noise 1, an MLP 10-128-128-1;
 - ``spirals``        4,000 points of two interleaved spirals of two turns, drawn here, an MLP 2-64-64-64-2 with tanh;
 - ``friedman3``      4,000 drawn points of scikit-learn's ``make_friedman3`` with noise 0.1, an MLP 4-128-128-1;
-- ``clusters``       4,000 points of scikit-learn's ``make_classification``, 20 columns of which 8 inform, five classes, one
-  label in twenty drawn anew, an MLP 20-128-128-5.
+- ``clusters``       4,000 points of scikit-learn's ``make_classification``, 20 columns of which 8 inform, five classes,
+  one label in twenty drawn anew, an MLP 20-128-128-5.
 
 One line of JSON a run in ``benchmarks/runs``, resumable. ``--shard i/n`` takes every n-th workload and writes to a file
 of its own; ``--table`` prints what the lines say so far.
