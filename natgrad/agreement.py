@@ -14,7 +14,7 @@ from typing import Any
 from natgrad.blocks import Block
 from natgrad.curvature import Curvature, Draw, block_of
 from natgrad.kronecker_blocks import KroneckerBlock
-from natgrad.metric_file import block_to_json, layer_from_json
+from natgrad.metric_file import BLOCK_OPTIONS, block_to_json, layer_from_json
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
     for name, data in every.items():
         if name not in mine:
             layers = [layer_from_json(d, shapes) for d in data["layers"]]
-            mine[name] = block = block_of(data["structure"], layers, data["sharing"], data["max_side"])
+            options = (data[k] for k in BLOCK_OPTIONS)
+            mine[name] = block = block_of(data["structure"], layers, *options)
             if isinstance(block, KroneckerBlock):
                 curvature.limit_rows(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})

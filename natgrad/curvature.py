@@ -34,10 +34,10 @@ KRONECKER: dict[str, type[KroneckerBlock]] = {"kfac": KroneckerBlock, "ekfac": E
 STRUCTURES = ("dense", "block", "diagonal", *KRONECKER)
 
 
-def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: int | None) -> Block:
-    """An empty block. `sharing` and `max_side` are of the Kronecker structures."""
+def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: int | None, trains: bool) -> Block:
+    """An empty block. `sharing`, `max_side` and `trains` are of the Kronecker structures."""
     if structure in KRONECKER:
-        return KRONECKER[structure](layers, sharing, max_side)
+        return KRONECKER[structure](layers, sharing, max_side, trains)
     block = DiagonalBlock(layers) if structure == "diagonal" else DenseBlock(layers)
     block.structure = structure
     return block
@@ -330,7 +330,7 @@ class Curvature:
                     joint.extend(layer)
                     continue
             name = layer.key.name
-            block = block_of(structure, [layer], self.sharing_of(name), self.max_side_of(name))
+            block = block_of(structure, [layer], self.sharing_of(name), self.max_side_of(name), self.trains)
             if isinstance(block, KroneckerBlock):
                 self.limit_rows(block)
             self.blocks.append(block)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad import metric_file
+from natgrad import kronecker_blocks, metric_file
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
@@ -87,8 +87,9 @@ class Fisher(Metric):
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
         max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
-            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None keeps sides whole, and
-            of one longer than 4096 (a vocabulary) the diagonal. Or ``{name pattern: either}``.
+            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 400 for blocks first
+            seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
+            vocabulary) the diagonal. Or ``{name pattern: either}``.
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
@@ -640,6 +641,10 @@ class Fisher(Metric):
             notes.append(
                 f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
                 "as many as its larger side has"
+            )
+        if any(getattr(b, "trains", False) and b.max_side is None for b in self.blocks):
+            notes.append(
+                f"while an optimizer trains, a side longer than {kronecker_blocks.TRAINING_SIDE} is kept as blocks"
             )
         return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 

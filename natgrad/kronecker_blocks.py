@@ -11,9 +11,10 @@
 - input   c·I ⊗ V, c the mean of the diagonal of U (`InputBlock`): the input factor alone, at the trace of K-FAC
           (FOOF, Benzing 2022, arXiv:2201.12250).
 
-A side longer than `max_side` is kept as equal blocks along its diagonal of at most that many rows (`natgrad.sides`);
-where no limit is given, one longer than `FULL_SIDE` is kept as its diagonal. So is the input side of a table, which is
-exact: the rows are unit vectors.
+A side longer than `max_side` is kept as equal blocks along its diagonal of at most that many rows (`natgrad.sides`).
+Where no limit is given it is `TRAINING_SIDE` while an optimizer drives the metric, as inverses cost the third power of
+their side, and none otherwise; but a side longer than `FULL_SIDE` is kept as its diagonal. So is the input side of a
+table, which is exact: the rows are unit vectors.
 
 A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
 U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁ + tr V₂·U₂) ⊗ (tr U₁·V₁ + tr U₂·V₂) / Σ tr U_i tr V_i.
@@ -48,6 +49,7 @@ from natgrad.sides import (
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
+TRAINING_SIDE = 400  # longest block kept of a side while an optimizer drives, likewise
 
 
 class KroneckerBlock(Block):
@@ -55,10 +57,12 @@ class KroneckerBlock(Block):
 
     structure = "kfac"
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
         super().__init__(layers)
         (self.layer,) = self.layers
-        self.sharing, self.max_side = sharing, max_side
+        self.sharing, self.max_side, self.trains = sharing, max_side, trains
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
@@ -67,7 +71,10 @@ class KroneckerBlock(Block):
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
-        self.kept = (kept_rows(out, max_side), 1 if exactly_diagonal else kept_rows(into, max_side))
+        self.kept = (
+            kept_rows(out, max_side, trains),
+            1 if exactly_diagonal else kept_rows(into, max_side, trains),
+        )
 
     # U′, V′: the second product of a layer that is used in the transposed layout too
 
@@ -252,8 +259,10 @@ class InputBlock(KroneckerBlock):
 
     structure = "input"
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
-        super().__init__(layers, sharing, max_side)
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
+        super().__init__(layers, sharing, max_side, trains)
         self.kept = (1, self.kept[1])
 
     def _sides(self) -> tuple[Tensor, Tensor]:
@@ -267,8 +276,10 @@ class EigenvalueBlock(KroneckerBlock):
     structure = "ekfac"
     looks_twice = True
 
-    def __init__(self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None) -> None:
-        super().__init__(layers, sharing, max_side)
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
+        super().__init__(layers, sharing, max_side, trains)
         self.needs_data = True
 
     def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
@@ -276,7 +287,7 @@ class EigenvalueBlock(KroneckerBlock):
         if not new:
             return
         if settled or not self.statistics:
-            twin = EigenvalueBlock(self.layers, self.sharing, self.max_side)
+            twin = EigenvalueBlock(self.layers, self.sharing, self.max_side, self.trains)
             factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
             twin.statistics = self.merged([s for s in factors if s], plain)
             bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
@@ -364,11 +375,17 @@ class EigenvalueBlock(KroneckerBlock):
         return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
 
 
-def kept_rows(d: int, max_side: int | None) -> int:
-    """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal."""
-    if max_side is None:
-        return max(1, d) if d <= FULL_SIDE else 1
-    return rows_of_pieces(d, max_side)
+def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
+    """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal.
+
+    >>> [kept_rows(d, None, trains=True) for d in (400, 785, 5000)], kept_rows(785, None)
+    ([400, 393, 1], 785)
+    """
+    if max_side is not None:
+        return rows_of_pieces(d, max_side)
+    if d > FULL_SIDE:
+        return 1
+    return rows_of_pieces(d, TRAINING_SIDE if trains else FULL_SIDE)
 
 
 def size_text(p: int, d: int) -> str:

@@ -27,7 +27,8 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 4
+FORMAT = 5
+BLOCK_OPTIONS = ("sharing", "max_side", "trains")  # of Kronecker blocks, in the order that `block_of` takes them
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -66,6 +67,7 @@ def block_to_json(block: Block) -> dict[str, Any]:
         "structure": block.structure,
         "sharing": getattr(block, "sharing", "expand"),
         "max_side": getattr(block, "max_side", None),
+        "trains": getattr(block, "trains", False),
         "layers": [layer_to_json(layer) for layer in block.layers],
     }
 
@@ -136,7 +138,7 @@ def blocks_from(
     blocks = []
     for i, data in enumerate(there["blocks"]):
         layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = block_of(data["structure"], layers, data["sharing"], data["max_side"])
+        block = block_of(data["structure"], layers, *(data[k] for k in BLOCK_OPTIONS))
         for name, tensor in tensors.items():
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)

@@ -250,9 +250,9 @@ def test_limits_by_name() -> None:
 
 def test_a_state_of_another_format_is_refused() -> None:
     state = metric_of("kfac", 4).state_dict()
-    about = {**json.loads(state["about"]), "format": 3}
+    about = {**json.loads(state["about"]), "format": 4}
     again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_side=4)
-    with pytest.raises(ValueError, match="has format 3; this version of natgrad reads format 4"):
+    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 5"):
         again.load_state_dict({**state, "about": json.dumps(about)})
 
 
@@ -420,3 +420,39 @@ def test_a_pattern_without_a_parameter_is_refused() -> None:
         ValueError, match=r"max_side: no trainable parameter matches 'tail.\*'; there are \['conv.weight'"
     ):
         ng.Fisher(Net(), CRITERION, max_side={"tail.*": 2})
+
+
+# while an optimizer drives --------------------------------------------------------------------------------------
+
+
+def driven(max_side: int | None = None) -> tuple[nn.Module, ng.NaturalGradient]:
+    model = classifier()
+    return model, ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", max_side=max_side))
+
+
+def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `max_side`, where the user gave none; a metric by itself keeps them whole."""
+    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    data = list(batches(5))
+    (found, opt), (expected, limited), (whole, unlimited) = driven(), driven(3), driven(4096)
+    for model, o in ((found, opt), (expected, limited), (whole, unlimited)):
+        train(model, o, data)
+    assert distance(weights(found), weights(expected)) == 0
+    assert distance(weights(found), weights(whole)) > 1e-3
+    alone = ng.Fisher(whole, nn.CrossEntropyLoss(), kind="exact")
+    alone.update(*data[0])
+    sizes = [[row.sizes for row in m.coverage().rows] for m in (opt.metric, limited.metric, unlimited.metric, alone)]
+    assert sizes[0] == sizes[1]
+    assert sizes[2] == sizes[3] != sizes[0]
+    assert "longer than 3 is kept as blocks" in str(opt.metric.coverage())
+
+
+def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a metric that no optimizer drives, too."""
+    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    model, opt = driven()
+    train(model, opt, list(batches(3)))
+    opt.metric.save(tmp_path / "metric.safetensors")
+    alone = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact")
+    alone.load(tmp_path / "metric.safetensors")
+    assert torch.equal(alone.dense(), opt.metric.dense())

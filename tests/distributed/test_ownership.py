@@ -74,9 +74,11 @@ SPLIT: dict[tuple[str, int | None], set[int]] = {  # where the busiest rank's wo
     ("transformer", 768): set(),
     ("transformer", 512): set(),
     ("transformer, its table diagonal", 512): set(),
+    ("transformer, its table diagonal", 400): {48, 54, 55, *range(61, 65)},
     ("resnet18", None): set(range(3, 65)) - {4, 5},
     ("resnet18", 1024): set(range(20, 65)) - {22, 23},
     ("resnet18", 512): {26, 29, *range(36, 60), 63, 64},
+    ("resnet18", 400): {*range(31, 37), 41, *range(47, 65)},
     ("resnet18", 256): {43, *range(49, 65)},
     ("resnet18", 112): set(),
 }
