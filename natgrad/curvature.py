@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from natgrad.averages import Statistics
 from natgrad.blocks import Block, DenseBlock, DiagonalBlock
 from natgrad.capture import Call, CaptureError, Tape, Uncaptured, as_gradient_edge, coverage_walk
-from natgrad.kronecker_blocks import EigenvalueBlock, InputBlock, KroneckerBlock
+from natgrad.eigenvalue_block import EigenvalueBlock
+from natgrad.kronecker_blocks import InputBlock, KroneckerBlock
 from natgrad.layers import Layer, Layers, Use, key_of, use_of
 from natgrad.layouts import element_layout, flat_layout
 from natgrad.likelihoods import Reading
