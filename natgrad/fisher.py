@@ -458,6 +458,11 @@ class Fisher(BlockMetric):
         """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
         self._pending = []
 
+    @property
+    def gradient_share(self) -> float:  # type: ignore[override]
+        """DDP and FSDP take the mean over ranks, of losses that are sums over data too."""
+        return 1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size
+
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep
 
@@ -497,7 +502,7 @@ class Fisher(BlockMetric):
                 f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
                 "as many as its larger side has"
             )
-        if any(isinstance(b, KroneckerBlock) and b.trains and b.max_side is None for b in self.blocks):
+        if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.trains and b.max_side is None for b in self.blocks):
             notes.append(
                 f"while an optimizer trains, a side longer than {kronecker_blocks.TRAINING_SIDE} is kept as blocks"
             )

@@ -45,6 +45,7 @@ class Metric:
     """
 
     weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
+    gradient_share = 1.0  # of the gradient of the metric's own loss: what `backward` leaves of it
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
 

@@ -166,9 +166,11 @@ class NormalisedStep(StepRule):
         self._adam = Adam()
         self.slopes = Slopes()
         self._ranks: Ranks | None = None  # that share the work, where there are several
+        self._gradient_share = 1.0  # of the metric
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+        self._gradient_share = metric.gradient_share
         if metric.shards is not None:
             from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
 
@@ -238,7 +240,8 @@ class NormalisedStep(StepRule):
         sizes = update_sizes(blocks, directions, norms)
         gains = (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
         set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
-        newton = NEWTON_SHARE / torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
+        excess = torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
+        newton = NEWTON_SHARE / (self._gradient_share * excess)
         lengths = torch.where(sizes > 0, -gains * torch.minimum(set_lengths, newton), torch.zeros_like(sizes))
         torch._foreach_mul_(directions, list(lengths.unbind()))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]

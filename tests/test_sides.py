@@ -235,7 +235,7 @@ def test_factors_are_matrices_with_zeros(close: Close, monkeypatch: pytest.Monke
             close(found, full * mask(len(full), 4), 1e-14)
     sizes = {n: split.coverage()[f"{n}.weight"].sizes for n in ("conv", "hidden", "head")}
     assert sizes == {"conv": "(2·4² + 2²) ⊗ 3·3²", "hidden": "(4² + 3²) ⊗ (2·4² + 3²)", "head": "(3² + 2²) ⊗ 2·4²"}
-    monkeypatch.setattr("natgrad.fisher.FULL_SIDE", 8)  # longer ones are shown as they are kept
+    monkeypatch.setattr("natgrad.block_metric.FULL_SIDE", 8)  # longer ones are shown as they are kept
     u, v = split.factors("hidden.weight")
     assert (u.shape, v.shape) == ((7, 7), (4, 11))
     assert metric_of("kfac", 1).factors("hidden.weight")[1].shape == (11,)

@@ -86,7 +86,7 @@ def test_uneven_shards_leave_the_metric_of_the_whole_batch(pool_of: PoolOf) -> N
 
 
 def test_a_sum_is_the_sum_over_all_ranks(pool_of: PoolOf) -> None:
-    """DDP divides the gradient by the number of ranks all the same; the step rule does not see lengths."""
+    """DDP divides the gradient by the number of ranks all the same, which the length of a Newton step has to undo."""
     compare(pool_of(2).run(call, {"criterion": "sum"}), train(0, 1, criterion="sum"))
 
 
