@@ -18,7 +18,7 @@ from rich.table import Table
 
 import natgrad as ng
 from benchmarks.workloads import WORKLOADS, Workload
-from natgrad import normalised, optimizer
+from natgrad import kronecker_blocks, normalised, optimizer
 
 STEPS = {"digits_ae": 600, "concrete": 800, "wine": 600, "convnet": 250, "digits_classifier": 400}
 AVERAGE = 0.98
@@ -57,13 +57,23 @@ VARIANTS: dict[str, Make] = {
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
     "steps of a fixed length": with_constant(normalised, "COHERENCE_GAIN", 0.0, default),
     "a coherence of half the gain": with_constant(normalised, "COHERENCE_GAIN", 1.5, default),
+    "no limit by the Newton step": with_constant(normalised, "NEWTON_SHARE", 1e9, default),
+    "up to the whole Newton step": with_constant(normalised, "NEWTON_SHARE", 1.0, default),
+    "up to 0.3 of the Newton step": with_constant(normalised, "NEWTON_SHARE", 0.3, default),
+    "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
     "no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),
 }
-CONSTANTS = ((optimizer, "GAP_GROWTH"), (normalised, "AVERAGING"), (normalised, "COHERENCE_GAIN"))
+CONSTANTS = (
+    (optimizer, "GAP_GROWTH"),
+    (normalised, "AVERAGING"),
+    (normalised, "COHERENCE_GAIN"),
+    (normalised, "NEWTON_SHARE"),
+    (kronecker_blocks, "TRAINING_SIDE"),
+)
 
 
 def train(workload: Workload, make: Make, steps: int, seed: int) -> tuple[list[float], int]:

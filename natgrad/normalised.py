@@ -8,14 +8,18 @@ With G̃, Ã the damped inverses of a block's factors, g the gradient, β the mo
 The metric gives the direction and η the length, which needs no tuning from model to model. Where the data can be fitted
 to the last point, steps of a set length cannot end: there the Newton step d / s of the block is the shorter one and
 ends by itself (s, `Block.excess`, undoes the scaling of the factors). As blocks do not know of each other and would
-remove the same residual several times over, the share ν of it is taken. The coherence c̄ of a block
-is the mean cosine between its new direction and where it has been going: steps that agree may be longer (the first of a
-training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn back should be shorter. That
-lengths follow the sign of such products goes back to Jacobs 1988 (Neural Networks 1(4), 295–307). The velocity
-v = z − θ carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes the steps, x is the
-mean of z over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and models evaluated.
-Noise is averaged over a growing number of steps, so that no schedule and no horizon is needed. Damping is relative to
-the mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate (`natgrad.adam`).
+remove the same residual several times over, the share ν of it is taken. The Newton step knows the scale of the
+criterion alone: of a loss that is multiplied by a number afterwards it is as many times too long or short; the length η
+does not change.
+
+The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
+may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
+back should be shorter. That lengths follow the sign of such products goes back to Jacobs 1988 (Neural Networks 1(4),
+295–307). The velocity v = z − θ carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes
+the steps, x is the mean of z over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and
+models evaluated. Noise is averaged over a growing number of steps, so that no schedule and no horizon is needed.
+Damping is relative to the mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate
+(`natgrad.adam`).
 """
 
 from __future__ import annotations
