@@ -6,9 +6,9 @@ with the lowest last training loss, and that with the lowest last held-out metri
 natgrad is run on. Two questions are answered from them, seed by seed: when natgrad is first at the rival's last
 training loss, and what its held-out metric is at the end of the same budget.
 
-Beside the workloads of the study there are those of `EXTRA` and six data sets, fixed before anything was run on them.
-What is seen on them may lead to a change of the default step, and did: the share of the Newton step was chosen with a
-look at the first four, so that the last two were added after it, on which nothing of natgrad was chosen:
+Beside the workloads of the study there are those of `EXTRA` and six data sets. Each was fixed before anything was run
+on it; the share of the Newton step was chosen with a look at the first four, and the last two were added afterwards,
+so that nothing of natgrad was chosen on them:
 
 - ``diabetes``       scikit-learn's 442 patients, 10 columns, a regression by an MLP 10-64-64-1;
 - ``breast_cancer``  scikit-learn's 569 biopsies, 30 columns, two classes, an MLP 30-64-64-2;

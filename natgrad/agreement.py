@@ -69,8 +69,8 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
     for name, data in every.items():
         if name not in mine:
             layers = [layer_from_json(d, shapes) for d in data["layers"]]
-            options = (data[k] for k in BLOCK_OPTIONS)
-            mine[name] = block = block_of(data["structure"], layers, *options)
+            options = {k: data[k] for k in BLOCK_OPTIONS}
+            mine[name] = block = block_of(data["structure"], layers, **options)
             if isinstance(block, KroneckerBlock):
                 curvature.limit_rows(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})

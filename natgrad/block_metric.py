@@ -97,9 +97,10 @@ class BlockMetric(Metric):
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
         inputs.
 
-        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What `max_side`
-        leaves out is zero. Where a side longer than `natgrad.kronecker_blocks.FULL_SIDE` is not kept whole, it comes
-        as it is kept: its diagonal (d,), or the columns (p, d) of its blocks, see `natgrad.sides`.
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What `max_side`,
+        or the limit of 400 in training, leaves out is zero. Where a side longer than
+        `natgrad.kronecker_blocks.FULL_SIDE` is not kept whole, it comes as it is kept: its diagonal (d,), or the
+        columns (p, d) of its blocks, see `natgrad.sides`.
 
         Raises:
             ValueError: there is no such parameter, or its block is no Kronecker product.

@@ -212,12 +212,12 @@ class Block:
         """The expensive parts of `relative_inverse`; none where it is cheap."""
         return []
 
-    def excess(self) -> Tensor | float:
-        """How many times the inverse of the curvature, scale and all, `relative_inverse` is, damping aside; a scalar.
-
-        It is not 1 where that inverts factors divided by their mean eigenvalues.
+    def excess(self) -> Tensor:
+        """How many times the inverse of the curvature, scale and all, `relative_inverse` is, damping aside: a scalar, 1
+        unless that inverts factors divided by their mean eigenvalues. 0 where the curvature is, which has no inverse.
         """
-        return 1.0
+        trace = self.trace()
+        return (trace > 0).to(trace)
 
     def sides(self) -> list[tuple[int, ...]]:
         """Shapes of the statistics, known before there are any; of (…, p, d) with p > 1 each piece is inverted."""

@@ -110,8 +110,9 @@ class EigenvalueBlock(KroneckerBlock):
         scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
         return EigenInverse(1 / (scaled + damping), qu, qv)
 
-    def excess(self) -> Tensor | float:
-        return self.value("S").mean()
+    def excess(self) -> Tensor:
+        mean: Tensor = self.value("S").mean()
+        return mean
 
     def diagonal(self) -> Tensor:
         values, qu, qv = self.eigen()

@@ -459,8 +459,12 @@ class Fisher(BlockMetric):
         self._pending = []
 
     @property
-    def gradient_share(self) -> float:  # type: ignore[override]
-        """DDP and FSDP take the mean over ranks, of losses that are sums over data too."""
+    def gradient_share(self) -> float | None:
+        """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too. The empirical
+        kind has the size of the gradients squared and not that of the curvature.
+        """
+        if self.kind == "empirical":
+            return None
         return 1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size
 
     def default_step(self) -> StepRule:
@@ -502,10 +506,9 @@ class Fisher(BlockMetric):
                 f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
                 "as many as its larger side has"
             )
-        if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.trains and b.max_side is None for b in self.blocks):
-            notes.append(
-                f"while an optimizer trains, a side longer than {kronecker_blocks.TRAINING_SIDE} is kept as blocks"
-            )
+        if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in self.blocks):
+            limit = kronecker_blocks.TRAINING_SIDE
+            notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")
         return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
 
     def _coverage_row(self, name: str) -> CoverageRow:

@@ -110,6 +110,11 @@ class KroneckerBlock(Block):
         side = int(key[0] == "V")
         return groups, self.kept[side], (out, into)[side]
 
+    @property
+    def cut_in_training(self) -> bool:
+        """Whether a side is in pieces that would be whole if no optimizer drove."""
+        return self.trains and self.max_side is None and any(1 < p < d for _, p, d in self.sides())
+
     def sides(self) -> list[tuple[int, ...]]:
         return [self._shape("U"), self._shape("V")]
 
@@ -224,7 +229,7 @@ class KroneckerBlock(Block):
             for i, m in enumerate(pieces_of(side))
         ]
 
-    def excess(self) -> Tensor | float:
+    def excess(self) -> Tensor:
         return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()
 
     def diagonal(self) -> Tensor:

@@ -45,7 +45,6 @@ class Metric:
     """
 
     weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
-    gradient_share = 1.0  # of the gradient of the metric's own loss: what `backward` leaves of it
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
 
@@ -65,6 +64,13 @@ class Metric:
                     f"parameter {name!r} is on the meta device and has no values; materialise the model first "
                     f"(`to_empty`, then initialise)"
                 )
+
+    @property
+    def gradient_share(self) -> float | None:
+        """What `backward` leaves of the gradient of the loss that the metric is the curvature of; None where the metric
+        is not that, so that ĝ⁻¹df has no length of its own.
+        """
+        return 1.0
 
     @property
     def names(self) -> list[str]:

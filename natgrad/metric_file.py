@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
 FORMAT = 5
-BLOCK_OPTIONS = ("sharing", "max_side", "trains")  # of Kronecker blocks, in the order that `block_of` takes them
+BLOCK_OPTIONS = ("sharing", "max_side", "trains")  # of Kronecker blocks
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -138,7 +138,7 @@ def blocks_from(
     blocks = []
     for i, data in enumerate(there["blocks"]):
         layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = block_of(data["structure"], layers, *(data[k] for k in BLOCK_OPTIONS))
+        block = block_of(data["structure"], layers, **{k: data[k] for k in BLOCK_OPTIONS})
         for name, tensor in tensors.items():
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""The default step rule of Fisher metrics: each block's natural direction at a set length, averaged over steps.
+"""The default step rule of Fisher metrics: each block's natural direction at a set length at most, averaged over steps.
 
 With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum, t the number of steps before,
 
@@ -9,8 +9,8 @@ The metric gives the direction and η the length, which needs no tuning from mod
 to the last point, steps of a set length cannot end: there the Newton step d / s of the block is the shorter one and
 ends by itself (s, `Block.excess`, undoes the scaling of the factors). As blocks do not know of each other and would
 remove the same residual several times over, the share ν of it is taken. The Newton step knows the scale of the
-criterion alone: of a loss that is multiplied by a number afterwards it is as many times too long or short; the length η
-does not change.
+criterion alone: of a loss that is multiplied by a number afterwards, or a gradient that is clipped, it is as many times
+too long or short; the length η does not change. The empirical kind has no Newton step, and η alone.
 
 The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
 may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
@@ -83,8 +83,9 @@ class BlockState:
     def excess_for(self, block: Block) -> Tensor:
         """`Block.excess`, the last finite one: of the statistics, which all ranks have, not of the inverse."""
         if self.excess is None or self.excess_of != block.version:
-            fresh = torch.as_tensor(block.excess())
-            self.excess = fresh if self.excess is None else torch.where(fresh.isfinite(), fresh, self.excess.to(fresh))
+            fresh = block.excess()
+            last = torch.zeros_like(fresh) if self.excess is None else self.excess.to(fresh)
+            self.excess = torch.where(fresh.isfinite(), fresh, last)
             self.excess_of = block.version
         return self.excess
 
@@ -170,11 +171,10 @@ class NormalisedStep(StepRule):
         self._adam = Adam()
         self.slopes = Slopes()
         self._ranks: Ranks | None = None  # that share the work, where there are several
-        self._gradient_share = 1.0  # of the metric
+        self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
-        self._gradient_share = metric.gradient_share
         if metric.shards is not None:
             from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
 
@@ -185,7 +185,7 @@ class NormalisedStep(StepRule):
         if active:
             grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
-            deltas = self._deltas(active, states, grads, options)
+            deltas = self._deltas(active, states, grads, options, metric.gradient_share)
         moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
@@ -217,15 +217,16 @@ class NormalisedStep(StepRule):
         states: Sequence[BlockState],
         grads: list[Tensor],
         options: Mapping[str, Options],
+        share: float | None,
     ) -> list[Tensor]:
-        """Increments in the coordinates of each block."""
+        """Increments in the coordinates of each block. `share`: `Metric.gradient_share`."""
         mine = [shared_options(b, options) for b in blocks]
         self.slopes.meet(slope_along(states, grads))
         if self._ranks is None:
             directions = [s.refresh(b, o.damping).apply(g) for s, b, o, g in zip(states, blocks, mine, grads)]
         else:
             directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
-        increments = self.stretch(blocks, states, mine, grads, directions)
+        increments = self.stretch(blocks, states, mine, grads, directions, share)
         self.slopes.taken = slope_along(states, grads)
         return increments
 
@@ -236,6 +237,7 @@ class NormalisedStep(StepRule):
         options: Sequence[Options],
         grads: list[Tensor],
         directions: list[Tensor],
+        share: float | None,
     ) -> list[Tensor]:
         """Directions → Δ → increments. Writes over `directions`."""
         norms = torch._foreach_norm(directions)
@@ -243,10 +245,12 @@ class NormalisedStep(StepRule):
             s.seen = (dot(g, d), size_g, size_d)
         sizes = update_sizes(blocks, directions, norms)
         gains = (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
-        set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
-        excess = torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
-        newton = NEWTON_SHARE / (self._gradient_share * excess)
-        lengths = torch.where(sizes > 0, -gains * torch.minimum(set_lengths, newton), torch.zeros_like(sizes))
+        lengths = set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
+        if share is not None:
+            excess = torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
+            lengths = torch.minimum(lengths, NEWTON_SHARE / (share * excess))
+        self._at_newton = (lengths < set_lengths).to(lengths).mean()
+        lengths = torch.where(sizes > 0, -gains * lengths, torch.zeros_like(sizes))
         torch._foreach_mul_(directions, list(lengths.unbind()))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
 
@@ -279,6 +283,7 @@ class NormalisedStep(StepRule):
         self.info = {
             "damping": first.damping,
             "step_length": first.lr,
+            "at_newton_step": self._at_newton,
             "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }

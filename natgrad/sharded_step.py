@@ -75,7 +75,7 @@ def _covered(
     told[3 + shards.mine] = float(failed is not None)
     increments: list[Tensor] = []
     if mine and failed is None:
-        increments = rule.stretch(mine, states, chosen, grads, directions)
+        increments = rule.stretch(mine, states, chosen, grads, directions, metric.gradient_share)
         told[1] = slope_along(states, grads)
     told = shards.ranks.total(told)
     refuse_failures(told[3:], failed)

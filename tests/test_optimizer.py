@@ -441,6 +441,41 @@ def test_excess_is_what_the_relative_inverse_has_too_much(structure: str, close:
     close(block.relative_inverse(1e-26).apply(g), scale * block.inverse(1e-24).apply(g), 1e-8)
 
 
+def test_the_empirical_kind_has_no_newton_step() -> None:
+    """It is as large as the residuals squared: with targets ten times as far off its steps would be as much shorter."""
+    first = []
+    for scale in (1.0, 1e4):
+        model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="empirical"), lr=0.01)
+        before = flat(model)
+        criterion(model(X), scale * torch.ones(8, 2).double()).backward()
+        opt.step()
+        first.append(float((flat(model) - before).norm()))
+        assert opt.info["at_newton_step"] == 0
+    assert first[1] == pytest.approx(first[0], rel=0.1)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "input", "dense", "diagonal"])
+def test_no_curvature_has_no_newton_step(structure: str) -> None:
+    model = nn.Linear(3, 2).double()
+    metric = ng.Fisher(model, nn.MSELoss(), kind="empirical", structure=structure)
+    metric.update(X, model(X).detach())  # no residual, no gradient
+    (block,) = metric.blocks
+    assert float(block.excess()) == 0
+
+
+def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:
+    model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion), weight_decay=0.0)
+    seen = []
+    for _ in range(60):
+        opt.zero_grad()
+        criterion(model(X), X[:, :2]).backward()
+        opt.step()
+        seen.append(opt.info["at_newton_step"])
+    assert (seen[0], seen[-1]) == (0, 1)
+
+
 def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
     """Minibatches, no schedule: steps of a set length alone end at a loss of about 1e-3 here."""
     torch.manual_seed(0)

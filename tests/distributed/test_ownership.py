@@ -42,9 +42,10 @@ def resnet18() -> Sides:
     return [*sides, (1000, 513)]
 
 
-def costs_of(sides: Sides, max_side: int | None = None) -> list[float]:
-    """Of the inverse of every factor, or of every piece of one."""
-    kept = [(kept_rows(d, max_side), d) for pair in sides for d in pair]
+def costs_of(sides: Sides, max_side: Any = None) -> list[float]:
+    """Of the inverse of every factor, or of every piece of one; "training" is the default while an optimizer drives."""
+    limit, trains = (None, True) if max_side == "training" else (max_side, False)
+    kept = [(kept_rows(d, limit, trains), d) for pair in sides for d in pair]
     return [float(stop - start) ** 3 for p, d in kept if p > 1 for start, stop in spans(p, d)]
 
 
@@ -67,18 +68,18 @@ def test_where_work_is_uneven() -> None:
     assert uneven == [set(range(17, 30)), {3}]
 
 
-SPLIT: dict[tuple[str, int | None], set[int]] = {  # where the busiest rank's work is 10 % above 1/W, of W up to 64
+SPLIT: dict[tuple[str, Any], set[int]] = {  # where the busiest rank's work is 10 % above 1/W, of W up to 64
     ("transformer", None): {*range(17, 30), *range(34, 65)},
     ("transformer", 1536): set(range(48, 57)),
     ("transformer", 1024): {45, 52, 60, 61, 62, 63},
     ("transformer", 768): set(),
     ("transformer", 512): set(),
     ("transformer, its table diagonal", 512): set(),
-    ("transformer, its table diagonal", 400): {48, 54, 55, *range(61, 65)},
+    ("transformer", "training"): {48, 54, 55, *range(61, 65)},
     ("resnet18", None): set(range(3, 65)) - {4, 5},
     ("resnet18", 1024): set(range(20, 65)) - {22, 23},
     ("resnet18", 512): {26, 29, *range(36, 60), 63, 64},
-    ("resnet18", 400): {*range(31, 37), 41, *range(47, 65)},
+    ("resnet18", "training"): {23, *range(27, 48), *range(53, 65)},
     ("resnet18", 256): {43, *range(49, 65)},
     ("resnet18", 112): set(),
 }
@@ -86,7 +87,7 @@ NETS = {"transformer": transformer(), "transformer, its table diagonal": transfo
 
 
 @pytest.mark.parametrize("case", SPLIT, ids=str)
-def test_pieces_share_out_what_dominates(case: tuple[str, int | None]) -> None:
+def test_pieces_share_out_what_dominates(case: tuple[str, Any]) -> None:
     name, max_side = case
     costs = costs_of(NETS[name], max_side)
     share = {size: max(work_of(costs, size)) / sum(costs) for size in range(2, 65)}
