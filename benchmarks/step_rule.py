@@ -17,10 +17,22 @@ from rich.console import Console
 from rich.table import Table
 
 import natgrad as ng
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.against_tuned import ALL
+from benchmarks.workloads import Workload
 from natgrad import kronecker_blocks, normalised, optimizer
 
-STEPS = {"digits_ae": 600, "concrete": 800, "wine": 600, "convnet": 250, "digits_classifier": 400}
+STEPS = {
+    "digits_ae": 600,
+    "concrete": 800,
+    "wine": 600,
+    "convnet": 250,
+    "digits_classifier": 400,
+    "mnist_ae": 40,
+    "curves_ae": 40,
+    "breast_cancer": 3000,
+    "friedman1": 3000,
+    "spirals": 3000,
+}
 AVERAGE = 0.98
 
 Make = Callable[[torch.nn.Module, torch.nn.Module], ng.NaturalGradient]
@@ -60,6 +72,7 @@ VARIANTS: dict[str, Make] = {
     "no limit by the Newton step": with_constant(normalised, "NEWTON_SHARE", 1e9, default),
     "up to the whole Newton step": with_constant(normalised, "NEWTON_SHARE", 1.0, default),
     "up to 0.3 of the Newton step": with_constant(normalised, "NEWTON_SHARE", 0.3, default),
+    "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
@@ -108,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=130)
     for name in args.workloads:
-        workload = WORKLOADS[name]()
+        workload = ALL[name]()
         steps = args.steps or STEPS[name]
         table = Table(title=f"{name}, {steps} steps, mean of {args.seeds} seeds")
         for column in ("variant", "train", "held out", "train, averaged", "held out, averaged", "refreshes"):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from natgrad.blocks import Block
-from natgrad.curvature import Curvature, Draw, block_of
+from natgrad.curvature import Curvature, Draw
 from natgrad.kronecker_blocks import KroneckerBlock
-from natgrad.metric_file import BLOCK_OPTIONS, block_to_json, layer_from_json
+from natgrad.metric_file import block_from_json, block_to_json
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
     shapes = curvature.layers.shapes
     for name, data in every.items():
         if name not in mine:
-            layers = [layer_from_json(d, shapes) for d in data["layers"]]
-            options = {k: data[k] for k in BLOCK_OPTIONS}
-            mine[name] = block = block_of(data["structure"], layers, **options)
+            mine[name] = block = block_from_json(data, shapes)
             if isinstance(block, KroneckerBlock):
                 curvature.limit_rows(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})

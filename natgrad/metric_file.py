@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
 FORMAT = 5
-BLOCK_OPTIONS = ("sharing", "max_side", "trains")  # of Kronecker blocks
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -70,6 +69,14 @@ def block_to_json(block: Block) -> dict[str, Any]:
         "trains": getattr(block, "trains", False),
         "layers": [layer_to_json(layer) for layer in block.layers],
     }
+
+
+def block_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Block:
+    """An empty block. `shapes`: of the parameters."""
+    from natgrad.curvature import block_of
+
+    layers = [layer_from_json(d, shapes) for d in data["layers"]]
+    return block_of(data["structure"], layers, data["sharing"], data["max_side"], data["trains"])
 
 
 def layer_to_json(layer: Layer) -> dict[str, Any]:
@@ -133,12 +140,9 @@ def blocks_from(
     there: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device
 ) -> list[Block]:
     """The blocks of a state, with their statistics. `shapes`: of the parameters."""
-    from natgrad.curvature import block_of
-
     blocks = []
     for i, data in enumerate(there["blocks"]):
-        layers = [layer_from_json(d, shapes) for d in data["layers"]]
-        block = block_of(data["structure"], layers, **{k: data[k] for k in BLOCK_OPTIONS})
+        block = block_from_json(data, shapes)
         for name, tensor in tensors.items():
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)

@@ -58,8 +58,6 @@ class BlockState:
     coherence: Tensor  # c̄, a scalar
     steps: int = 0  # t
     seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, d⟩, ‖g‖, ‖d‖: for `cosines`, not to continue from
-    excess: Tensor | None = None  # s, a scalar
-    excess_of: int = -1  # the version of the statistics that it belongs to
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (
         -1,
@@ -80,19 +78,9 @@ class BlockState:
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
-    def excess_for(self, block: Block) -> Tensor:
-        """`Block.excess`, the last finite one: of the statistics, which all ranks have, not of the inverse."""
-        if self.excess is None or self.excess_of != block.version:
-            fresh = block.excess()
-            last = torch.zeros_like(fresh) if self.excess is None else self.excess.to(fresh)
-            self.excess = torch.where(fresh.isfinite(), fresh, last)
-            self.excess_of = block.version
-        return self.excess
-
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        names = ("velocity", "coherence", "steps", "excess")
-        state: dict[str, Any] = {n: getattr(self, n) for n in names}
+        state: dict[str, Any] = {"velocity": self.velocity, "coherence": self.coherence, "steps": self.steps}
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -247,8 +235,7 @@ class NormalisedStep(StepRule):
         gains = (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
         lengths = set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
         if share is not None:
-            excess = torch.stack([s.excess_for(b).to(sizes) for s, b in zip(states, blocks)])
-            lengths = torch.minimum(lengths, NEWTON_SHARE / (share * excess))
+            lengths = torch.minimum(lengths, NEWTON_SHARE / (share * excesses(blocks, sizes)))
         self._at_newton = (lengths < set_lengths).to(lengths).mean()
         lengths = torch.where(sizes > 0, -gains * lengths, torch.zeros_like(sizes))
         torch._foreach_mul_(directions, list(lengths.unbind()))
@@ -393,6 +380,14 @@ def coherences(states: Sequence[BlockState], directions: list[Tensor], norms: Se
     for s, c in zip(states, now.unbind()):
         s.coherence = c
     return now
+
+
+def excesses(blocks: Sequence[Block], like: Tensor) -> Tensor:
+    """`Block.excess` of each block, (blocks,): of the statistics, which all ranks have, and not of the inverse, which
+    may be older. 0 where it is not finite, which sets no limit.
+    """
+    found = [b.cached("excess", lambda b=b: b.excess().nan_to_num(0, 0)) for b in blocks]
+    return torch.stack([s.to(like) for s in found])
 
 
 def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:

@@ -294,9 +294,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """What the last step did, read from the device now.
 
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
-        shorter than that), ``reduction_ratio`` (the loss's reduction over its linear
-        prediction, estimated from slopes) as the step rule knows them; ``refreshed``; ``refreshes``, ``steps`` and
-        ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made.
+        shorter than that), ``reduction_ratio`` (the loss's reduction over its linear prediction, estimated from slopes)
+        as the step rule knows them; ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time``
+        spent inside `step` since the optimizer was made.
         """
         elapsed = time.perf_counter() - self._started
         return {

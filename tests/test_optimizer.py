@@ -17,6 +17,7 @@ from cases import STRUCTURES, mlp
 from torch import Tensor, nn
 
 import natgrad as ng
+from natgrad.normalised import excesses
 from natgrad.optimizer import AVERAGE_LIMIT
 from natgrad.steps import FixedStep
 
@@ -437,12 +438,11 @@ def test_excess_is_what_the_relative_inverse_has_too_much(structure: str, close:
     metric.update(torch.randn(40, 3).double(), torch.randn(40, 2).double() * 5)
     (block,) = metric.blocks
     g = torch.randn(block.pack({n: p.detach() for n, p in model.named_parameters()}).shape).double()
-    scale = torch.as_tensor(block.excess(), dtype=torch.float64)
-    close(block.relative_inverse(1e-26).apply(g), scale * block.inverse(1e-24).apply(g), 1e-8)
+    close(block.relative_inverse(1e-26).apply(g), block.excess() * block.inverse(1e-24).apply(g), 1e-8)
 
 
 def test_the_empirical_kind_has_no_newton_step() -> None:
-    """It is as large as the residuals squared: with targets ten times as far off its steps would be as much shorter."""
+    """It is as large as the residuals squared: with targets far off its steps would be as much too short."""
     first = []
     for scale in (1.0, 1e4):
         model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
@@ -462,6 +462,25 @@ def test_no_curvature_has_no_newton_step(structure: str) -> None:
     metric.update(X, model(X).detach())  # no residual, no gradient
     (block,) = metric.blocks
     assert float(block.excess()) == 0
+
+
+@pytest.mark.parametrize(("value", "taken"), [(2.0, 2.0), (math.inf, 0.0), (math.nan, 0.0)])
+def test_an_excess_that_is_not_finite_sets_no_limit(
+    monkeypatch: pytest.MonkeyPatch, value: float, taken: float
+) -> None:
+    """0 is taken for it, and it is asked for once a refresh."""
+    metric = ng.Fisher(nn.Linear(3, 2).double(), nn.MSELoss())
+    metric.update(X, X[:, :2])
+    (block,) = metric.blocks
+    asked = []
+    monkeypatch.setattr(block, "excess", lambda: asked.append(1) or torch.tensor(value))
+    for _ in range(2):
+        found = excesses([block], X)
+        assert (found.dtype, found.tolist()) == (X.dtype, [taken])
+    assert len(asked) == 1
+    block.forget()
+    excesses([block], X)
+    assert len(asked) == 2
 
 
 def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:

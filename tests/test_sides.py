@@ -425,9 +425,10 @@ def test_a_pattern_without_a_parameter_is_refused() -> None:
 # while an optimizer drives --------------------------------------------------------------------------------------
 
 
-def driven(max_side: int | None = None) -> tuple[nn.Module, ng.NaturalGradient]:
+def driven(max_side: int | None = None, structure: str = "kfac") -> tuple[nn.Module, ng.NaturalGradient]:
     model = classifier()
-    return model, ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", max_side=max_side))
+    metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", structure=structure, max_side=max_side)
+    return model, ng.NaturalGradient(metric)
 
 
 def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,3 +457,22 @@ def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.Monkey
     alone = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact")
     alone.load(tmp_path / "metric.safetensors")
     assert torch.equal(alone.dense(), opt.metric.dense())
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "input"])
+def test_training_goes_on_with_what_was_cut(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    data = list(batches(8))
+    (model, opt), (again, resumed) = (driven(structure=structure) for _ in range(2))
+    train(model, opt, data[:4])
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(opt.state_dict())
+    for m, o in ((model, opt), (again, resumed)):
+        train(m, o, data[4:])
+    assert distance(weights(model), weights(again)) == 0
+
+
+def test_nothing_is_said_of_blocks_where_no_side_is_cut() -> None:
+    model, opt = driven()
+    train(model, opt, list(batches(1)))
+    assert "kept as blocks" not in str(opt.metric.coverage())
