@@ -13,7 +13,6 @@ from typing import Any
 
 from natgrad.blocks import Block
 from natgrad.curvature import Curvature, Draw
-from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.metric_file import block_from_json, block_to_json
 
 
@@ -69,8 +68,7 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
     for name, data in every.items():
         if name not in mine:
             mine[name] = block = block_from_json(data, shapes)
-            if isinstance(block, KroneckerBlock):
-                curvature.limit_rows(block)
+            curvature.set_up(block)
             curvature.layers.found.update({layer.key: layer for layer in block.layers})
         for layer, d in zip(mine[name].layers, data["layers"]):
             layer.fan_in = d["fan_in"]

@@ -179,7 +179,7 @@ class BlockMetric(Metric):
 
 
 def statistics_to_plain(statistics: Statistics) -> dict[str, Any]:
-    return {key: {"sums": a.sums, "masses": a.masses, "settled": a.settled} for key, a in statistics.items()}
+    return {key: dict(vars(a)) for key, a in statistics.items()}
 
 
 def statistics_from_plain(plain: Mapping[str, Any]) -> Statistics:

@@ -26,6 +26,7 @@ from natgrad.kronecker import damped_inverse, safe_eigh
 from natgrad.layers import Layer, Use, Window
 from natgrad.pieces import Piece
 
+VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
 
 
@@ -61,6 +62,7 @@ class Block:
         self.version = 0  # rises whenever the statistics change
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
         self.elsewhere = False  # the statistics are there, at the owner
+        self.storage: torch.dtype | None = None  # in which moving averages are held; None for that of computation
         self._cache: dict[str, tuple[int, Any]] = {}
         self._inverse: tuple[int, float, Inverse] | None = None
 
@@ -70,8 +72,8 @@ class Block:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the statistics."""
-        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
+        """Of the statistics, as they are computed with."""
+        return next(a.dtype for a in self.statistics.values())
 
     @property
     def known(self) -> bool:
@@ -119,7 +121,7 @@ class Block:
             if decay is None:
                 mine.merge(average, plain and not self.is_mean(key))
             else:
-                mine.fold(average, decay)
+                mine.fold(average, decay, self.is_symmetric(key), self.storage)
         self.version += 1
 
     def is_mean(self, key: str) -> bool:
@@ -142,8 +144,13 @@ class Block:
         self._cache, self._inverse = {}, None
         self.version += 1
 
+    def release(self) -> None:
+        """Let go of statistics in the form to compute with, where they are held in a smaller one."""
+        if any(average.kept_small for average in self.statistics.values()):
+            self._cache = {k: v for k, v in self._cache.items() if not k.startswith(VALUE)}
+
     def value(self, key: str) -> Tensor:
-        return self.cached("value " + key, lambda: self.statistics[key].value())
+        return self.cached(VALUE + key, lambda: self.statistics[key].value())
 
     def cached(self, key: str, compute: Any) -> Any:
         """`compute()`, kept until the statistics change."""
@@ -155,13 +162,10 @@ class Block:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow parameters that were moved or cast."""
-        for average in self.statistics.values():
-            for held in (average.sums, average.masses):
-                for source, t in held.items():
-                    if t.device != device or t.dtype != dtype:
-                        held[source] = t.to(device, dtype)
-                        self._cache = {}
-                        self.version += 1
+        moved = [average.move(device, dtype) for average in self.statistics.values()]
+        if any(moved):
+            self._cache = {}
+            self.version += 1
 
     # coordinates
 
@@ -326,6 +330,7 @@ class DenseBlock(JointBlock):
         self.layers.append(layer)
         self.version += 1
         for average in self.statistics.values():
+            average.open()
             average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
 
     @property

@@ -89,6 +89,7 @@ class Curvature:
     max_side_of: Callable[[str], int | None]
     fraction: float = 1.0
     max_positions: int | None = None
+    storage: torch.dtype | None = None  # of moving averages
     trains: bool = False  # an optimizer drives the metric
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
@@ -332,8 +333,7 @@ class Curvature:
                     continue
             name = layer.key.name
             block = block_of(structure, [layer], self.sharing_of(name), self.max_side_of(name), self.trains)
-            if isinstance(block, KroneckerBlock):
-                self.limit_rows(block)
+            self.set_up(block)
             self.blocks.append(block)
         return calls
 
@@ -346,8 +346,11 @@ class Curvature:
             for layer in block.layers:
                 del self.layers.found[layer.key]
 
-    def limit_rows(self, block: KroneckerBlock) -> None:
-        """Say how many rows of one call may enter a factor of the block, and what draws them."""
+    def set_up(self, block: Block) -> None:
+        """Say how a block is to hold its averages, and how many rows of one call may enter a factor, drawn by what."""
+        block.storage = self.storage
+        if not isinstance(block, KroneckerBlock):
+            return
         block.generator = self.row_generator
         block.max_rows = self.max_positions
         if self.trains and self.kind == "sampled" and self.max_positions is None:
@@ -357,8 +360,7 @@ class Curvature:
         """An optimizer takes over: what a refresh costs counts from now on."""
         self.trains = True
         for block in self.blocks:
-            if isinstance(block, KroneckerBlock):
-                self.limit_rows(block)
+            self.set_up(block)
 
     # which rows belong to which datum ------------------------------------------------------------------
 

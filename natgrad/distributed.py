@@ -37,7 +37,7 @@ from natgrad.curvature import Curvature, Draw, statistics_dtype
 from natgrad.metric_file import block_to_json
 from natgrad.ownership import settle
 from natgrad.sharded import mesh_ranks
-from natgrad.sides import from_triangle, triangle
+from natgrad.triangles import side_of_triangles, triangles
 from natgrad.wrappers import refuse_wrappers, wrapper_of
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Ranks:
             symmetric = block.is_symmetric(e.key)
             total = held.sums.get(e.source)
             total = torch.zeros(e.shape, dtype=dtype, device=self.device) if total is None else total
-            pieces.append(triangle(total) if symmetric else total.flatten())
+            pieces.append(triangles(total) if symmetric else total.flatten())
             rebuild.append((e, symmetric))
             if e.mass is not None:
                 mass = held.masses.get(e.source)
@@ -213,7 +213,7 @@ class Ranks:
         for (e, flat, symmetric, own), held_here in zip(read, here):
             if not held_here:
                 continue
-            total = from_triangle(flat, e.shape) if symmetric else flat.reshape(e.shape)
+            total = side_of_triangles(flat, e.shape) if symmetric else flat.reshape(e.shape)
             average = statistics.setdefault(e.block, {}).setdefault(e.key, Average())
             average.sums[e.source] = total
             if own is not None:
@@ -348,5 +348,6 @@ def described(metric: Fisher) -> dict[str, Any]:
         "max_side": {n: metric.curvature.max_side_of(n) for n in metric.parameters},
         "fraction": metric.curvature.fraction,
         "max_positions": metric.curvature.max_positions,
+        "storage": str(metric.curvature.storage),
     }
     return found if metric._driver is None else {**found, "optimizer": metric._driver.schedule}

@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from natgrad.averages import Average, Statistics
-from natgrad.blocks import Block, Inverse, Job
+from natgrad.blocks import VALUE, Block, Inverse, Job
 from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece
 from natgrad.layers import Layer, Use, Window
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
@@ -42,9 +43,11 @@ from natgrad.sides import (
     trace_of,
     transposed,
 )
+from natgrad.triangles import side_of_triangles, triangles
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
+LONG = 160  # rows of a piece of an inverse from which on its triangle alone is kept
 TRAINING_SIDE = 400  # longest block kept of a side while an optimizer drives, likewise
 
 
@@ -63,7 +66,7 @@ class KroneckerBlock(Block):
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
         self.twin: KroneckerBlock | None = None  # an earlier block that had the same gradients in the last pass
-        self._u_inverse: tuple[int, float, Tensor | None] = (-1, 0.0, None)
+        self._u_inverse: tuple[int, float, HeldSide | None] = (-1, 0.0, None)
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
@@ -160,13 +163,13 @@ class KroneckerBlock(Block):
     @property
     def u(self) -> Tensor:
         """(groups, d_out, d_out), or (groups, p, d_out) in pieces of p rows"""
-        u: Tensor = self.cached("sides", self._sides)[0]
+        u: Tensor = self.cached(VALUE + "sides", self._sides)[0]
         return u
 
     @property
     def v(self) -> Tensor:
         """(groups, d_in, d_in), or (groups, p, d_in) in pieces of p rows"""
-        v: Tensor = self.cached("sides", self._sides)[1]
+        v: Tensor = self.cached(VALUE + "sides", self._sides)[1]
         return v
 
     def _sides(self) -> tuple[Tensor, Tensor]:
@@ -203,18 +206,17 @@ class KroneckerBlock(Block):
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
         if results is None:
-            u = self._inverse_of_twin(damping)
-            u = relative_inverse(self.u, damping) if u is None else u
+            u = self._inverse_of_twin(damping) or HeldSide.of(relative_inverse(self.u, damping))
             self._u_inverse = self.version, damping, u
-            return KroneckerInverse(u, relative_inverse(self.v, damping))
+            return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping)))
         done = iter(results)
-        u, v = (
+        sides = (
             relative_inverse(s, damping) if is_diagonal(s) else side_of([next(done) for _ in pieces_of(s)])
             for s in (self.u, self.v)
         )
-        return KroneckerInverse(u, v)
+        return KroneckerInverse.of(*map(HeldSide.of, sides))
 
-    def _inverse_of_twin(self, damping: float) -> Tensor | None:
+    def _inverse_of_twin(self, damping: float) -> HeldSide | None:
         """The inverse of U, where a block that meets the same gradients has the same U and has inverted it."""
         twin = self.twin
         if twin is None or twin._u_inverse[:2] != (twin.version, damping) or not torch.equal(twin.u, self.u):
@@ -342,10 +344,35 @@ class EigenInverse(Inverse):
         return out_of_basis(into_basis(x, self.qu, self.qv) * self.scale, self.qu, self.qv)
 
 
+class HeldSide(NamedTuple):
+    """A side, of a longer one the triangles of its pieces: to open them takes a fraction of the product."""
+
+    numbers: Tensor
+    shape: tuple[int, ...] | None = None  # of the side, where `numbers` are its triangles
+
+    @classmethod
+    def of(cls, side: Tensor) -> HeldSide:
+        if side.shape[-2] < LONG:
+            return cls(side)
+        return cls(triangles(side), tuple(side.shape))
+
+    def side(self) -> Tensor:
+        return self.numbers if self.shape is None else side_of_triangles(self.numbers, self.shape)
+
+
 @dataclass
 class KroneckerInverse(Inverse):
+    """Ũ X Ṽ, from what two `HeldSide` hold."""
+
     u: Tensor
     v: Tensor
+    u_shape: tuple[int, ...] | None = None
+    v_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, u: HeldSide, v: HeldSide) -> KroneckerInverse:
+        return cls(u.numbers, v.numbers, u.shape, v.shape)
 
     def apply(self, x: Tensor) -> Tensor:
-        return kron_apply(self.u, x, self.v).contiguous()  # every rank is to sum its entries in one order
+        u, v = HeldSide(self.u, self.u_shape).side(), HeldSide(self.v, self.v_shape).side()
+        return kron_apply(u, x, v).contiguous()  # every rank is to sum its entries in one order

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from natgrad.averages import Average
 from natgrad.blocks import Block
-from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.layers import Layer
 from natgrad.layouts import LAYOUTS
 from natgrad.pieces import Piece
@@ -27,7 +26,9 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 5
+FORMAT = 6
+DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}  # that statistics are computed in
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -40,7 +41,13 @@ def state_of(metric: Fisher) -> dict[str, Any]:
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     generators[ROWS] = metric.curvature.row_generator.get_state()
-    said = {**about(metric), "tensors": sorted(tensors)}
+    small = {
+        f"{i}.{key}": {"sides": average.sides, "dtype_of_value": DTYPE_NAMES[average.dtype_of_value]}
+        for i, block in enumerate(metric.blocks)
+        for key, average in block.statistics.items()
+        if average.kept_small
+    }
+    said = {**about(metric), "tensors": sorted(tensors), "kept_small": small}
     return {"about": json.dumps(said), "tensors": tensors, "generators": generators}
 
 
@@ -123,8 +130,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.seen = there["seen"]
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:
-        if isinstance(block, KroneckerBlock):
-            metric.curvature.limit_rows(block)
+        metric.curvature.set_up(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
     for which, saved in state.get("generators", {}).items():
         rows = which == ROWS
@@ -149,6 +155,10 @@ def blocks_from(
             if int(number) == i:
                 average = block.statistics.setdefault(key, Average())
                 (average.sums if part == "sum" else average.masses)[source] = tensor.to(device, copy=True)
+        for key, average in block.statistics.items():
+            if (form := there["kept_small"].get(f"{i}.{key}")) is not None:
+                average.settled, average.sides = True, tuples(form["sides"])
+                average.dtype_of_value = DTYPES[form["dtype_of_value"]]
         blocks.append(block)
     return blocks
 

@@ -116,31 +116,3 @@ def dense_of(side: Tensor) -> Tensor:
     for m, (start, stop) in zip(pieces_of(side), spans(p, d)):
         out[..., start:stop, start:stop] = m
     return out
-
-
-# messages ------------------------------------------------------------------------------------------------------
-
-
-def triangle(side: Tensor) -> Tensor:
-    """The upper triangles of the pieces, flat: about half the numbers."""
-    return torch.cat([upper(m).flatten() for m in pieces_of(side)])
-
-
-def upper(m: Tensor) -> Tensor:
-    """(…, w, w) → (…, w (w + 1) / 2)"""
-    i, j = torch.triu_indices(m.shape[-1], m.shape[-1], device=m.device)
-    return m[..., i, j]
-
-
-def from_triangle(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The side of this shape that `triangle` gave."""
-    out = flat.new_zeros(shape)
-    start = 0
-    for m in pieces_of(out):
-        i, j = torch.triu_indices(m.shape[-1], m.shape[-1], device=flat.device)
-        length = m[..., i, j].numel()
-        rows = flat[start : start + length].reshape(*shape[:-2], -1)
-        m[..., i, j] = rows
-        m[..., j, i] = rows
-        start += length
-    return out

@@ -25,6 +25,7 @@ LEVELS = {
     "capture": 0,
     "kronecker": 0,
     "sides": 0,
+    "triangles": 0,
     "coverage": 0,
     "runs": 0,
     "jet": 0,

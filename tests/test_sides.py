@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training_cases import batches, classifier, distance, train, weights
 
 import natgrad as ng
-from natgrad import kronecker, sides
+from natgrad import kronecker, sides, triangles
 from natgrad.kronecker_blocks import size_text
 from tests import oracle
 
@@ -80,10 +80,10 @@ def test_what_is_not_symmetric_keeps_its_form(longest: int, close: Close) -> Non
 @pytest.mark.parametrize("longest", LONGEST[1:])
 def test_triangles_hold_every_number_once(longest: int, stack: tuple[int, ...]) -> None:
     side = kept(psd(7, stack), longest)
-    flat = sides.triangle(side)
+    flat = triangles.triangles(side)
     per = sum((b - a) * (b - a + 1) // 2 for a, b in sides.spans(*side.shape[-2:]))
     assert flat.numel() == per * torch.Size(stack).numel()
-    assert torch.equal(sides.from_triangle(flat, tuple(side.shape)), side)
+    assert torch.equal(triangles.side_of_triangles(flat, tuple(side.shape)), side)
 
 
 def test_pieces_are_few_and_even() -> None:
@@ -252,7 +252,7 @@ def test_a_state_of_another_format_is_refused() -> None:
     state = metric_of("kfac", 4).state_dict()
     about = {**json.loads(state["about"]), "format": 4}
     again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_side=4)
-    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 5"):
+    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 6"):
         again.load_state_dict({**state, "about": json.dumps(about)})
 
 
