@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from natgrad.sides import (
     trace_of,
     transposed,
 )
-from natgrad.triangles import side_of_triangles, triangles
+from natgrad.triangles import lengths, side_of_triangles, triangles
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
@@ -286,6 +287,12 @@ def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
     return rows_of_pieces(d, TRAINING_SIDE if trains else FULL_SIDE)
 
 
+def numbers_kept(shape: Sequence[int]) -> int:
+    """Numbers that training keeps of a side (…, p, d): of its average and of its inverse."""
+    half, whole = sum(lengths(shape)), prod(shape)
+    return (half if shape[-2] > 1 else whole) + (half if shape[-2] >= LONG else whole)
+
+
 def size_text(p: int, d: int) -> str:
     """What a side takes.
 
@@ -352,9 +359,7 @@ class HeldSide(NamedTuple):
 
     @classmethod
     def of(cls, side: Tensor) -> HeldSide:
-        if side.shape[-2] < LONG:
-            return cls(side)
-        return cls(triangles(side), tuple(side.shape))
+        return cls(triangles(side), tuple(side.shape)) if side.shape[-2] >= LONG else cls(side)
 
     def side(self) -> Tensor:
         return self.numbers if self.shape is None else side_of_triangles(self.numbers, self.shape)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, Job
 from natgrad.kronecker import FactorisationError
+from natgrad.kronecker_blocks import numbers_kept
 from natgrad.sides import spans
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def cost_of_side(shape: Sequence[int]) -> int:
 
 def footprint(block: Block) -> float:
     """Numbers that the owner of a block keeps: statistics, inverse and velocity."""
-    return float(2 * sum(map(prod, block.sides())) + block.dimension)
+    return float(sum(map(numbers_kept, block.sides())) + block.dimension)
 
 
 def settle(blocks: Sequence[Block], ranks: int) -> None:

@@ -16,6 +16,7 @@ A side (`natgrad.sides`) becomes the numbers of its pieces, one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -32,13 +33,21 @@ def triangles(side: Tensor) -> Tensor:
 
 def side_of_triangles(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The side of this shape that `triangles` gave."""
-    stack, (p, d) = shape[:-2], shape[-2:]
+    p, d = shape[-2:]
     out = flat.new_empty(shape) if d % p == 0 else flat.new_zeros(shape)  # below a shorter last piece there are zeros
-    sizes = [stop - start for start, stop in spans(p, d)]
-    parts = flat.split([prod(stack) * w * (w + 1) // 2 for w in sizes])
-    for m, part in zip(pieces_of(out), parts):
-        fill(m, part.view(*stack, -1))
+    for m, part in zip(pieces_of(out), flat.split(lengths(shape))):
+        fill(m, part.view(*shape[:-2], -1))
     return out
+
+
+def lengths(shape: Sequence[int]) -> list[int]:
+    """How many numbers each piece of a side (…, p, d) becomes.
+
+    >>> lengths((4, 10)), lengths((2, 3, 3))
+    ([10, 10, 3], [12])
+    """
+    widths = [stop - start for start, stop in spans(shape[-2], shape[-1])]
+    return [prod(shape[:-2]) * w * (w + 1) // 2 for w in widths]
 
 
 def halved(m: Tensor) -> Tensor:
