@@ -13,7 +13,8 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,9 +51,10 @@ from natgrad.options import (
     unwrapped,
 )
 from natgrad.sharded import LiveNames, Shards, kept_open, sharded_modules
+from natgrad.small_pass import SmallPasses
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher, unwatched
-from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
+from natgrad.wrappers import kept_attributes, refuse_join, refuse_rule, refuse_structures, undisturbed
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -170,6 +172,7 @@ class Fisher(BlockMetric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
+        self._small_passes = SmallPasses()
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
@@ -205,18 +208,8 @@ class Fisher(BlockMetric):
         return self._draw_update(args, kwargs, targets)
 
     def _draw_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Draw:
-        buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
-        devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
-        tape = Tape(self.parameter_names())
-        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched():
-            tape.open(args, kwargs)
-            if tape.data == 0:
-                tape.close()
-                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
-            try:
-                result = torch.func.functional_call(self.module, buffers, args, kwargs)
-            finally:
-                tape.close()
+        with self.aside():
+            result, tape = self.noted(args, kwargs)
             output = result if self._output is None else self._output(result)
             self._check_output(output, targets)
             self.curvature.warn_of_batch_norm()
@@ -234,6 +227,29 @@ class Fisher(BlockMetric):
                 "or ignores its parameters"
             )
         return draw
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For forward passes of the metric's own, which leave the model and the random state as they were."""
+        devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(self.module):
+            yield
+
+    def noted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tape]:
+        """What the model returns, and the calls behind it.
+
+        Raises:
+            ValueError: the batch is empty.
+        """
+        buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
+        tape = Tape(self.parameter_names())
+        tape.open(args, kwargs)
+        try:
+            if tape.data == 0:
+                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
+            return torch.func.functional_call(self.module, buffers, args, kwargs), tape
+        finally:
+            tape.close()
 
     def _check_output(self, output: Any, targets: Any) -> None:
         """Raise a ValueError if the criterion cannot take the output with these labels."""
@@ -328,15 +344,22 @@ class Fisher(BlockMetric):
         else:
             args, kwargs = called[""]
             output, targets = self.reading.split(*args, **kwargs)
-        return self._draw_training(output, targets, tapes)
+        return self._draw_training(output, targets, tapes, at_criterion=True)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
-        output = output if self._output is None else self._output(output)
-        targets = None if self._targets is None else self._targets(received(*given))
-        return self._draw_training(output, targets, tapes)
+        return self._draw_training(*self.asked_for(output, *given), tapes, at_criterion=False)
 
-    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
+    def asked_for(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """What `output=` and `targets=` make of what the model returned and received."""
+        output = result if self._output is None else self._output(result)
+        return output, None if self._targets is None else self._targets(received(args, kwargs))
+
+    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape], at_criterion: bool) -> Draw | None:
         with undisturbed(self.model), kept_open(self.model):
+            if len(tapes) == 1:
+                few = self._small_passes.draw(self, output, targets, tapes[0], at_criterion)
+                if few is not None:
+                    return few
             return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:
@@ -461,7 +484,12 @@ class Fisher(BlockMetric):
     @property
     def info(self) -> dict[str, Any]:
         shared = {} if self.ranks is None else self.ranks.info
-        return {"dropped_statistics": self.dropped, "data_seen": self.seen, **shared}
+        return {
+            "dropped_statistics": self.dropped,
+            "data_seen": self.seen,
+            "small_passes": self._small_passes.taken,
+            **shared,
+        }
 
     def discard_pending(self) -> None:
         """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""

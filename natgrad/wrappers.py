@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.steps import StepRule
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 SWITCH = "wrap it as torch.nn.parallel.DistributedDataParallel(model) instead"
 
 
@@ -82,6 +84,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         wrapper._static_graph_delay_allreduce_enqueued = before
+
+
+@contextmanager
+def kept_attributes(module: nn.Module) -> Iterator[None]:
+    """What modules note of a forward pass (a hidden state, a loss of their own) is as before afterwards."""
+    attributes = [(m, dict(vars(m))) for m in module.modules()]
+    containers = [
+        (v, copy.copy(v))
+        for _, held in attributes
+        for k, v in held.items()
+        if k not in OF_EVERY_MODULE and type(v) in (list, dict)
+    ]
+    try:
+        yield
+    finally:
+        for m, held in attributes:
+            vars(m).clear()
+            vars(m).update(held)
+        for now, before in containers:
+            now.clear()
+            now.extend(before) if isinstance(now, list) else now.update(before)
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -53,6 +53,7 @@ LEVELS = {
     "metric_file": 2,
     "block_metric": 2,
     "fisher": 2,
+    "small_pass": 2,
     "taylor_kfac": 2,
     "layer_rows": 2,
     "kronecker_sum": 2,
