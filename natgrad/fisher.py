@@ -242,7 +242,7 @@ class Fisher(BlockMetric):
             ValueError: the batch is empty.
         """
         buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
-        tape = Tape(self.parameter_names())
+        tape = Tape(self.parameter_names(), aside=True)
         tape.open(args, kwargs)
         try:
             if tape.data == 0:

@@ -13,6 +13,7 @@ dimension counts something else; the whole batch is used then, from there on wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
 LARGEST_SHARE = 0.5  # of a batch that may be run again: its forward and backward pass costs 1.5 backward passes
+ROWS_OF_DIAGONALS = 64  # that a block of diagonals takes at least: each entry is a mean over them
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # over the largest
 
 
@@ -70,7 +72,8 @@ def few_enough(curvature: Curvature, outputs: Tensors, tape: Tape) -> int | None
             return None
         rows = prod(call.view.leading(call.x))
         if rows % data == 0:  # else what it sees belongs to no datum, as the positions of an embedding
-            wanted = max(wanted, -(-block.max_rows * data // rows))
+            most = block.max_rows if max(block.kept) > 1 else min(block.max_rows, ROWS_OF_DIAGONALS)
+            wanted = max(wanted, -(-most * data // rows))
     return wanted if wanted <= LARGEST_SHARE * data else None
 
 
@@ -89,6 +92,14 @@ def drawn_again(outputs: Tensors, whole: Any, again: Any, few: Few) -> Tensors |
         shape = (o.shape[0] // few.data * len(few.chosen), *o.shape[1:])
         found.append(same[0].as_strided(shape, o.stride(), same[0].storage_offset()))
     return tuple(found) if are_same(found, outputs, few) else None
+
+
+def as_it_was(tape: Tape) -> AbstractContextManager[Any]:
+    """The autocast in which a forward pass ran."""
+    if tape.autocast is None:
+        return nullcontext()
+    where, dtype, on = tape.autocast
+    return torch.autocast(where, dtype, enabled=on)
 
 
 def is_view_of(o: Tensor, leaf: Tensor) -> bool:
@@ -131,12 +142,14 @@ class SmallPasses:
         if count is None:
             return None
         assert tape.data is not None
+        before = curvature.row_generator.get_state()
         few = Few(torch.randperm(tape.data, generator=curvature.row_generator)[:count], tape.data)
         with metric.aside():
             found = self._again(metric, output, targets, tape, few, at_criterion)
             draw = None if found is None else curvature.draw(*found, per_datum=False)
         if draw is None:
             self._refused.add(form)
+            curvature.row_generator.set_state(before)  # a run that is resumed tries once more
             return None
         self.taken += 1
         tape.drawn = True
@@ -153,7 +166,8 @@ class SmallPasses:
         if at_criterion and not all(few.fits(t) for t in labels):
             return None
         try:
-            again, tape = metric.noted(args, kwargs)
+            with as_it_was(tape):
+                again, tape = metric.noted(args, kwargs)
         except Exception:  # the model's own: it may be made for batches of one size
             return None
         outputs = metric.reading.outputs(output)
