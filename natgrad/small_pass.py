@@ -126,7 +126,7 @@ class SmallPasses:
 
     def __init__(self) -> None:
         self.taken = 0
-        self._refused: set[object] = set()  # forms of batches whose few data were not the same by themselves
+        self._refused: set[bool] = set()  # modes, training or not, in which few data were not the same by themselves
 
     def draw(self, metric: Fisher, output: Any, targets: Any, tape: Tape, at_criterion: bool) -> Draw | None:
         """The draw of a training batch from few of its data; None where the whole batch is to be used.
@@ -135,8 +135,8 @@ class SmallPasses:
         """
         curvature = metric.curvature
         outputs = curvature.reading.outputs(output)
-        form = (metric.module.training, *(o.shape for o in outputs))
-        if tape.at_output is None or form in self._refused or not usable(outputs):
+        mode = metric.module.training
+        if tape.at_output is None or mode in self._refused or not usable(outputs):
             return None
         count = few_enough(curvature, outputs, tape)
         if count is None:
@@ -148,7 +148,7 @@ class SmallPasses:
             found = self._again(metric, output, targets, tape, few, at_criterion)
             draw = None if found is None else curvature.draw(*found, per_datum=False)
         if draw is None:
-            self._refused.add(form)
+            self._refused.add(mode)
             curvature.row_generator.set_state(before)  # a run that is resumed tries once more
             return None
         self.taken += 1
