@@ -15,7 +15,8 @@ from torch import Tensor
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import CHUNK, Inverse, Job
 from natgrad.kronecker import eigen_of
-from natgrad.kronecker_blocks import EigenInverse, KroneckerBlock, into_basis, out_of_basis
+from natgrad.kronecker_blocks import KroneckerBlock
+from natgrad.kronecker_inverse import EigenInverse, into_basis, out_of_basis
 from natgrad.layers import Layer, Use
 from natgrad.sides import across, left_times, times, transposed
 

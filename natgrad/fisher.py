@@ -20,21 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad import kronecker_blocks, metric_file
+from natgrad import metric_file
 from natgrad.averages import Statistics
 from natgrad.block_metric import BlockMetric
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
-from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import (
-    PER_DATUM,
-    STRUCTURES,
-    TRAINING_ROWS,
-    Curvature,
-    Draw,
-    statistics_dtype,
-    usable,
-)
+from natgrad.coverage import Coverage
+from natgrad.covered import coverage_of
+from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype, usable
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.likelihoods import CrossEntropy, read
@@ -533,44 +526,7 @@ class Fisher(BlockMetric):
 
     def coverage(self) -> Coverage:
         """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
-        notes = []
-        if self.curvature.fraction < 1:
-            notes.append(f"labels drawn for {self.curvature.fraction:.0%} of the data")
-        if self.curvature.max_positions is not None:
-            notes.append(f"at most {self.curvature.max_positions} rows of a call enter a Kronecker factor")
-        elif self.curvature.trains and self.kind == "sampled":
-            notes.append(
-                f"while an optimizer trains, at most {TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
-                "as many as its larger side has"
-            )
-        if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in self.blocks):
-            limit = kronecker_blocks.TRAINING_SIDE
-            notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")
-        return Coverage(tuple(self._coverage_row(n) for n in self.parameters), "; ".join(notes))
-
-    def _coverage_row(self, name: str) -> CoverageRow:
-        shape = tuple(self.parameters[name].shape)
-        held = [(b, layer) for b in self.blocks for layer in b.layers if name in layer.names]
-        if held:
-            blocks = list(dict.fromkeys(b for b, _ in held))
-            memory = sum(b.memory() for b in blocks)
-            ops = ", ".join(dict.fromkeys(layer.op for _, layer in held))
-            use = self.curvature.uncovered.get(name)
-            why = f"no op rule covers its use (reached through {use.used_by})" if use and ops == PER_DATUM else ""
-            sizes = ", ".join(b.sizes() for b in blocks if b.known)
-            return CoverageRow(name, shape, ops, blocks[0].structure, sizes, memory, why)
-        if (use := self.curvature.uncovered.get(name)) is not None:
-            why = f"no op rule covers its use (reached through {use.used_by}); optimizers train it by an Adam-like rule"
-            return CoverageRow(name, shape, "", "no curvature", "", 0, why)
-        return CoverageRow(
-            name,
-            shape,
-            "",
-            "not seen",
-            "",
-            0,
-            "no forward pass has used it yet" if not self.seen else "unused",
-        )
+        return coverage_of(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics and what they belong to: tensors, strings and numbers only.

@@ -20,10 +20,7 @@ U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,24 +28,20 @@ from torch import Tensor
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import VALUE, Block, Inverse, Job
 from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece
+from natgrad.kronecker_inverse import EigenInverse, HeldSide, KroneckerInverse, into_basis, out_of_basis
 from natgrad.layers import Layer, Use, Window
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
 from natgrad.sides import (
     diagonal_of,
     is_diagonal,
-    left_times,
     pieces_of,
     rows_of_pieces,
     side_of,
-    times,
     trace_of,
-    transposed,
 )
-from natgrad.triangles import lengths, side_of_triangles, triangles
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
-LONG = 160  # rows of a piece of an inverse from which on its triangle alone is kept
 TRAINING_SIDE = 400  # longest block kept of a side while an optimizer drives, likewise
 
 
@@ -287,12 +280,6 @@ def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
     return rows_of_pieces(d, TRAINING_SIDE if trains else FULL_SIDE)
 
 
-def numbers_kept(shape: Sequence[int]) -> int:
-    """Numbers that training keeps of a side (…, p, d): of its average and of its inverse."""
-    half, whole = sum(lengths(shape)), prod(shape)
-    return (half if shape[-2] > 1 else whole) + (half if shape[-2] >= LONG else whole)
-
-
 def size_text(p: int, d: int) -> str:
     """What a side takes.
 
@@ -306,18 +293,6 @@ def size_text(p: int, d: int) -> str:
     pieces, rest = divmod(d, p)
     equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
     return f"({equal} + {rest}²)" if rest else equal
-
-
-def into_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
-    """Q_Uᵀ X Q_V"""
-    x = x if qu is None else left_times(transposed(qu), x)
-    return x if qv is None else times(x, qv)
-
-
-def out_of_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
-    """Q_U X Q_Vᵀ"""
-    x = x if qu is None else left_times(qu, x)
-    return x if qv is None else times(x, transposed(qv))
 
 
 def summed_positions(rows: Rows) -> Rows:
@@ -337,47 +312,3 @@ def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Te
 def beside(share: Tensor) -> Tensor:
     """(groups,) beside (groups, ·, ·)"""
     return share[:, None, None]
-
-
-@dataclass
-class EigenInverse(Inverse):
-    """Q_U [ (Q_Uᵀ X Q_V) ∘ scale ] Q_Vᵀ"""
-
-    scale: Tensor
-    qu: Tensor | None
-    qv: Tensor | None
-
-    def apply(self, x: Tensor) -> Tensor:
-        return out_of_basis(into_basis(x, self.qu, self.qv) * self.scale, self.qu, self.qv)
-
-
-class HeldSide(NamedTuple):
-    """A side, of a longer one the triangles of its pieces: to open them takes a fraction of the product."""
-
-    numbers: Tensor
-    shape: tuple[int, ...] | None = None  # of the side, where `numbers` are its triangles
-
-    @classmethod
-    def of(cls, side: Tensor) -> HeldSide:
-        return cls(triangles(side), tuple(side.shape)) if side.shape[-2] >= LONG else cls(side)
-
-    def side(self) -> Tensor:
-        return self.numbers if self.shape is None else side_of_triangles(self.numbers, self.shape)
-
-
-@dataclass
-class KroneckerInverse(Inverse):
-    """Ũ X Ṽ, from what two `HeldSide` hold."""
-
-    u: Tensor
-    v: Tensor
-    u_shape: tuple[int, ...] | None = None
-    v_shape: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(cls, u: HeldSide, v: HeldSide) -> KroneckerInverse:
-        return cls(u.numbers, v.numbers, u.shape, v.shape)
-
-    def apply(self, x: Tensor) -> Tensor:
-        u, v = HeldSide(self.u, self.u_shape).side(), HeldSide(self.v, self.v_shape).side()
-        return kron_apply(u, x, v).contiguous()  # every rank is to sum its entries in one order

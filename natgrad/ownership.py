@@ -27,7 +27,7 @@ from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, Job
 from natgrad.kronecker import FactorisationError
-from natgrad.kronecker_blocks import numbers_kept
+from natgrad.kronecker_inverse import numbers_kept
 from natgrad.sides import spans
 
 if TYPE_CHECKING:

@@ -97,6 +97,7 @@ def test_the_metric_is_that_of_the_data_that_were_drawn(loss: Loss, masked: bool
     step(opt, loss, x, y)
     assert opt.info["small_passes"] == 1
     assert opt.info["data_seen"] == DATA
+    assert "1 refreshes ran on few data" in str(opt.metric.coverage())  # type: ignore[attr-defined]
     for name in ("layer.weight", "head.weight", "words.weight", "places"):
         for mine, theirs in zip(opt.metric.factors(name), alone.factors(name)):  # type: ignore[attr-defined]
             assert float((mine - theirs).abs().max()) <= 1e-12 * float(theirs.abs().max()), name

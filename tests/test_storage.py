@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from training_cases import F64, batches, distance, train, weights
 
 import natgrad as ng
-from natgrad import kronecker_blocks
+from natgrad import kronecker_inverse
 from natgrad.averages import Average
 from natgrad.kronecker import relative_inverse
-from natgrad.kronecker_blocks import HeldSide, KroneckerInverse
+from natgrad.kronecker_inverse import HeldSide, KroneckerInverse
 from natgrad.sides import side_of
 
 BF16 = 2.0**-8  # half a unit in the last place, relative
@@ -193,7 +193,7 @@ def test_a_long_inverse_is_held_as_its_triangle_and_applied_the_same(monkeypatch
     sides = relative_inverse(u, 0.1), relative_inverse(v, 0.1)
     assert all(HeldSide.of(s).shape is None for s in sides)
     straight = KroneckerInverse.of(*map(HeldSide.of, sides)).apply(x)
-    monkeypatch.setattr(kronecker_blocks, "LONG", 3)
+    monkeypatch.setattr(kronecker_inverse, "LONG", 3)
     held = KroneckerInverse.of(*map(HeldSide.of, sides))
     assert (held.u_shape, held.v_shape) == ((2, 7, 7), (2, 3, 5))
     assert (held.u.numel(), held.v.numel()) == (2 * 28, 2 * (6 + 3))
