@@ -27,7 +27,7 @@ from natgrad.views import GradientView
 
 LINEAR = op_name(torch.nn.functional.linear)
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
-TRAINING_ROWS = 2048  # rows of a call that enter a factor while an optimizer drives a sampled metric: at least these,
+TRAINING_ROWS = 1024  # rows of a call that enter a factor while an optimizer drives a sampled metric: at least these,
 # or as many as the larger side has, so that the moving average of a few refreshes has full rank
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 

@@ -77,9 +77,9 @@ class Fisher(BlockMetric):
         fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
-            `update`, and 2048, or as many as the layer's larger side has, while an optimizer drives the metric.
+            `update`, and 1024, or as many as the layer's larger side has, while an optimizer drives the metric.
         max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
-            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 400 for blocks first
+            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 300 for blocks first
             seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
             vocabulary) the diagonal. Or ``{name pattern: either}``.
         storage: the dtype that moving averages are held in while an optimizer drives the metric: ``torch.bfloat16``
@@ -160,7 +160,8 @@ class Fisher(BlockMetric):
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
-        self.weight_decay = 0.05 if isinstance(self.reading, CrossEntropy) else 0.0
+        self.decay_ends = not isinstance(self.reading, CrossEntropy)
+        self.weight_decay = 0.01 if self.decay_ends else 0.05
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None

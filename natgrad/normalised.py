@@ -159,6 +159,7 @@ class NormalisedStep(StepRule):
         self._adam = Adam()
         self.slopes = Slopes()
         self._ranks: Ranks | None = None  # that share the work, where there are several
+        self.shares: Tensor | None = None  # of their set lengths that the last steps of the blocks had
         self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
@@ -174,6 +175,8 @@ class NormalisedStep(StepRule):
             grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
             deltas = self._deltas(active, states, grads, options, metric.gradient_share)
+            assert self.shares is not None
+            self.tell_shares(active, self.shares)
         moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
@@ -185,6 +188,9 @@ class NormalisedStep(StepRule):
                 out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
         self._tell(options)
         return {n: d for n, d in out.items() if n in df}
+
+    def tell_shares(self, blocks: Sequence[Block], shares: Tensor) -> None:
+        self.decay_shares = {n: share for block, share in zip(blocks, shares.unbind()) for n in block.names}
 
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
@@ -237,6 +243,7 @@ class NormalisedStep(StepRule):
         if share is not None:
             lengths = torch.minimum(lengths, NEWTON_SHARE / (share * excesses(blocks, sizes)))
         self._at_newton = (lengths < set_lengths).to(lengths).mean()
+        self.shares = torch.where((sizes > 0) & (set_lengths > 0), lengths / set_lengths, torch.ones_like(sizes))
         lengths = torch.where(sizes > 0, -gains * lengths, torch.zeros_like(sizes))
         torch._foreach_mul_(directions, list(lengths.unbind()))
         return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]

@@ -44,7 +44,8 @@ class NaturalGradient(torch.optim.Optimizer):
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
             matrices alone and in proportion to the learning rate: `Fisher` has 0.05 for classification, where separable
-            data otherwise drive the weights to infinity, and 0 for other likelihoods.
+            data otherwise drive the weights to infinity, and 0.01 for other likelihoods, which shrinks with the steps
+            as data are fitted.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -204,8 +205,8 @@ class NaturalGradient(torch.optim.Optimizer):
                     continue
                 p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
-                if (decay := self._decay(group, p)) is not None:
-                    way, length = way * length - p * decay, 1.0
+                if (decay := self._decay(group, parameter)) is not None:
+                    p.mul_(1 - decay if on_host else torch.where(fine, 1 - decay, 1.0))
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
                 if length == 1.0:
@@ -219,13 +220,18 @@ class NaturalGradient(torch.optim.Optimizer):
             self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
 
-    def _decay(self, group: Mapping[str, Any], p: Tensor) -> Tensor | float | None:
+    def _decay(self, group: Mapping[str, Any], parameter: Tensor) -> Tensor | float | None:
         """The share of a parameter that this step takes away; None for nothing."""
         given = group["weight_decay"]
         if given is not None:
             return group["lr"] * given if given else None
-        own = self._own_decay
-        return group["lr"] * own if own and p.dim() > 1 else None
+        own = group["lr"] * self._own_decay
+        if not own or parameter.dim() < 2:
+            return None
+        if not self.metric.decay_ends:
+            return own
+        share = self.rule.decay_shares.get(self._name_of[parameter])
+        return own if share is None else share * own
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""

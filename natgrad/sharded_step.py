@@ -2,7 +2,8 @@
 
     shards of the gradient → owner → d = G̃ g Ã, v, the increment → one sum of a few scalars → shards
 
-The scalars are the slopes along the velocity before the step and after it, and what failed.
+The scalars are the slopes along the velocity before the step and after it, what failed, and for each block the share of
+its set length that its step has.
 """
 
 from __future__ import annotations
@@ -33,11 +34,10 @@ def update_on_shards(
     blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.known]
     active = [b for b in blocks if any(n in df for n in b.names)]
     whose = {n: b.owner for b in active for n in b.names if n in df and b.owner is not None}
-    mine = [b for b in active if b.owner == shards.mine]
     for block in blocks:
         if block.owner != shards.mine:
             rule.drop(block)  # what a checkpoint said of it
-    moved = _covered(rule, shards, metric, mine, df, whose, options) if active else {}
+    moved = _covered(rule, shards, metric, active, df, whose, options) if active else {}
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
     for n, g in df.items():
@@ -53,21 +53,22 @@ def _covered(
     rule: NormalisedStep,
     shards: Shards,
     metric: Metric,
-    mine: list[Block],
+    active: list[Block],
     df: Mapping[str, Tensor],
     whose: Mapping[str, int],
     options: Mapping[str, Options],
 ) -> dict[str, Tensor]:
-    """Increments of the parameters that blocks cover. `mine`: the blocks of this rank."""
+    """Increments of the parameters that blocks cover. `active`: those blocks, of all ranks."""
+    mine = [b for b in active if b.owner == shards.mine]
     whole = shards.to_owners({n: df[n] for n in whose}, whose)
     likes = {n: shards.like(n) for b in mine for n in b.names}
     grads = [packed_gradient(b, whole, likes) for b in mine]
     del whole
     states = [rule.state_of(b, g) for b, g in zip(mine, grads)]
     chosen = [shared_options(b, options) for b in mine]
-    told = torch.zeros(
-        3 + shards.ranks.size, dtype=statistics_dtype(metric.parameters.values()), device=shards.ranks.device
-    )
+    first = 3 + shards.ranks.size  # of the shares
+    dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
+    told = torch.zeros(first + len(active), dtype=dtype, device=device)
     if mine:
         told[0] = slope_along(states, grads)
     directions, failed = directions_of(mine, states, chosen, grads)
@@ -77,8 +78,11 @@ def _covered(
     if mine and failed is None:
         increments = rule.stretch(mine, states, chosen, grads, directions, metric.gradient_share)
         told[1] = slope_along(states, grads)
+        assert rule.shares is not None
+        told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = rule.shares.to(told)
     told = shards.ranks.total(told)
-    refuse_failures(told[3:], failed)
+    refuse_failures(told[3:first], failed)
+    rule.tell_shares(active, told[first:])
     rule.slopes.meet(told[0])
     rule.slopes.taken = told[1]
     rule.info["kept_factors"] = int(told[2])

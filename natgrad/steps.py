@@ -56,6 +56,8 @@ class StepRule:
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
+        # {parameter: how much of the metric's own weight decay goes with the last step, where it is not all of it}
+        self.decay_shares: Mapping[str, Tensor] = {}
 
     def update(
         self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]

@@ -510,7 +510,7 @@ def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
 
 
 def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay_is_given() -> None:
-    """θ ← (1 − 0.05 η) θ + Δ for weights, biases untouched; nothing for squared error or a rule of the user's own."""
+    """θ ← (1 − 0.05 η) θ + Δ for weights, biases untouched."""
     fits = {}
     for decay in (None, 0.0):
         model = mlp(hidden=8)
@@ -525,4 +525,40 @@ def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay
     for n, delta in fits[None].items():
         expected = fits[0.0][n] - (rate * start[n] if start[n].dim() > 1 else 0)
         torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-14)
-    assert ng.Fisher(mlp(hidden=8), nn.MSELoss()).weight_decay == 0.0
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.01, 30.0])
+def test_other_likelihoods_decay_by_the_length_of_the_step(lr: float) -> None:
+    """θ ← (1 − 0.01 η s) θ + Δ, with s the share of its set length that a block's step has: of the first step, which is
+    Δ itself, s = rms(Δ) √(fan_in + 1) / η.
+    """
+    steps = {}
+    y = torch.randn(len(X), 3, dtype=X.dtype)
+    for decay in (None, 0.0):
+        model, criterion = mlp(hidden=8), nn.MSELoss()
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion), lr=lr, weight_decay=decay)
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        criterion(model(X), y).backward()
+        opt.step()
+        steps[decay] = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+    shares = []
+    for n, w in start.items():
+        if w.dim() < 2:
+            torch.testing.assert_close(steps[None][n], steps[0.0][n], rtol=0, atol=0)
+            continue
+        whole = torch.cat([steps[0.0][n], steps[0.0][n.replace("weight", "bias")][:, None]], 1)
+        share = float(whole.square().mean().sqrt()) * whole.shape[1] ** 0.5 / lr if lr else 1.0
+        torch.testing.assert_close(steps[None][n], steps[0.0][n] - 0.01 * lr * share * w, rtol=1e-9, atol=1e-14)
+        shares.append(share)
+    assert (max(shares) < 1) if lr == 30 else (min(shares) > 1 - 1e-9)
+
+
+def test_a_rule_of_the_users_own_decays_nothing_unless_told() -> None:
+    ends = []
+    for decay in (None, 0.0):
+        model, criterion = mlp(hidden=8), nn.MSELoss()
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion), lr=0.1, step=ng.FixedStep(), weight_decay=decay)
+        criterion(model(X), torch.zeros(len(X), 3, dtype=X.dtype)).backward()
+        opt.step()
+        ends.append(flat(model))
+    assert torch.equal(*ends)
