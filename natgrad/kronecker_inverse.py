@@ -81,6 +81,8 @@ class KroneckerInverse(Inverse):
 
 
 def numbers_kept(shape: Sequence[int]) -> int:
-    """Numbers that training keeps of a side (…, p, d): of its average and of its inverse."""
-    half, whole = sum(lengths(shape)), prod(shape)
-    return (half if shape[-2] > 1 else whole) + (half if shape[-2] >= LONG else whole)
+    """Numbers that training keeps of a side (…, p, d), or of a diagonal: of its average and of its inverse."""
+    if len(shape) < 2 or shape[-2] == 1:
+        return 2 * prod(shape)
+    half = sum(lengths(shape))
+    return half + (half if shape[-2] >= LONG else prod(shape))
