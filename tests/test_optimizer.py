@@ -386,7 +386,7 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
     """With one refresh and lr tiny: Δ ∝ ((U/t + √λ)⁻¹ ⊗ (V/t + √λ)⁻¹) df, by hand."""
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
     y = torch.randn(8, 2).double()
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), lr=1e-3, damping=0.04)
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), lr=1e-3, damping=0.04, weight_decay=0.0)
     before = model.weight.detach().clone()
     criterion(model(X), y).backward()
     g = model.weight.grad.clone()
@@ -401,7 +401,7 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
 
 
 def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
-    """Averaging and the length, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
+    """Averaging, length and decay, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
     y = torch.randn(8, 2).double() / 4
     opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))
@@ -417,7 +417,8 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         lengths = 0.1 / float(size / 6**0.5 * 2), 0.5 / float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
         delta = -math.exp(3 * coherence) * min(lengths) * d
         v, c = v + 0.9 * delta, 10 / (10 + t)
-        theta, v = theta + 0.1 * delta + c * v, (1 - c) * v
+        decay = 0.01 * 0.1 * min(lengths) / lengths[0]  # as much shorter as the step is
+        theta, v = (1 - decay) * theta + 0.1 * delta + c * v, (1 - c) * v
         seen.append(coherence)
         newton.append(lengths[1] < lengths[0])
         opt.zero_grad()

@@ -189,8 +189,8 @@ def test_the_default_step_averages_its_iterates(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(normalised, "COHERENCE_GAIN", 0.0)
     model, twin = mlp(hidden=6), mlp(hidden=6)
     x_in = torch.linspace(-1, 1, 24).double().reshape(8, 3)
-    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), kind="exact"), momentum=0.9)
-    plain = ng.NaturalGradient(ng.Fisher(twin, nn.MSELoss(), kind="exact"), momentum=0.0)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), kind="exact"), momentum=0.9, weight_decay=0.0)
+    plain = ng.NaturalGradient(ng.Fisher(twin, nn.MSELoss(), kind="exact"), momentum=0.0, weight_decay=0.0)
     z = [p.detach().clone() for p in twin.parameters()]
     x = [p.clone() for p in z]
     for step in range(25):
