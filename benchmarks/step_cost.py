@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import natgrad as ng
 from benchmarks import rivals
 from benchmarks.workloads import CharTransformer, Pinn, RowReader, pinn
+from natgrad import triangles
 
 
 def autoencoder() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -178,7 +179,10 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
     storages: dict[int, int] = {}
     todo: list[object] = []
     for opt in opts:
-        todo += [opt.rule, held_by(opt.metric)] if isinstance(opt, ng.NaturalGradient) else [opt.state]
+        # natgrad's tables are shared by all that is open in the process: counted whole, so rather too much
+        todo += (
+            [opt.rule, held_by(opt.metric), triangles._places] if isinstance(opt, ng.NaturalGradient) else [opt.state]
+        )
     theirs = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, p.grad) if t is not None}
     while todo:
         item = todo.pop()

@@ -31,6 +31,8 @@ STEPS = {
     "curves_ae": 40,
     "breast_cancer": 3000,
     "friedman1": 3000,
+    "friedman3": 3000,
+    "diabetes": 3000,
     "spirals": 3000,
 }
 AVERAGE = 0.98
@@ -60,6 +62,12 @@ def decayed(decay: float) -> Make:
     return lambda model, criterion: natural(model, criterion, weight_decay=decay)
 
 
+def steady(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+    opt = natural(model, criterion)
+    opt.metric.decay_ends = False
+    return opt
+
+
 VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
@@ -73,9 +81,11 @@ VARIANTS: dict[str, Make] = {
     "up to the whole Newton step": with_constant(normalised, "NEWTON_SHARE", 1.0, default),
     "up to 0.3 of the Newton step": with_constant(normalised, "NEWTON_SHARE", 0.3, default),
     "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
+    "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_SIDE", 400, default),
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
+    "the decay does not shrink": steady,
     "no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),

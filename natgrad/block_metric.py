@@ -98,7 +98,7 @@ class BlockMetric(Metric):
         inputs.
 
         A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What `max_side`,
-        or the limit of 300 in training, leaves out is zero. Where a side longer than
+        or the limit of 250 in training, leaves out is zero. Where a side longer than
         `natgrad.kronecker_blocks.FULL_SIDE` is not kept whole, it comes as it is kept: its diagonal (d,), or the
         columns (p, d) of its blocks, see `natgrad.sides`.
 

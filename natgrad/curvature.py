@@ -375,7 +375,7 @@ class Curvature:
         leading = [c.view.leading(c.x) for c in calls]
         if self.kind == "sampled" and not any(b.needs_data for b in self.blocks):
             return [0] * len(calls)
-        if self._batch_norm() and self.kind != "exact":
+        if self.batch_norms() and self.kind != "exact":
             choices = [axes_that_fit(sizes, data) for sizes in leading]
             return [fit[0] for fit in choices] if all(choices) else None
         key = (
@@ -390,13 +390,14 @@ class Curvature:
         axes = self._axes[key]
         return None if axes is None else axes + [0] * (len(calls) - len(axes))
 
-    def _batch_norm(self) -> list[str]:
+    def batch_norms(self) -> list[str]:
+        """Modules that mix data by their batch statistics."""
         modules = self.module.named_modules()
         return [n for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
 
     def warn_of_batch_norm(self) -> None:
         """Say once what the metric of a model in training mode means."""
-        found = self._batch_norm()
+        found = self.batch_norms()
         if not found or self.kind == "exact" or self._warned_batch_norm:
             return
         self._warned_batch_norm = True

@@ -12,6 +12,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Fisher(BlockMetric):
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 1024, or as many as the layer's larger side has, while an optimizer drives the metric.
         max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
-            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 300 for blocks first
+            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 250 for blocks first
             seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
             vocabulary) the diagonal. Or ``{name pattern: either}``.
         storage: the dtype that moving averages are held in while an optimizer drives the metric: ``torch.bfloat16``
@@ -166,7 +167,7 @@ class Fisher(BlockMetric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
-        self._small_passes = SmallPasses()
+        self.small_passes = SmallPasses()
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
@@ -226,8 +227,12 @@ class Fisher(BlockMetric):
     def aside(self) -> Iterator[None]:
         """For forward passes of the metric's own, which leave the model and the random state as they were."""
         devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(self.module):
-            yield
+        drawn = random.getstate()
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(self.module):
+                yield
+        finally:
+            random.setstate(drawn)
 
     def noted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tape]:
         """What the model returns, and the calls behind it.
@@ -351,7 +356,7 @@ class Fisher(BlockMetric):
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape], at_criterion: bool) -> Draw | None:
         with undisturbed(self.model), kept_open(self.model):
             if len(tapes) == 1:
-                few = self._small_passes.draw(self, output, targets, tapes[0], at_criterion)
+                few = self.small_passes.draw(self, output, targets, tapes[0], at_criterion)
                 if few is not None:
                     return few
             return self.curvature.draw(output, targets, tapes, per_datum=False)
@@ -481,7 +486,7 @@ class Fisher(BlockMetric):
         return {
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
-            "small_passes": self._small_passes.taken,
+            "small_passes": self.small_passes.taken,
             **shared,
         }
 

@@ -42,7 +42,7 @@ from natgrad.sides import (
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
-TRAINING_SIDE = 300  # longest block kept of a side while an optimizer drives, likewise
+TRAINING_SIDE = 250  # longest block kept of a side while an optimizer drives, likewise
 
 
 class KroneckerBlock(Block):
@@ -270,8 +270,8 @@ class InputBlock(KroneckerBlock):
 def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
     """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal.
 
-    >>> [kept_rows(d, None, trains=True) for d in (300, 785, 5000)], kept_rows(785, None)
-    ([300, 262, 1], 785)
+    >>> [kept_rows(d, None, trains=True) for d in (250, 785, 5000)], kept_rows(785, None)
+    ([250, 197, 1], 785)
     """
     if max_side is not None:
         return rows_of_pieces(d, max_side)

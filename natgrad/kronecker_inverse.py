@@ -21,7 +21,7 @@ from natgrad.kronecker import kron_apply
 from natgrad.sides import left_times, times, transposed
 from natgrad.triangles import lengths, side_of_triangles, triangles
 
-LONG = 160  # rows of a piece of an inverse from which on its triangle alone is kept
+LONG = 128  # rows of a piece of an inverse from which on its triangle alone is kept
 
 
 def into_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:

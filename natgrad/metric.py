@@ -45,7 +45,7 @@ class Metric:
     """
 
     weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
-    decay_ends = False  # whether that decay is to shrink with the steps, to end where they end
+    decay_ends = False  # whether that decay is to shrink as Newton steps do, to end where training ends
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
 

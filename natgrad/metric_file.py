@@ -64,6 +64,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "seen": metric.seen,
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
+        "small_passes": metric.small_passes.state(),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -128,6 +129,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
+    metric.small_passes.restore(there["small_passes"])
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:
         metric.curvature.set_up(block)

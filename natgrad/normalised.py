@@ -190,7 +190,12 @@ class NormalisedStep(StepRule):
         return {n: d for n, d in out.items() if n in df}
 
     def tell_shares(self, blocks: Sequence[Block], shares: Tensor) -> None:
-        self.decay_shares = {n: share for block, share in zip(blocks, shares.unbind()) for n in block.names}
+        """`StepRule.decay_shares`, from those of the blocks; the smallest, where a parameter's slices have one each."""
+        told: dict[str, Tensor] = {}
+        for block, share in zip(blocks, shares.unbind()):
+            for n in block.names:
+                told[n] = torch.minimum(told[n], share) if n in told else share
+        self.decay_shares = told
 
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)

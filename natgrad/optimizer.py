@@ -43,9 +43,9 @@ class NaturalGradient(torch.optim.Optimizer):
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
-            matrices alone and in proportion to the learning rate: `Fisher` has 0.05 for classification, where separable
-            data otherwise drive the weights to infinity, and 0.01 for other likelihoods, which shrinks with the steps
-            as data are fitted.
+            matrices alone and in proportion to the learning rate: `Fisher` has 0.05 with ``CrossEntropyLoss``, where
+            separable data otherwise drive the weights to infinity, and 0.01 with other criteria, less by as much as the
+            Newton step of a block is shorter than η.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -206,7 +206,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
                 if (decay := self._decay(group, parameter)) is not None:
-                    p.mul_(1 - decay if on_host else torch.where(fine, 1 - decay, 1.0))
+                    left = p.new_ones(()) - decay
+                    p.mul_(left if on_host else torch.where(fine, left, torch.ones_like(left)))
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
                 if length == 1.0:

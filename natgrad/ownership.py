@@ -116,10 +116,17 @@ def way_of(ranks: Ranks, blocks: Sequence[Block]) -> str:
     """What ranks send each other, "inverses" or "directions": what was asked for, else the one with fewer bytes."""
     if ranks.exchange != "auto":
         return ranks.exchange
-    held = [(b.relative_jobs(1.0), b.dimension) for b in blocks]
-    inverses = sum(job.like.numel() for jobs, _ in held for job in jobs)
-    directions = sum(dimension for jobs, dimension in held if jobs)
+    inverses = sum(numbers for b in blocks for _, numbers in work_on(b))
+    directions = sum(b.dimension for b in blocks if work_on(b))
     return "directions" if directions * ranks.refresh < inverses else "inverses"
+
+
+def work_on(block: Block) -> list[tuple[float, int]]:
+    """(multiplications, numbers in the result) of each of a block's jobs: kept, as jobs hold what they work on."""
+    found: list[tuple[float, int]] = block.cached(
+        "work", lambda: [(job.cost, job.like.numel()) for job in block.relative_jobs(1.0)]
+    )
+    return found
 
 
 def shared_inverses(ranks: Ranks, stale: Sequence[Stale]) -> list[Callable[[], Inverse]]:
@@ -166,7 +173,7 @@ def shared_directions(
     Raises:
         FactorisationError: an owner had no inverse to apply; raised on every rank.
     """
-    costs = [sum(job.cost for job in b.relative_jobs(1.0)) for b in blocks]
+    costs = [sum(cost for cost, _ in work_on(b)) for b in blocks]
     owned = [i for i, cost in enumerate(costs) if cost]
     whose = dict(zip(owned, owners([costs[i] for i in owned], ranks.size)))
     found: list[Tensor] = []

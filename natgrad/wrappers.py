@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.steps import StepRule
@@ -88,23 +89,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_attributes(module: nn.Module) -> Iterator[None]:
-    """What modules note of a forward pass (a hidden state, a loss of their own) is as before afterwards."""
+    """What modules note of a forward pass (a hidden state, a loss of their own) is as before afterwards: attributes,
+    and what is in those that are tensors, lists, dictionaries, sets or deques.
+    """
     attributes = [(m, dict(vars(m))) for m in module.modules()]
-    containers = [
-        (v, copy.copy(v))
-        for _, held in attributes
-        for k, v in held.items()
-        if k not in OF_EVERY_MODULE and type(v) in (list, dict)
-    ]
+    own = [v for _, held in attributes for k, v in held.items() if k not in OF_EVERY_MODULE]
+    containers = [(v, copy.copy(v)) for v in own if type(v) in (list, dict, set, deque)]
+    tensors = [(v, v._version, v.clone()) for v in own if isinstance(v, Tensor) and not v.requires_grad]
     try:
         yield
     finally:
         for m, held in attributes:
-            vars(m).clear()
+            for k in vars(m).keys() - held.keys():
+                del vars(m)[k]
             vars(m).update(held)
         for now, before in containers:
             now.clear()
-            now.extend(before) if isinstance(now, list) else now.update(before)
+            now.extend(before) if isinstance(now, (list, deque)) else now.update(before)
+        for t, version, value in tensors:
+            if t._version != version:
+                t.copy_(value)
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -401,7 +401,7 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
 
 
 def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
-    """Averaging, length and decay, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
+    """All of it, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
     y = torch.randn(8, 2).double() / 4
     opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))

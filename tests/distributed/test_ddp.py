@@ -90,10 +90,11 @@ def test_a_sum_is_the_sum_over_all_ranks(pool_of: PoolOf) -> None:
     compare(pool_of(2).run(call, {"criterion": "sum"}), train(0, 1, criterion="sum"))
 
 
-def test_ranks_that_refresh_on_few_of_their_data_share_what_they_found(pool_of: PoolOf) -> None:
+def test_ranks_make_no_forward_passes_of_their_own(pool_of: PoolOf) -> None:
+    """They may be collective, and whether few data are enough depends on each rank's own."""
     found = pool_of(2).run(train_on_few)
     same(found)
-    assert [r["info"]["small_passes"] for r in found] == [found[0]["info"]["refreshes"]] * 2
+    assert [r["info"]["small_passes"] for r in found] == [0, 0]
     assert found[0]["info"]["data_seen"] == 64 * found[0]["info"]["refreshes"]
 
 

@@ -79,7 +79,7 @@ SPLIT: dict[tuple[str, Any], set[int]] = {  # where the busiest rank's work is 1
     ("resnet18", None): set(range(3, 65)) - {4, 5},
     ("resnet18", 1024): set(range(20, 65)) - {22, 23},
     ("resnet18", 512): {26, 29, *range(36, 60), 63, 64},
-    ("resnet18", "training"): {19, 22, 24, 25, 26, 28, *range(31, 65)} - {40},
+    ("resnet18", "training"): {40, *range(47, 65)},
     ("resnet18", 256): {43, *range(49, 65)},
     ("resnet18", 112): set(),
 }
