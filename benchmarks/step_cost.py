@@ -179,7 +179,6 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
     storages: dict[int, int] = {}
     todo: list[object] = []
     for opt in opts:
-        # natgrad's tables are shared by all that is open in the process: counted whole, so rather too much
         todo += (
             [opt.rule, held_by(opt.metric), triangles._places] if isinstance(opt, ng.NaturalGradient) else [opt.state]
         )
@@ -204,6 +203,7 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
 
 def compare(name: str, steps: int) -> Table:
     """A row for each optimizer."""
+    triangles._places.clear()  # what another workload left there
     loops: dict[str, tuple[Callable[[], object], Optimizers, nn.Module]] = {}
     for optimizer, build in rivals_here().items():
         if name in PHYSICS and optimizer == HALF:
