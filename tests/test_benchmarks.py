@@ -353,3 +353,19 @@ def test_the_page_shows_losses_and_misses(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"{5 / 16:.2f}‡" in row
     assert "| loss |" in row
     assert "natgrad on concrete (3 of 3)" in page
+
+
+def test_target_runs_that_were_made_again_move_the_target_of_the_final_runs(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    curve = [[1, 0.1, 9.0, 9.0], [2, 0.2, 5.0, 5.0], [3, 0.3, 4.0, 4.0]]
+    head = {"workload": "w", "trial": 0, "seed": 0}
+    target = {**head, "phase": "target", "optimizer": "adamw", "best_metric": 4.5}
+    final = {**head, "phase": "final", "optimizer": "natgrad", "curve": curve}
+    known = {**final, **harness.time_to(curve, 6.0)}
+    path.write_text("".join(json.dumps(run) + "\n" for run in (target, known)))
+    harness.retarget(path, 1)
+    after = harness.read(path)
+    assert after[0] == target
+    assert (after[1]["target"], after[1]["steps_to_target"], after[1]["cpu_to_target"]) == (4.5, 3, 0.3)
+    assert after[1]["curve"] == curve
+    assert [p.name for p in tmp_path.iterdir()] == ["study.jsonl"]
