@@ -178,9 +178,9 @@ def swept_section(done: dict[tuple[str, str, float | None, int], Line]) -> str:
     return f"""## Against swept rates, other data too
 
 AdamW, SGD with Nesterov momentum, Muon and SOAP at the best of four rates, chosen apart for the training and for the
-held-out loss, with warm-up and a cosine that ends with the budget; natgrad with no option set. On friedman3 and
-clusters no constant of natgrad was chosen; diabetes, breast_cancer, friedman1 and spirals were looked at when the share
-of the Newton step was, and nothing else. Medians over {seeds} seeds; the share says when natgrad is first at the
+held-out loss, with warm-up and a cosine that ends with the budget; natgrad with no option set. None of the data sets is
+unseen: diabetes, breast_cancer, friedman1 and spirals were looked at when the share of the Newton step was chosen, and
+all when the decay of the weights was. Medians over {seeds} seeds; the share says when natgrad is first at the
 rival's last training loss. Most of these data sets are small enough for a net to fit them to the last point; to be
 first there says little of the held-out loss.
 

@@ -206,8 +206,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
                 if (decay := self._decay(group, parameter)) is not None:
-                    left = p.new_ones(()) - decay
-                    p.mul_(left if on_host else torch.where(fine, left, torch.ones_like(left)))
+                    one = p.new_ones(())
+                    p.mul_(one - decay if on_host else torch.where(fine, one - decay, one))
                 if not on_host:
                     way = torch.where(fine, way, torch.zeros_like(way))
                 if length == 1.0:
