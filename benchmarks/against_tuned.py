@@ -6,17 +6,8 @@ with the lowest last training loss, and that with the lowest last held-out metri
 natgrad is run on. Two questions are answered from them, seed by seed: when natgrad is first at the rival's last
 training loss, and what its held-out metric is at the end of the same budget.
 
-Beside the workloads of the study there are those of `EXTRA` and six data sets. Each was fixed before anything was run
-on it. None is unseen any more: the share of the Newton step was chosen with a look at the first four, and the decay of
-the weights with a look at all six:
-
-- ``diabetes``       scikit-learn's 442 patients, 10 columns, a regression by an MLP 10-64-64-1;
-- ``breast_cancer``  scikit-learn's 569 biopsies, 30 columns, two classes, an MLP 30-64-64-2;
-- ``friedman1``      4,000 drawn points of scikit-learn's ``make_friedman1`` with noise 1, an MLP 10-128-128-1;
-- ``spirals``        4,000 points of two interleaved spirals of two turns, drawn here, an MLP 2-64-64-64-2 with tanh;
-- ``friedman3``      4,000 drawn points of scikit-learn's ``make_friedman3`` with noise 0.1, an MLP 4-128-128-1;
-- ``clusters``       4,000 points of scikit-learn's ``make_classification``, 20 columns of which 8 inform, five classes,
-  one label in twenty drawn anew, an MLP 20-128-128-5.
+Beside the workloads of the study there are those of `EXTRA` and the data sets of `benchmarks.fresh`, each of them fixed
+before anything was run on it.
 
 One line of JSON a run in ``benchmarks/runs``, resumable. ``--shard i/n`` takes every n-th workload and writes to a file
 of its own; ``--table`` prints what the lines say so far.
@@ -35,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, make_classification, make_friedman1, make_friedman3
-from torch import Tensor, nn
 
+from benchmarks.fresh import FRESH
 from benchmarks.harness import TUNING_SEED, append, environment, train
 from benchmarks.rivals import RIVALS, Hyper
-from benchmarks.workloads import STUDY, WORKLOADS, Workload, perceptron
+from benchmarks.workloads import STUDY, WORKLOADS, Workload
 
 EXTRA = ("digits_ae", "mnist_ae_xavier", "power_plant", "wine", "digits_classifier")
 FIXED: dict[str, Hyper] = {  # what is not swept: the libraries' defaults
@@ -59,57 +49,6 @@ STEPS, TIME, HELD_OUT, TRAIN = range(4)  # entries of a look
 Run = dict[str, Any]
 
 
-def fresh(name: str, x: Tensor, y: Tensor, sizes: list[int], activation: type[nn.Module], seconds: float) -> Workload:
-    """Shuffled, inputs standardised, an eighth held out; the loss by the kind of `y`."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    x = (x - x.mean(0)) / x.std(0)
-    if y.is_floating_point():
-        y = ((y - y.mean()) / y.std()).unsqueeze(1)
-    cut = len(x) * 7 // 8
-    criterion: nn.Module = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
-    seen, kept = (x[:cut], y[:cut]), (x[cut:], y[cut:])
-    return Workload(name, lambda: perceptron(sizes, activation), criterion, seen, seen, kept, 128, seconds)
-
-
-def diabetes() -> Workload:
-    x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
-    return fresh("diabetes", x, y, [10, 64, 64, 1], nn.ReLU, 3)
-
-
-def breast_cancer() -> Workload:
-    x, y = load_breast_cancer(return_X_y=True)
-    return fresh("breast_cancer", torch.tensor(x, dtype=torch.float32), torch.tensor(y), [30, 64, 64, 2], nn.ReLU, 3)
-
-
-def friedman1() -> Workload:
-    x, y = (torch.tensor(a, dtype=torch.float32) for a in make_friedman1(4000, noise=1.0, random_state=0))
-    return fresh("friedman1", x, y, [10, 128, 128, 1], nn.ReLU, 4)
-
-
-def spirals() -> Workload:
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.rand(4000, generator=generator).sqrt() * 4 * math.pi
-    y = torch.randint(0, 2, (4000,), generator=generator)
-    angle = turn + math.pi * y
-    x = turn.unsqueeze(1) * torch.stack([angle.cos(), angle.sin()], 1) + 0.3 * torch.randn(4000, 2, generator=generator)
-    return fresh("spirals", x, y, [2, 64, 64, 64, 2], nn.Tanh, 5)
-
-
-def friedman3() -> Workload:
-    x, y = (torch.tensor(a, dtype=torch.float32) for a in make_friedman3(4000, noise=0.1, random_state=0))
-    return fresh("friedman3", x, y, [4, 128, 128, 1], nn.ReLU, 4)
-
-
-def clusters() -> Workload:
-    shape = {"n_features": 20, "n_informative": 8, "n_redundant": 4, "n_classes": 5}
-    x, y = make_classification(4000, **shape, flip_y=0.05, random_state=0)
-    return fresh("clusters", torch.tensor(x, dtype=torch.float32), torch.tensor(y), [20, 128, 128, 5], nn.ReLU, 4)
-
-
-FRESH: dict[str, Callable[[], Workload]] = {
-    f.__name__: f for f in (diabetes, breast_cancer, friedman1, spirals, friedman3, clusters)
-}
 ALL: dict[str, Callable[[], Workload]] = {n: WORKLOADS[n] for n in (*STUDY, *EXTRA)} | FRESH
 
 

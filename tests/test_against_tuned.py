@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import against_tuned as study
+from benchmarks import fresh
 from benchmarks.harness import train
 from benchmarks.rivals import Rival
 
@@ -66,15 +67,35 @@ def test_goes_on_after_a_kill_without_a_run_twice(tmp_path, monkeypatch):
     assert {run["optimizer"] for run in runs} == {"natgrad", "sgd"}
 
 
-@pytest.mark.parametrize("name", study.FRESH)
-def test_fresh_data_are_standardised_and_the_same_each_time(name):
-    problem, again = study.FRESH[name](), study.FRESH[name]()
+TABLES = sorted(set(fresh.FRESH) - {"digits_conv", "next_letter"})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_fresh_tables_are_standardised_and_the_same_each_time(name):
+    problem, again = fresh.FRESH[name](), fresh.FRESH[name]()
     x, y = (torch.cat([seen, kept]) for seen, kept in zip(problem.train, problem.valid))
     assert torch.equal(problem.train[0], again.train[0])
     torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(x.shape[1]), atol=1e-3, rtol=0)
     assert math.isfinite(float(problem.loss(problem.model(), *problem.valid).detach()))
     assert len(y) == len(x) > 400
+
+
+def test_small_images_train_and_held_out_data_are_apart():
+    problem = fresh.digits_conv()
+    assert problem.train[0].shape[1:] == (1, 8, 8)
+    assert len(problem.train[0]) + len(problem.valid[0]) == 1797
+    assert float(problem.loss(problem.model(), *problem.valid).detach()) == pytest.approx(math.log(10), abs=0.3)
+
+
+@pytest.mark.skipif(not (fresh.DATA / "tinyshakespeare.txt").exists(), reason="needs tiny Shakespeare in NATGRAD_DATA")
+def test_letters_follow_their_eight():
+    problem = fresh.next_letter()
+    x, y = problem.train
+    assert x.shape == (len(y), fresh.LETTERS)
+    start = fresh.LETTERS - 5  # windows start five letters apart, so each tells the label of the one before
+    assert torch.equal(y[:-1], x[1:, start])
+    assert float(problem.loss(problem.model(), *problem.valid).detach()) == pytest.approx(math.log(65), abs=0.3)
 
 
 def test_an_optimizer_that_raises_loses_its_run_alone():
@@ -86,7 +107,7 @@ def test_an_optimizer_that_raises_loses_its_run_alone():
             return super().step(closure)
 
     rival = Rival("breaks", lambda model, criterion, hyper: [Breaks(model.parameters(), 0.01)], scheduled=False)
-    run = train(study.diabetes(), rival, {}, 0, 5.0)
+    run = train(fresh.diabetes(), rival, {}, 0, 5.0)
     assert run["steps"] == 3
     assert "no decomposition" in run["failure"]
     assert run["final_metric"] is None
