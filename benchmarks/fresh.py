@@ -19,7 +19,7 @@ No default was chosen with a look at `UNSEEN`:
 - ``swiss_roll``   4,000 points of scikit-learn's ``make_swiss_roll`` with noise 0.5, a regression to the position along
   the roll, an MLP 3-64-64-64-1 with tanh;
 - ``friedman2``    4,000 drawn points of scikit-learn's ``make_friedman2`` with noise 50, an MLP 4-128-128-1;
-- ``digits_conv``  scikit-learn's 1,797 digits of 8 × 8, two convolutions and a linear layer;
+- ``digits_conv``  scikit-learn's 1,797 digits of 8 × 8, two convolutions and two linear layers;
 - ``next_letter``  the letter after eight letters of tiny Shakespeare, an embedding and an MLP 128-128-65.
 """
 
@@ -123,7 +123,7 @@ def small_convnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(128, 10),
+        nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
 
 
