@@ -1,12 +1,14 @@
 """What single operations of a step cost: ``python -m benchmarks.kernels``. CPU µs of one thread, float32.
 
 The first table: an inverse of n rows applied to n × 128 numbers, and opened from its triangle before, as training keeps
-it (`natgrad.triangles`). The second: the products Ũ X Ṽ of layers of one shape, one layer after the other and in one
-batch.
+it (`natgrad.triangles`). The second: the products Ũ X Ṽ of layers of one shape and the inverses of as many factors, one
+after the other and in one batch (`natgrad.batched`). The third: the arithmetic between directions and increments, and
+what `torch.compile` makes of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -15,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from natgrad.kronecker import kron_apply
+from natgrad.kronecker import damped_inverse, kron_apply, relative_inverse
 from natgrad.products import product
+from natgrad.step_arithmetic import step_
 from natgrad.triangles import side_of_triangles, triangles, unfolded
 
 ROUNDS, WARM = 300, 30
@@ -50,12 +53,42 @@ def one_by_one(u: Tensor, x: Tensor, v: Tensor) -> list[Tensor]:
 
 def batching() -> Table:
     table = Table(title="Ũ X Ṽ of layers of one shape, CPU µs")
-    for column in ("layers", "shape", "one by one", "batched"):
+    for column in ("layers", "shape", "one by one", "batched", "inverses", "batched"):
         table.add_column(column, justify="right")
-    for layers, out, into in ((2, 128, 129), (3, 384, 129), (6, 64, 65), (2, 16, 17)):
-        u, x, v = torch.randn(layers, out, out), torch.randn(layers, out, into), torch.randn(layers, into, into)
+    for layers, n in itertools.product((2, 8), (16, 32, 64, 96, 128)):
+        u, x, v = torch.randn(layers, n, n), torch.randn(layers, n, n + 1), torch.randn(layers, n + 1, n + 1)
+        m = torch.randn(layers, 1, n, 2 * n)
+        m = m @ m.mT / n
         times = cost(one_by_one, u, x, v), cost(lambda u, x, v: u @ x @ v, u, x, v)
-        table.add_row(str(layers), f"{out} × {into}", *times)
+        inverses = cost(lambda m: [relative_inverse(each, 0.1) for each in m.unbind()], m)
+        table.add_row(str(layers), f"{n} × {n + 1}", *times, inverses, cost(damped_inverse, m, 0.3))
+    return table
+
+
+SHAPES = {
+    "tabular": [(128, 9), (128, 129), (128, 129), (1, 129)],
+    "autoencoder": [(400, 785), (200, 401), (100, 201), (50, 101), (25, 51), (6, 26)],
+    "transformer": [(384, 129), (128, 129), (512, 129), (128, 513)] * 3,
+}
+
+
+def compiling() -> Table:
+    table = Table(title="directions to increments, CPU µs")
+    for column in ("blocks of", "as it is", "compiled"):
+        table.add_column(column, justify="left" if column == "blocks of" else "right")
+    for name, shapes in SHAPES.items():
+        directions, velocities = ([torch.randn(1, *s) for s in shapes] for _ in range(2))
+        fresh, ones = [d.clone() for d in directions], torch.ones(len(shapes))
+        c = torch.tensor(0.1)  # a number would be compiled in
+        rest = [torch.zeros(())] * len(shapes), 0.1 * ones, ones, ones, [(0.9, c, list(range(len(shapes))))]
+
+        def run(step: Callable[..., object], mine: list[Tensor], theirs: list[Tensor], fresh: list[Tensor]) -> None:
+            torch._foreach_copy_(mine, fresh)
+            torch._foreach_copy_(theirs, fresh)
+            step(mine, theirs, *rest)  # noqa: B023
+
+        times = [cost(run, step, directions, velocities, fresh) for step in (step_, torch.compile(step_))]
+        table.add_row(name, *times)
     return table
 
 
@@ -64,6 +97,7 @@ def main() -> None:
     console = Console(width=100)
     console.print(opening())
     console.print(batching())
+    console.print(compiling())
 
 
 if __name__ == "__main__":

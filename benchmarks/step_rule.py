@@ -19,7 +19,7 @@ from rich.table import Table
 import natgrad as ng
 from benchmarks.against_tuned import ALL
 from benchmarks.workloads import Workload
-from natgrad import kronecker_blocks, normalised, optimizer
+from natgrad import kronecker_blocks, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -72,14 +72,14 @@ VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
     "refresh after twice the steps": with_constant(optimizer, "GAP_GROWTH", 2.0, default),
-    "mean over the last fifth of the steps": with_constant(normalised, "AVERAGING", 5.0, default),
-    "mean over the last twentieth": with_constant(normalised, "AVERAGING", 20.0, default),
+    "mean over the last fifth of the steps": with_constant(step_arithmetic, "AVERAGING", 5.0, default),
+    "mean over the last twentieth": with_constant(step_arithmetic, "AVERAGING", 20.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
-    "steps of a fixed length": with_constant(normalised, "COHERENCE_GAIN", 0.0, default),
-    "a coherence of half the gain": with_constant(normalised, "COHERENCE_GAIN", 1.5, default),
-    "no limit by the Newton step": with_constant(normalised, "NEWTON_SHARE", 1e9, default),
-    "up to the whole Newton step": with_constant(normalised, "NEWTON_SHARE", 1.0, default),
-    "up to 0.3 of the Newton step": with_constant(normalised, "NEWTON_SHARE", 0.3, default),
+    "steps of a fixed length": with_constant(step_arithmetic, "COHERENCE_GAIN", 0.0, default),
+    "a coherence of half the gain": with_constant(step_arithmetic, "COHERENCE_GAIN", 1.5, default),
+    "no limit by the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1e9, default),
+    "up to the whole Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1.0, default),
+    "up to 0.3 of the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 0.3, default),
     "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
     "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_SIDE", 400, default),
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
@@ -92,9 +92,9 @@ VARIANTS: dict[str, Make] = {
 }
 CONSTANTS = (
     (optimizer, "GAP_GROWTH"),
-    (normalised, "AVERAGING"),
-    (normalised, "COHERENCE_GAIN"),
-    (normalised, "NEWTON_SHARE"),
+    (step_arithmetic, "AVERAGING"),
+    (step_arithmetic, "COHERENCE_GAIN"),
+    (step_arithmetic, "NEWTON_SHARE"),
     (kronecker_blocks, "TRAINING_SIDE"),
 )
 

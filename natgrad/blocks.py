@@ -45,6 +45,8 @@ class Job:
     cost: float  # multiplications
     like: Tensor  # of the shape, dtype and device of the result
     compute: Callable[[], Tensor]
+    # (M, a) where the result is (M + aI)⁻¹ by whatever means, so that several can be found at once
+    system: Callable[[], tuple[Tensor, float]] | None = None
 
 
 class Block:

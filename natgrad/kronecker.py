@@ -26,7 +26,7 @@ from natgrad.sides import diagonal_of, is_diagonal, left_times, pieces_of, side_
 
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
-LEAF = 200  # side below which an inverse is not split into quarters
+LEAF = 256  # side below which an inverse is not split into quarters
 WELL_DAMPED = 0.1  # damping, relative to the mean eigenvalue, from which on splitting loses no digit that counts
 
 
@@ -113,16 +113,21 @@ def relative_inverse(side: Tensor, damping: float) -> Tensor:
 
 def relative_inverse_of_piece(side: Tensor, number: int, damping: float) -> Tensor:
     """One piece of `relative_inverse` of a side that is not diagonal: (…, w, w)."""
-    piece, damping = pieces_of(side)[number], damping**0.5
-    size = diagonal_of(side).mean()  # of the whole side: pieces keep their sizes to each other
-    if damping >= WELL_DAMPED and is_wide(piece):
-        mean = float(size)  # on the CPU, where it costs less than to compute with it there
+    piece = pieces_of(side)[number]
+    if damping**0.5 >= WELL_DAMPED and is_wide(piece):
+        mean = float(diagonal_of(side).mean())  # on the CPU, where it costs less than to compute with it there
         m = (piece * (1 / mean if mean > 0 else 0.0)).reshape(piece.shape[-2:])
-        m.diagonal().add_(damping)
+        m.diagonal().add_(damping**0.5)
         found = inverse_by_quarters(m)
         if found is not None and isfinite(float(torch.linalg.vector_norm(found))):
             return found.reshape(piece.shape)
-    return damped_inverse(piece * per(size), damping)
+    return damped_inverse(*relative_system(side, number, damping))
+
+
+def relative_system(side: Tensor, number: int, damping: float) -> tuple[Tensor, float]:
+    """(M, a) with M + aI what `relative_inverse_of_piece` inverts."""
+    size = diagonal_of(side).mean()  # of the whole side: pieces keep their sizes to each other
+    return pieces_of(side)[number] * per(size), damping**0.5
 
 
 def per(size: Tensor) -> Tensor:

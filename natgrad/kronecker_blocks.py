@@ -27,7 +27,7 @@ from torch import Tensor
 
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import VALUE, Block, Inverse, Job
-from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece
+from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
 from natgrad.kronecker_inverse import EigenInverse, HeldSide, KroneckerInverse, into_basis, out_of_basis
 from natgrad.layers import Layer, Use, Window
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
@@ -219,8 +219,13 @@ class KroneckerBlock(Block):
 
     def relative_jobs(self, damping: float) -> list[Job]:
         return [
-            Job(len(m) * m.shape[-1] ** 3, m, partial(relative_inverse_of_piece, side, i, damping))
-            for side in (self.u, self.v)
+            Job(
+                len(m) * m.shape[-1] ** 3,
+                m,
+                partial(relative_inverse_of_piece, side, i, damping),
+                None if number == 0 and self.twin is not None else partial(relative_system, side, i, damping),
+            )
+            for number, side in enumerate((self.u, self.v))
             if not is_diagonal(side)
             for i, m in enumerate(pieces_of(side))
         ]

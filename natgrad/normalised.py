@@ -7,10 +7,12 @@ With G̃, Ã the damped inverses of a block's factors, g the gradient, β the mo
 
 The metric gives the direction and η the length, which needs no tuning from model to model. Where the data can be fitted
 to the last point, steps of a set length cannot end: there the Newton step d / s of the block is the shorter one and
-ends by itself (s, `Block.excess`, undoes the scaling of the factors). As blocks do not know of each other and would
-remove the same residual several times over, the share ν of it is taken. The Newton step knows the scale of the
-criterion alone: of a loss that is multiplied by a number afterwards, or a gradient that is clipped, it is as many times
-too long or short; the length η does not change. The empirical kind has no Newton step, and η alone.
+ends by itself (s, `Block.excess`, undoes the scaling of the factors). From one refresh to the next s falls to 0.97 of
+itself at most: the Fisher matrix of a classifier that is sure of all labels vanishes within a few refreshes, and a
+limit that followed it would let the first label that is wrong throw the weights off. As blocks do not know of each
+other and would remove the same residual several times over, the share ν of the Newton step is taken. It knows the
+scale of the criterion alone: of a loss that is multiplied by a number afterwards, or a gradient that is clipped, it is
+as many times too long or short; the length η does not change. The empirical kind has no Newton step, and η alone.
 
 The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
 may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
@@ -33,19 +35,18 @@ import torch
 from torch import Tensor
 
 from natgrad.adam import Adam
+from natgrad.batched import Products, made_together
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
+from natgrad.step_arithmetic import averaging, dot, step_
 from natgrad.steps import Increments, Options, StepRule, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
 
-AVERAGING = 10.0  # k: the mean is over about the last tenth of the steps; its origin is in docs/decisions.md
-COHERENCE_GAIN = 3.0  # κ: a step is at most e³ times as long, or as short, as η says
-COHERENCE_MEMORY = 0.8  # ρ: over about five steps
-NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step that neither agrees nor turns back stays in
+SCALE_MEMORY = 0.97  # share of itself that s falls to at most
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
@@ -57,23 +58,23 @@ class BlockState:
     velocity: Tensor  # v
     coherence: Tensor  # c̄, a scalar
     steps: int = 0  # t
-    seen: tuple[Tensor, Tensor, Tensor] | None = None  # ⟨g, d⟩, ‖g‖, ‖d‖: for `cosines`, not to continue from
+    # ⟨g, d⟩, ‖g‖, ‖d‖ when the inverse was made: for `cosines`, not to continue from
+    seen: tuple[Tensor, Tensor, Tensor] | None = None
     inverse: Inverse | None = None
-    inverse_of: tuple[int, float] = (
-        -1,
-        0.0,
-    )  # (version of the statistics, damping) that `inverse` belongs to
-
+    inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
     failures: int = 0  # factorisations in a row that failed
+    excess: Tensor | None = None  # s, a scalar
+    excess_of: int = -1  # version of the statistics that `excess` belongs to
 
-    def move(self, delta: Tensor, momentum: float) -> Tensor:
-        """The increment of θ that Δ leads to. Writes over `delta`."""
-        c = AVERAGING / (AVERAGING + self.steps)
-        self.steps += 1
-        self.velocity.add_(delta, alpha=momentum)
-        increment = delta.mul_(1 - momentum).add_(self.velocity, alpha=c)
-        self.velocity.mul_(1 - c)
-        return increment
+    def newton_scale(self, block: Block) -> Tensor:
+        """s, a scalar, from the statistics, which all ranks have, and not from the inverse, which may be older. An
+        excess that is not finite sets no limit.
+        """
+        if self.excess is None or self.excess_of != block.version:
+            now = block.excess().nan_to_num(0, 0)
+            self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
+            self.excess_of = block.version
+        return self.excess
 
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
@@ -81,6 +82,8 @@ class BlockState:
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
         state: dict[str, Any] = {"velocity": self.velocity, "coherence": self.coherence, "steps": self.steps}
+        if self.excess is not None:
+            state["excess"] = self.excess
         if self.failures and self.inverse is not None:
             kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
             state.update(failures=self.failures, kept=kept)
@@ -90,10 +93,11 @@ class BlockState:
     def restored(cls, state: dict[str, Any]) -> BlockState:
         state = dict(state)
         kept = state.pop("kept", None)
+        state["excess_of"] = 0  # restored statistics have version 0
         if kept is not None:
             types = {c.__name__: c for c in Inverse.__subclasses__()}
             state["inverse"] = types[kept["type"]](**kept["tensors"])
-            state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
+            state["inverse_of"] = (0, kept["damping"])
         return cls(**state)
 
     def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
@@ -128,12 +132,13 @@ class BlockState:
 class Slopes:
     """Slopes along the velocity: of the batch it was made from, and of the next; scalar tensors."""
 
-    taken: Tensor | None = None  # ⟨g_t, v_t⟩
+    taken: Tensor | None = None  # ⟨g_t, v_t⟩, until the next batch is there
     ratio: Tensor | None = None  # ⟨g_{t+1}, v_t⟩ / ⟨g_t, v_t⟩
 
     def meet(self, fresh: Tensor) -> None:
         if self.taken is not None and self.taken.device == fresh.device:
             self.ratio = torch.where(self.taken != 0, fresh / self.taken, torch.zeros_like(fresh))
+        self.taken = None
 
 
 class NormalisedStep(StepRule):
@@ -158,6 +163,7 @@ class NormalisedStep(StepRule):
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
         self.slopes = Slopes()
+        self._products = Products()
         self._ranks: Ranks | None = None  # that share the work, where there are several
         self.shares: Tensor | None = None  # of their set lengths that the last steps of the blocks had
         self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
@@ -220,13 +226,22 @@ class NormalisedStep(StepRule):
     ) -> list[Tensor]:
         """Increments in the coordinates of each block. `share`: `Metric.gradient_share`."""
         mine = [shared_options(b, options) for b in blocks]
-        self.slopes.meet(slope_along(states, grads))
+        # what is only to be looked at is measured where there is a new inverse, and not at every step
+        stale = [i for i, (s, b, o) in enumerate(zip(states, blocks, mine)) if s.is_stale(b, o.damping)]
+        if self.slopes.taken is not None:
+            self.slopes.meet(slope_along(states, grads))
         if self._ranks is None:
-            directions = [s.refresh(b, o.damping).apply(g) for s, b, o, g in zip(states, blocks, mine, grads)]
+            together = made_together([blocks[i] for i in stale], [mine[i].damping for i in stale])
+            make = dict(zip(stale, together))
+            inverses = [s.refresh(b, o.damping, make.get(i)) for i, (s, b, o) in enumerate(zip(states, blocks, mine))]
+            directions = self._products.apply(inverses, grads)
         else:
             directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
-        increments = self.stretch(blocks, states, mine, grads, directions, share)
-        self.slopes.taken = slope_along(states, grads)
+        if stale:
+            look(states, grads, directions)
+        increments = self.stretch(blocks, states, mine, directions, share)
+        if stale:
+            self.slopes.taken = slope_along(states, grads)
         return increments
 
     def stretch(
@@ -234,24 +249,29 @@ class NormalisedStep(StepRule):
         blocks: Sequence[Block],
         states: Sequence[BlockState],
         options: Sequence[Options],
-        grads: list[Tensor],
         directions: list[Tensor],
         share: float | None,
     ) -> list[Tensor]:
         """Directions → Δ → increments. Writes over `directions`."""
-        norms = torch._foreach_norm(directions)
-        for s, g, d, size_g, size_d in zip(states, grads, directions, torch._foreach_norm(grads), norms):
-            s.seen = (dot(g, d), size_g, size_d)
-        sizes = update_sizes(blocks, directions, norms)
-        gains = (COHERENCE_GAIN * coherences(states, directions, norms)).exp()
-        lengths = set_lengths = sizes.new_tensor([o.lr for o in options]) / sizes
-        if share is not None:
-            lengths = torch.minimum(lengths, NEWTON_SHARE / (share * excesses(blocks, sizes)))
-        self._at_newton = (lengths < set_lengths).to(lengths).mean()
-        self.shares = torch.where((sizes > 0) & (set_lengths > 0), lengths / set_lengths, torch.ones_like(sizes))
-        lengths = torch.where(sizes > 0, -gains * lengths, torch.zeros_like(sizes))
-        torch._foreach_mul_(directions, list(lengths.unbind()))
-        return [s.move(d, o.momentum) for s, d, o in zip(states, directions, options)]
+        alike: dict[tuple[float, int], list[int]] = {}
+        for i, (s, o) in enumerate(zip(states, options)):
+            alike.setdefault((o.momentum, s.steps), []).append(i)
+            s.steps += 1
+        like = directions[0]
+        scales = [s.newton_scale(b).to(like) for s, b in zip(states, blocks)]
+        done = step_(
+            directions,
+            [s.velocity for s in states],
+            [s.coherence for s in states],
+            like.new_tensor([o.lr for o in options]),
+            units_of(blocks, directions),
+            None if share is None else share * torch.stack(scales),
+            [(momentum, averaging(steps), members) for (momentum, steps), members in alike.items()],
+        )
+        for s, c in zip(states, done.coherence):
+            s.coherence = c
+        self.shares, self._at_newton = done.shares, done.at_newton
+        return directions
 
     def _shared(
         self,
@@ -365,15 +385,16 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
     )
 
 
-def update_sizes(blocks: Sequence[Block], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
-    """The size of each block's direction that η is measured against: rms(d) √(fan_in + 1), over all layers of a
-    block.
+def units_of(blocks: Sequence[Block], directions: Sequence[Tensor]) -> Tensor:
+    """(blocks,): what each norm ‖d‖ is to be multiplied with to be the size that η is measured against, rms(d)
+    √(fan_in + 1) over all layers of a block.
     """
-    stacked = torch.stack(list(norms))
-    units = [unit(b.layers[0]) if len(b.layers) == 1 else 1.0 for b in blocks]
-    sizes = stacked * stacked.new_tensor([u / d.numel() ** 0.5 for u, d in zip(units, directions)])
-    joint = {i: joint_size(b, directions[i]) for i, b in enumerate(blocks) if len(b.layers) > 1}
-    return torch.stack([joint.get(i, size) for i, size in enumerate(sizes.unbind())]) if joint else sizes
+    units = [unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)]
+    out = directions[0].new_tensor(units)
+    for i, (b, d) in enumerate(zip(blocks, directions)):
+        if len(b.layers) > 1:
+            out[i] = (joint_size(b, d) / torch.linalg.vector_norm(d)).nan_to_num(0, 0, 0)
+    return out
 
 
 def joint_size(block: Block, d: Tensor) -> Tensor:
@@ -382,33 +403,16 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
-def coherences(states: Sequence[BlockState], directions: list[Tensor], norms: Sequence[Tensor]) -> Tensor:
-    """The coherence c̄ of each block, (blocks,), with its new direction in it."""
-    along = torch.stack([dot(d, s.velocity) for s, d in zip(states, directions)])
-    sizes = torch.stack([*norms, *torch._foreach_norm([s.velocity for s in states])]).view(2, -1)
-    both = (sizes > 0).all(0)
-    cosines = torch.where(both, -along / sizes[0] / sizes[1], torch.zeros_like(along))
-    now = cosines.lerp(torch.stack([s.coherence for s in states]), COHERENCE_MEMORY)
-    for s, c in zip(states, now.unbind()):
-        s.coherence = c
-    return now
-
-
-def excesses(blocks: Sequence[Block], like: Tensor) -> Tensor:
-    """`Block.excess` of each block, (blocks,): of the statistics, which all ranks have, and not of the inverse, which
-    may be older. 0 where it is not finite, which sets no limit.
-    """
-    found = [b.cached("excess", lambda b=b: b.excess().nan_to_num(0, 0)) for b in blocks]
-    return torch.stack([s.to(like) for s in found])
+def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    """Keep what `NormalisedStep.cosines` are made of."""
+    sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
+    for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
+        s.seen = (dot(g, d), size_g, size_d)
 
 
 def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:
     """Σ ⟨g, v⟩ over blocks, a scalar tensor."""
     return torch.stack([dot(g, s.velocity) for s, g in zip(states, grads)]).sum()
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def unit(layer: Any) -> float:

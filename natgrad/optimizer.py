@@ -196,30 +196,37 @@ class NaturalGradient(torch.optim.Optimizer):
         on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
-        increments = self.rule.update(self.metric, df, options)
-        written: list[Tensor] = []
-        ways: list[Tensor] = []
+        self._apply(self.rule.update(self.metric, df, options), None if on_host else fine)
+        if self._average is not None:
+            self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
+        self.metric.expect(self.refresh_due)
+
+    def _apply(self, increments: Mapping[str, Tensor | Along], fine: Tensor | None) -> None:
+        """Decay the weights and add their increments. `fine`: where it is not known on the host, 0 for a bad step."""
+        decayed: list[Tensor] = []
+        kept: list[float] = []
+        moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # parameters and their ways, by length
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (delta := increments.get(self._name_of[parameter])) is None:
                     continue
                 p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
-                if (decay := self._decay(group, parameter)) is not None:
-                    one = p.new_ones(())
-                    p.mul_(one - decay if on_host else torch.where(fine, one - decay, one))
-                if not on_host:
+                decay = self._decay(group, parameter)
+                if fine is not None:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                if length == 1.0:
-                    written.append(p)
-                    ways.append(way)
-                else:
-                    p.add_(way, alpha=length)
-        if written:
-            torch._foreach_add_(written, ways)
-        if self._average is not None:
-            self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
-        self.metric.expect(self.refresh_due)
+                    if decay is not None:
+                        p.mul_(torch.where(fine, 1 - torch.as_tensor(decay).to(p), 1))
+                elif decay is not None:
+                    decayed.append(p)
+                    kept.append(1 - float(decay))
+                parameters, ways = moved.setdefault(length, ([], []))
+                parameters.append(p)
+                ways.append(way)
+        if decayed:
+            torch._foreach_mul_(decayed, kept)
+        for length, (parameters, ways) in moved.items():
+            torch._foreach_add_(parameters, ways, alpha=length)
 
     def _decay(self, group: Mapping[str, Any], parameter: Tensor) -> Tensor | float | None:
         """The share of a parameter that this step takes away; None for nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 4e6  # multiplications below which the call costs more than the product saves
+SMALLEST = 1.2e6  # multiplications below which the call costs more than the product saves
 NARROW = 16  # columns below which the transposed product is faster
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 WIDE = _linear is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"

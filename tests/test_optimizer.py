@@ -17,7 +17,8 @@ from cases import STRUCTURES, mlp
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad.normalised import excesses
+from natgrad.blocks import Block
+from natgrad.normalised import BlockState
 from natgrad.optimizer import AVERAGE_LIMIT
 from natgrad.steps import FixedStep
 
@@ -465,23 +466,57 @@ def test_no_curvature_has_no_newton_step(structure: str) -> None:
     assert float(block.excess()) == 0
 
 
+def state_and_block() -> tuple[BlockState, Block]:
+    metric = ng.Fisher(nn.Linear(3, 2).double(), nn.MSELoss())
+    metric.update(X, X[:, :2])
+    return BlockState(torch.zeros(1, 2, 4).double(), torch.zeros(())), metric.blocks[0]
+
+
 @pytest.mark.parametrize(("value", "taken"), [(2.0, 2.0), (math.inf, 0.0), (math.nan, 0.0)])
 def test_an_excess_that_is_not_finite_sets_no_limit(
     monkeypatch: pytest.MonkeyPatch, value: float, taken: float
 ) -> None:
     """0 is taken for it, and it is asked for once a refresh."""
-    metric = ng.Fisher(nn.Linear(3, 2).double(), nn.MSELoss())
-    metric.update(X, X[:, :2])
-    (block,) = metric.blocks
+    state, block = state_and_block()
     asked = []
     monkeypatch.setattr(block, "excess", lambda: asked.append(1) or torch.tensor(value))
-    for _ in range(2):
-        found = excesses([block], X)
-        assert (found.dtype, found.tolist()) == (X.dtype, [taken])
+    assert [float(state.newton_scale(block)) for _ in range(2)] == [taken, taken]
     assert len(asked) == 1
     block.forget()
-    excesses([block], X)
+    state.newton_scale(block)
     assert len(asked) == 2
+
+
+def test_the_scale_of_the_newton_step_rises_at_once_and_falls_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, block = state_and_block()
+    values = iter([2.0, 0.0, 1.0, 5.0, 4.9])
+    monkeypatch.setattr(block, "excess", lambda: torch.tensor(next(values)).double())
+    found = []
+    for _ in range(5):
+        block.forget()
+        found.append(float(state.newton_scale(block)))
+    assert found == pytest.approx([2.0, 2 * 0.97, 2 * 0.97**2, 5.0, 4.9])
+    kept = BlockState.restored(state.state_dict())
+    block.version = 0  # as restored statistics have it
+    assert float(kept.newton_scale(block)) == found[-1]
+
+
+def test_a_classifier_that_is_sure_of_all_labels_stays_where_it_is() -> None:
+    """Labels drawn from it are those that it is sure of: its Fisher matrix vanishes. Then one label is wrong."""
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).double()
+    y = (x[:, 0] > 0).long()
+    model, criterion = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)).double(), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion), weight_decay=0.0)
+    batches = torch.Generator().manual_seed(1)
+    for i in range(700):
+        chosen = torch.randint(0, 256, (32,), generator=batches)
+        labels = y[chosen].clone()
+        if i >= 690:
+            labels[0] = 1 - labels[0]
+        opt.zero_grad()
+        criterion(model(x[chosen]), labels).backward()
+        opt.step()
+    assert float((model(x).argmax(1) == y).double().mean()) > 0.97
 
 
 def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:

@@ -1,0 +1,102 @@
+"""Small layers of one shape together: their inverses in one batched factorisation, their directions in one product.
+
+On a CPU that pays for small sides alone, where the calls cost more than the arithmetic: longer ones are multiplied
+faster one by one (`natgrad.products`, ``python -m benchmarks.kernels``). On other devices every call waits for a
+launch, so all sides that are kept whole go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks import Block, Inverse, Job
+from natgrad.kronecker import FactorisationError, damped_inverse
+from natgrad.kronecker_inverse import KroneckerInverse
+from natgrad.sides import is_whole
+
+LONGEST = 97  # rows up to which a batch is faster on a CPU
+
+
+def pays(*sides: Tensor) -> bool:
+    return all(s.device.type != "cpu" or max(s.shape[-2:]) <= LONGEST for s in sides)
+
+
+def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Positions of equal keys, where there are several; None is like nothing.
+
+    >>> alike(["a", None, "b", "a", None])
+    [[0, 3]]
+    """
+    found: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        if key is not None:
+            found.setdefault(key, []).append(i)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def kind_of(*sides: Tensor) -> Hashable:
+    """What tensors must share to be stacked."""
+    return sides[0].dtype, sides[0].device, *(s.shape for s in sides)
+
+
+class Products:
+    """Ũ X Ṽ of many blocks. Keeps the stacks of those that go together for as long as the inverses are the same."""
+
+    def __init__(self) -> None:
+        self._inverses: list[Inverse] = []
+        self._batches: list[tuple[list[int], Tensor, Tensor]] = []
+
+    def apply(self, inverses: Sequence[Inverse], xs: Sequence[Tensor]) -> list[Tensor]:
+        if len(inverses) != len(self._inverses) or any(a is not b for a, b in zip(inverses, self._inverses)):
+            self._stack(inverses)
+        found: dict[int, Tensor] = {}
+        for members, u, v in self._batches:
+            stacked = u @ torch.stack([xs[i] for i in members]) @ v
+            found.update(zip(members, stacked.unbind()))
+        return [found[i] if i in found else inverse.apply(x) for i, (inverse, x) in enumerate(zip(inverses, xs))]
+
+    def _stack(self, inverses: Sequence[Inverse]) -> None:
+        self._inverses, self._batches = list(inverses), []
+        for members in alike(map(stackable, inverses)):
+            held = [inverse for i in members if isinstance(inverse := inverses[i], KroneckerInverse)]
+            u, v = torch.stack([h.u for h in held]), torch.stack([h.v for h in held])
+            for h, mine, other in zip(held, u.unbind(), v.unbind()):
+                h.u, h.v = mine, other  # kept once
+            self._batches.append((members, u, v))
+
+
+def stackable(inverse: Inverse) -> Hashable:
+    """What inverses must share to be applied together; None for one that goes alone."""
+    if not isinstance(inverse, KroneckerInverse) or inverse.u_shape is not None or inverse.v_shape is not None:
+        return None
+    sides = inverse.u, inverse.v
+    return kind_of(*sides) if all(map(is_whole, sides)) and pays(*sides) else None
+
+
+def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Callable[[], Inverse] | None]:
+    """For each block how to make its `relative_inverse` from what was factorised in a batch; None where nothing was."""
+    jobs = [block.relative_jobs(damping) for block, damping in zip(blocks, dampings)]
+    flat = [(i, job) for i, mine in enumerate(jobs) for job in mine]
+    done: dict[int, Tensor] = {}
+    for members in alike(
+        (dampings[i], kind_of(job.like)) if job.system and pays(job.like) else None for i, job in flat
+    ):
+        systems = [system() for m in members if (system := flat[m][1].system)]
+        try:
+            made = damped_inverse(torch.stack([m for m, _ in systems]), systems[0][1])
+        except FactorisationError:
+            continue  # one of them holds NaN, and the others are not to suffer: each is tried alone
+        done.update((id(flat[m][1]), result) for m, result in zip(members, made.unbind()))
+    return [
+        partial(finished, block, damping, mine, done) if any(id(job) in done for job in mine) else None
+        for block, damping, mine in zip(blocks, dampings, jobs)
+    ]
+
+
+def finished(block: Block, damping: float, jobs: Sequence[Job], done: Mapping[int, Tensor]) -> Inverse:
+    """The inverse of a block some of whose jobs are done, by their id."""
+    return block.relative_inverse(damping, [done[id(j)] if id(j) in done else j.compute() for j in jobs])

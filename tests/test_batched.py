@@ -1,0 +1,135 @@
+"""Small layers of one shape together: the same directions as one by one, and as a dense matrix gives them."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad as ng
+from natgrad import batched, normalised
+from natgrad.kronecker import FactorisationError
+from natgrad.kronecker_inverse import KroneckerInverse
+
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
+
+
+def deep(widths: list[int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def fisher(model: nn.Module) -> ng.Fisher:
+    metric = ng.Fisher(model, nn.MSELoss(), kind="exact")
+    metric.update(X)
+    return metric
+
+
+def gradients(metric: ng.Fisher) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(b.matrix_shape, generator=generator).double() for b in metric.blocks]
+
+
+def dense(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """(M/t + √λ I)⁻¹ with t the mean eigenvalue."""
+    mean = matrix.diagonal().mean()
+    return torch.linalg.inv(matrix / mean + damping**0.5 * torch.eye(len(matrix)).double())
+
+
+def test_directions_and_inverses_are_those_of_dense_matrices(close):
+    metric = fisher(deep([6, 6, 6, 6, 3]))
+    makes = batched.made_together(metric.blocks, [0.1] * 4)
+    assert all(make is not None for make in makes)  # the last one for its side of seven alone
+    inverses = [make() for make in makes]
+    grads = gradients(metric)
+    found = batched.Products().apply(inverses, grads)
+    for block, g, d in zip(metric.blocks, grads, found):
+        expected = dense(block.u[0], 0.1) @ g[0] @ dense(block.v[0], 0.1)
+        close(d[0], expected, 1e-12)
+        close(block.relative_inverse(0.1).apply(g)[0], expected, 1e-12)
+
+
+def test_what_goes_together_is_kept_once_and_stacked_once_for_the_same_inverses(monkeypatch):
+    metric = fisher(deep([6, 6, 6, 6, 3]))
+    inverses = [b.relative_inverse(0.1) for b in metric.blocks]
+    grads = gradients(metric)
+    products = batched.Products()
+    first = products.apply(inverses, grads)
+    places = {i.u.untyped_storage().data_ptr() for i in inverses[:3]}
+    assert len(places) == 1
+    monkeypatch.setattr(products, "_stack", lambda _: pytest.fail("stacked again"))
+    again = products.apply(inverses, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    monkeypatch.undo()
+    inverses[1] = metric.blocks[1].relative_inverse(1.0)
+    changed = products.apply(inverses, grads)
+    assert not torch.allclose(changed[1], first[1])
+    torch.testing.assert_close(changed[0], first[0])
+
+
+def test_dampings_are_not_mixed(close):
+    metric = fisher(deep([6, 6, 6, 6, 3]))
+    dampings = [0.1, 1.0, 0.1, 1.0]
+    for block, make, damping, g in zip(
+        metric.blocks, batched.made_together(metric.blocks, dampings), dampings, gradients(metric)
+    ):
+        found = (block.relative_inverse(damping) if make is None else make()).apply(g)
+        close(found[0], dense(block.u[0], damping) @ g[0] @ dense(block.v[0], damping), 1e-12)
+
+
+def test_one_factor_that_holds_nan_does_not_harm_the_others():
+    metric = fisher(deep([6, 6, 6, 6, 3]))
+    bad = metric.blocks[1]
+    for total in bad.statistics["U"].sums.values():
+        total[..., 0, 0] = torch.nan
+    bad.forget()
+    makes = batched.made_together(metric.blocks, [0.1] * 4)
+    for i, (block, make) in enumerate(zip(metric.blocks, makes)):
+        made = [lambda b=block: b.relative_inverse(0.1)] if make is None else [make]
+        if i == 1:
+            with pytest.raises(FactorisationError):
+                made[0]()
+        else:
+            assert torch.isfinite(made[0]().apply(gradients(metric)[i])).all()
+
+
+def test_long_sides_triangles_and_other_structures_go_alone():
+    long = KroneckerInverse(torch.eye(200)[None], torch.eye(3)[None])
+    assert batched.stackable(long) is None
+    assert batched.stackable(KroneckerInverse(torch.eye(3)[None], torch.eye(3)[None])) is not None
+    held = KroneckerInverse(torch.zeros(6), torch.eye(3)[None], u_shape=(1, 3, 3))
+    assert batched.stackable(held) is None
+    diagonal = KroneckerInverse(torch.ones(1, 1, 5), torch.eye(3)[None])
+    assert batched.stackable(diagonal) is None
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    metric = ng.Fisher(model, nn.MSELoss(), kind="exact", structure="diagonal")
+    metric.update(X)
+    assert batched.made_together(metric.blocks, [0.1, 0.1]) == [None, None]
+
+
+def test_training_is_the_same_with_batches_and_without(monkeypatch, close):
+    ends = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = deep([6, 8, 8, 8, 2])
+        if not together:
+            monkeypatch.setattr(batched, "LONGEST", 0)
+        calls: list[list] = []
+        made = normalised.made_together
+
+        def noted(*given, made=made, calls=calls):
+            calls.append(made(*given))
+            return calls[-1]
+
+        monkeypatch.setattr(normalised, "made_together", noted)
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion := nn.MSELoss(), kind="exact"))
+        for _ in range(12):
+            opt.zero_grad()
+            criterion(model(X), X[:, :2]).backward()
+            opt.step()
+        monkeypatch.undo()
+        assert any(make is not None for found in calls for make in found) == together
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    close(ends[0], ends[1], 1e-10)
