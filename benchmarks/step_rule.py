@@ -64,7 +64,14 @@ def decayed(decay: float) -> Make:
 
 def steady(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
     opt = natural(model, criterion)
-    opt.metric.decay_ends = False
+    whole = opt.metric.decay
+    opt.metric.decay = lambda share: whole(None)  # type: ignore[method-assign]
+    return opt
+
+
+def however_sure(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+    opt = natural(model, criterion)
+    opt.metric.decay = lambda share: 0.05  # type: ignore[method-assign]
     return opt
 
 
@@ -86,6 +93,7 @@ VARIANTS: dict[str, Make] = {
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
     "the decay does not shrink": steady,
+    "classes decay however sure": however_sure,
     "no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),

@@ -52,6 +52,7 @@ class Draw:
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    certainty: Tensor | None = None  # `Reading.certainty`
 
 
 @dataclass
@@ -150,7 +151,8 @@ class Curvature:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
-        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses)
+        certainty = self.reading.certainty(tuple(o.detach().to(dtype) for o in found))
+        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses, certainty=certainty)
 
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int

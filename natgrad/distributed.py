@@ -198,15 +198,16 @@ class Ranks:
                 mass = torch.zeros(e.mass, dtype=dtype, device=self.device) if mass is None else mass
                 pieces.append(mass.to(dtype).flatten())
         zero = torch.zeros((), dtype=dtype, device=self.device)
-        pieces.append(torch.stack([zero, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
+        sure = torch.stack([zero, zero]) if draw.certainty is None else draw.certainty.to(zero)
+        pieces.append(torch.stack([*sure, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
         if owned:
             whose = [curvature.blocks[e.block].owner for e, _ in rebuild for _ in range(1 + (e.mass is not None))]
             summed = [*self.owner_sum(pieces[:-1], whose, "statistics"), self.total(pieces[-1])]
         else:
             summed = self.all_sum(pieces, "statistics")
-        found = iter(summed)
-        read = [(e, next(found), s, next(found) if e.mass is not None else None) for e, s in rebuild]
-        masses = dict(zip(sources, summed[-1][1:].unbind()))
+        left = iter(summed)
+        read = [(e, next(left), s, next(left) if e.mass is not None else None) for e, s in rebuild]
+        sure, masses = summed[-1][:2], dict(zip(sources, summed[-1][2:].unbind()))
         here = [curvature.blocks[e.block].owner == self.rank or not owned for e in entries]
         elsewhere = dict.fromkeys(curvature.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
@@ -220,7 +221,8 @@ class Ranks:
                 average.masses[e.source] = own.reshape(e.mass or ())
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
-        return Draw([(curvature.blocks[i], new) for i, new in statistics.items()], data, masses, list(elsewhere))
+        found = [(curvature.blocks[i], new) for i, new in statistics.items()]
+        return Draw(found, data, masses, list(elsewhere), sure if bool(sure[1] > 0) else None)
 
     def all_sum(self, pieces: Sequence[Tensor], what: str) -> list[Tensor]:
         """Flat tensors of one dtype, each summed over the ranks, in messages of about `BUCKET` numbers."""

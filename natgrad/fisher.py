@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
+DECAY, DECAY_OF_CLASSES = 0.01, 0.05  # over the learning rate; their origin is in docs/decisions.md
 
 
 class Fisher(BlockMetric):
@@ -160,9 +161,7 @@ class Fisher(BlockMetric):
             self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
-        # separable classes have no finite maximum of the likelihood; see docs/decisions.md for the measurements
-        self.decay_ends = not isinstance(self.reading, CrossEntropy)
-        self.weight_decay = 0.01 if self.decay_ends else 0.05
+        self.certainty: Tensor | None = None  # moving average of how sure predictions of classes are, 0 … 1
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -296,7 +295,7 @@ class Fisher(BlockMetric):
         for block in self.blocks:
             block.statistics, block.elsewhere = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses = 0, [], {}
+        self.seen, self._pending, self._masses, self.certainty = 0, [], {}, None
 
     @property
     def _plain(self) -> bool:
@@ -322,6 +321,9 @@ class Fisher(BlockMetric):
         for source, mass in draw.masses.items():
             self._masses[source] = self._masses.get(source, 0) + mass
         self.seen += draw.data
+        if decay is not None and draw.certainty is not None:
+            now = draw.certainty[0] / draw.certainty[1]
+            self.certainty = now if self.certainty is None else self.certainty.to(now).lerp(now, 1 - decay)
         return True
 
     # what the watcher asks -----------------------------------------------------------------------------
@@ -365,6 +367,12 @@ class Fisher(BlockMetric):
         self._pending.append(draw)
 
     # what an optimizer asks ----------------------------------------------------------------------------
+
+    def decay(self, share: Tensor | None) -> Tensor | float | None:
+        if isinstance(self.reading, CrossEntropy):
+            # classes that can be told apart drive weights to infinity, and where predictions are sure they can be
+            return None if self.certainty is None else DECAY_OF_CLASSES * self.certainty**2
+        return DECAY if share is None else share * DECAY
 
     def include(self, parameter: Tensor) -> str | None:
         for name, p in chosen_parameters(self.module, None).items():
@@ -600,4 +608,6 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
         for key, average in new.items():
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
-    return Draw(statistics, sum(draw.data for draw in draws), masses)
+    sure = [draw.certainty for draw in draws if draw.certainty is not None]
+    certainty = torch.stack(sure).sum(0) if sure else None
+    return Draw(statistics, sum(draw.data for draw in draws), masses, certainty=certainty)

@@ -108,6 +108,12 @@ class Reading:
         """Whether the output is that of one datum, without a dimension of data."""
         return False
 
+    def certainty(self, outputs: Tensors) -> Tensor | None:
+        """(Σ, count) over terms of how sure predictions of classes are: 0 for uniform ones, 1 for a single class. None
+        where no classes are told apart.
+        """
+        return None
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())
@@ -187,6 +193,14 @@ class CrossEntropy(Reading):
 
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
+
+    def certainty(self, outputs: Tensors) -> Tensor | None:
+        p = self.rows(outputs[0]).softmax(1)
+        least = 1 / p.shape[1]  # of Σ p², where all classes are as likely
+        if least == 1:
+            return None
+        sure = (torch.linalg.vector_norm(p, dim=1).square() - least) / (1 - least)
+        return torch.stack([sure.sum(), sure.new_tensor(float(len(sure)))])
 
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs

@@ -44,8 +44,6 @@ class Metric:
         ValueError: there is no parameter, or one that is complex or on the meta device.
     """
 
-    weight_decay = 0.0  # decoupled, taken by an optimizer that is given none
-    decay_ends = False  # whether that decay is to shrink as Newton steps do, to end where training ends
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
 
@@ -65,6 +63,15 @@ class Metric:
                     f"parameter {name!r} is on the meta device and has no values; materialise the model first "
                     f"(`to_empty`, then initialise)"
                 )
+
+    def decay(self, share: Tensor | None) -> Tensor | float | None:
+        """The decoupled weight decay, over the learning rate, of an optimizer that is given none; None for none.
+
+        Args:
+            share: how much of its set length the step of the parameter has where that ends with training; None where
+                steps of a set length are taken.
+        """
+        return None
 
     @property
     def gradient_share(self) -> float | None:

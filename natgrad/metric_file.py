@@ -26,7 +26,7 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 6
+FORMAT = 7
 DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}  # that statistics are computed in
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
@@ -65,6 +65,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "small_passes": metric.small_passes.state(),
+        "certainty": None if metric.certainty is None else float(metric.certainty),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -131,6 +132,8 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.seen = there["seen"]
     metric.small_passes.restore(there["small_passes"])
     metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
+    sure = there["certainty"]
+    metric.certainty = None if sure is None else metric._like().new_tensor(sure)
     for block in blocks:
         metric.curvature.set_up(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again

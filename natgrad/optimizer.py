@@ -43,9 +43,9 @@ class NaturalGradient(torch.optim.Optimizer):
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
-            matrices alone and in proportion to the learning rate: `Fisher` has 0.05 with ``CrossEntropyLoss``, where
-            separable data otherwise drive the weights to infinity, and 0.01 with other criteria, less by as much as the
-            Newton step of a block is shorter than η.
+            matrices alone and in proportion to the learning rate. `Fisher` has 0.01, less by as much as the Newton step
+            of a block is shorter than η; with ``CrossEntropyLoss`` 0.05 times the square of how sure predictions are (0
+            for uniform ones, 1 for a single class), as data that can be separated drive the weights to infinity.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -83,7 +83,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
         self.rule = metric.default_step() if step is None else step
-        self._own_decay = metric.weight_decay if step is None else 0.0
+        self._own_decay = step is None  # the metric's, of which its own step rule knows how much
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
@@ -233,13 +233,10 @@ class NaturalGradient(torch.optim.Optimizer):
         given = group["weight_decay"]
         if given is not None:
             return group["lr"] * given if given else None
-        own = group["lr"] * self._own_decay
-        if not own or parameter.dim() < 2:
+        if not self._own_decay or parameter.dim() < 2:
             return None
-        if not self.metric.decay_ends:
-            return own
-        share = self.rule.decay_shares.get(self._name_of[parameter])
-        return own if share is None else share * own
+        own = self.metric.decay(self.rule.decay_shares.get(self._name_of[parameter]))
+        return None if own is None else group["lr"] * own
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""

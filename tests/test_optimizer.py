@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.blocks import Block
+from natgrad.likelihoods import read
 from natgrad.normalised import BlockState
 from natgrad.optimizer import AVERAGE_LIMIT
 from natgrad.steps import FixedStep
@@ -501,24 +502,6 @@ def test_the_scale_of_the_newton_step_rises_at_once_and_falls_slowly(monkeypatch
     assert float(kept.newton_scale(block)) == found[-1]
 
 
-def test_a_classifier_that_is_sure_of_all_labels_stays_where_it_is() -> None:
-    """Labels drawn from it are those that it is sure of: its Fisher matrix vanishes. Then one label is wrong."""
-    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).double()
-    y = (x[:, 0] > 0).long()
-    model, criterion = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)).double(), nn.CrossEntropyLoss()
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion), weight_decay=0.0)
-    batches = torch.Generator().manual_seed(1)
-    for i in range(700):
-        chosen = torch.randint(0, 256, (32,), generator=batches)
-        labels = y[chosen].clone()
-        if i >= 690:
-            labels[0] = 1 - labels[0]
-        opt.zero_grad()
-        criterion(model(x[chosen]), labels).backward()
-        opt.step()
-    assert float((model(x).argmax(1) == y).double().mean()) > 0.97
-
-
 def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:
     model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion), weight_decay=0.0)
@@ -545,22 +528,67 @@ def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
     assert float(criterion(model(x), y).detach()) < 1e-10
 
 
-def test_classification_decays_matrices_in_proportion_to_the_step_where_no_decay_is_given() -> None:
-    """θ ← (1 − 0.05 η) θ + Δ for weights, biases untouched."""
-    fits = {}
-    for decay in (None, 0.0):
-        model = mlp(hidden=8)
-        opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact"), weight_decay=decay)
-        start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        nn.CrossEntropyLoss()(model(X), Y)  # not the metric's criterion: drawn at the output
+def certainty_of(logits: torch.Tensor) -> float:
+    """(Σ p² − 1/C) / (1 − 1/C), the mean over data, datum by datum."""
+    found = []
+    for row in logits:
+        p = [math.exp(v) / sum(math.exp(w) for w in row.tolist()) for v in row.tolist()]
+        found.append((sum(q * q for q in p) - 1 / len(p)) / (1 - 1 / len(p)))
+    return sum(found) / len(found)
+
+
+def test_classification_decays_matrices_as_sure_as_it_is_where_no_decay_is_given() -> None:
+    """θ ← (1 − 0.05 κ² η) θ + Δ for weights, biases untouched; the moving average of κ is at first a mean."""
+    models = {decay: mlp(hidden=8) for decay in (None, 0.0)}
+    opts = {
+        decay: ng.NaturalGradient(ng.Fisher(m, nn.CrossEntropyLoss(), kind="exact"), weight_decay=decay)
+        for decay, m in models.items()
+    }
+    seen: list[float] = []
+    for _ in range(2):  # both refresh
+        models[0.0].load_state_dict(models[None].state_dict())
+        start = {n: p.detach().clone() for n, p in models[None].named_parameters()}
+        for decay, model in models.items():
+            opts[decay].zero_grad()
+            logits = model(X)
+            nn.CrossEntropyLoss()(logits, Y)  # not the metric's criterion: drawn at the output
+            nn.functional.cross_entropy(logits, Y).backward()
+            opts[decay].step()
+        seen.append(certainty_of(logits.detach()))
+        rate = 0.05 * opts[None].param_groups[0]["lr"] * (sum(seen) / len(seen)) ** 2
+        assert 1e-6 < rate < 5e-3
+        for (n, p), q in zip(models[None].named_parameters(), models[0.0].parameters()):
+            expected = q.detach() - (rate * start[n] if p.dim() > 1 else 0)
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"), [([[0.0] * 4] * 3, 0.0), ([[900.0, 0.0, 0.0], [0.0, 900.0, 0.0]], 1.0)]
+)
+def test_how_sure_predictions_are(logits: list[list[float]], expected: float) -> None:
+    found = read(nn.CrossEntropyLoss()).certainty((torch.tensor(logits),))
+    assert float(found[0] / found[1]) == pytest.approx(expected, abs=1e-6)
+    assert read(nn.CrossEntropyLoss()).certainty((torch.zeros(3, 1),)) is None  # one class
+    assert read(nn.MSELoss()).certainty((torch.zeros(3, 2),)) is None
+    images = torch.randn(2, 5, 3, 3)  # classes in the second dimension
+    whole = read(nn.CrossEntropyLoss()).certainty((images,))
+    rows = images.movedim(1, -1).reshape(-1, 5)
+    assert float(whole[0] / whole[1]) == pytest.approx(certainty_of(rows), rel=1e-5)
+
+
+def test_how_sure_it_is_goes_on_from_a_checkpoint() -> None:
+    model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    for _ in range(3):
         opt.zero_grad()
-        nn.functional.cross_entropy(model(X), Y).backward()
+        criterion(model(X), Y).backward()
         opt.step()
-        fits[decay] = {n: p.detach() - start[n] for n, p in model.named_parameters()}
-        rate = 0.05 * opt.param_groups[0]["lr"]
-    for n, delta in fits[None].items():
-        expected = fits[0.0][n] - (rate * start[n] if start[n].dim() > 1 else 0)
-        torch.testing.assert_close(delta, expected, rtol=1e-12, atol=1e-14)
+    again = ng.NaturalGradient(ng.Fisher(mlp(hidden=8), criterion))
+    again.load_state_dict(opt.state_dict())
+    assert torch.equal(opt.metric.certainty, again.metric.certainty)
+    assert 0 < float(opt.metric.certainty) < 1
+    opt.metric.reset()
+    assert opt.metric.certainty is None
 
 
 @pytest.mark.parametrize("lr", [0.0, 0.01, 30.0])
