@@ -58,8 +58,9 @@ class BlockState:
     velocity: Tensor  # v
     coherence: Tensor  # c̄, a scalar
     steps: int = 0  # t
-    # ⟨g, d⟩, ‖g‖, ‖d‖ when the inverse was made: for `cosines`, not to continue from
+    # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
     seen: tuple[Tensor, Tensor, Tensor] | None = None
+    seen_at: int = -1  # version of the statistics then
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
     failures: int = 0  # factorisations in a row that failed
@@ -93,7 +94,7 @@ class BlockState:
     def restored(cls, state: dict[str, Any]) -> BlockState:
         state = dict(state)
         kept = state.pop("kept", None)
-        state["excess_of"] = 0  # restored statistics have version 0
+        state["excess_of"] = state["seen_at"] = 0  # restored statistics have version 0
         if kept is not None:
             types = {c.__name__: c for c in Inverse.__subclasses__()}
             state["inverse"] = types[kept["type"]](**kept["tensors"])
@@ -226,7 +227,7 @@ class NormalisedStep(StepRule):
     ) -> list[Tensor]:
         """Increments in the coordinates of each block. `share`: `Metric.gradient_share`."""
         mine = [shared_options(b, options) for b in blocks]
-        # what is only to be looked at is measured where there is a new inverse, and not at every step
+        looks = refreshed(states, blocks)
         stale = [i for i, (s, b, o) in enumerate(zip(states, blocks, mine)) if s.is_stale(b, o.damping)]
         if self.slopes.taken is not None:
             self.slopes.meet(slope_along(states, grads))
@@ -237,10 +238,10 @@ class NormalisedStep(StepRule):
             directions = self._products.apply(inverses, grads)
         else:
             directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
-        if stale:
-            look(states, grads, directions)
+        if looks:
+            look(states, blocks, grads, directions)
         increments = self.stretch(blocks, states, mine, directions, share)
-        if stale:
+        if looks:
             self.slopes.taken = slope_along(states, grads)
         return increments
 
@@ -403,11 +404,18 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
-def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+def refreshed(states: Sequence[BlockState], blocks: Sequence[Block]) -> bool:
+    """Whether statistics are new: what is only to be looked at is measured then, and not at every step."""
+    return any(s.seen_at != b.version for s, b in zip(states, blocks))
+
+
+def look(
+    states: Sequence[BlockState], blocks: Sequence[Block], grads: Sequence[Tensor], directions: Sequence[Tensor]
+) -> None:
     """Keep what `NormalisedStep.cosines` are made of."""
     sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
-    for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
-        s.seen = (dot(g, d), size_g, size_d)
+    for s, b, g, d, (size_g, size_d) in zip(states, blocks, grads, directions, sizes):
+        s.seen, s.seen_at = (dot(g, d), size_g, size_d), b.version
 
 
 def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:

@@ -305,9 +305,9 @@ class NaturalGradient(torch.optim.Optimizer):
         """What the last step did, read from the device now.
 
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
-        shorter than that), ``reduction_ratio`` (the loss's reduction over its linear prediction, estimated from slopes)
-        as the step rule knows them; ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time``
-        spent inside `step` since the optimizer was made.
+        shorter than that), ``reduction_ratio`` (the loss's reduction over its linear prediction, estimated from the
+        slopes at the last refresh and at the step after it) as the step rule knows them; ``refreshed``; ``refreshes``,
+        ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made.
         """
         elapsed = time.perf_counter() - self._started
         return {
@@ -322,8 +322,8 @@ class NaturalGradient(torch.optim.Optimizer):
         }
 
     def cosines(self) -> dict[str, float]:
-        """{block: cos(direction, gradient)} of the last step; see `StepRule.cosines`. Near 1 everywhere, the natural
-        gradient is the plain one.
+        """{block: cos(direction, gradient)} of the last step, or with the default step rule of the last one that
+        refreshed the metric. Near 1 everywhere, the natural gradient is the plain one.
         """
         return {n: float(c) for n, c in self.rule.cosines().items()}
 

@@ -18,7 +18,7 @@ from natgrad.blocks import Block
 from natgrad.curvature import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
-from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options, slope_along
+from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, refreshed, shared_options, slope_along
 from natgrad.sharded import Shards
 from natgrad.steps import Increments, Options
 
@@ -71,14 +71,14 @@ def _covered(
     told = torch.zeros(first + len(active), dtype=dtype, device=device)
     if mine:
         told[0] = slope_along(states, grads)
-    looks = any(s.is_stale(b, o.damping) for s, b, o in zip(states, mine, chosen))
+    looks = refreshed(states, mine)
     directions, failed = directions_of(mine, states, chosen, grads)
     told[2] = sum(s.failures for s in states)
     told[3 + shards.mine] = float(failed is not None)
     increments: list[Tensor] = []
     if mine and failed is None:
         if looks:
-            look(states, grads, directions)
+            look(states, mine, grads, directions)
         increments = rule.stretch(mine, states, chosen, directions, metric.gradient_share)
         told[1] = slope_along(states, grads)
         assert rule.shares is not None

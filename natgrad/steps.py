@@ -66,7 +66,8 @@ class StepRule:
         raise NotImplementedError
 
     def cosines(self) -> dict[str, Tensor]:
-        """{name: cos of the angle between the last direction and the gradient it was made from}, scalar tensors.
+        """{name: cos of the angle between a direction and the gradient it was made from}, scalar tensors; of the last
+        step, or of the last one that refreshed the metric.
 
         A key is a parameter, or the first one of a block. Near 1 everywhere means that the metric has become a multiple
         of the identity: natural gradient descent is plain gradient descent then. Computed when asked for.
