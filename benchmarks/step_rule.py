@@ -19,7 +19,7 @@ from rich.table import Table
 import natgrad as ng
 from benchmarks.against_tuned import ALL
 from benchmarks.workloads import Workload
-from natgrad import kronecker_blocks, optimizer, step_arithmetic
+from natgrad import kronecker_blocks, normalised, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -79,13 +79,14 @@ VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
     "refresh after twice the steps": with_constant(optimizer, "GAP_GROWTH", 2.0, default),
-    "mean over the last fifth of the steps": with_constant(step_arithmetic, "AVERAGING", 5.0, default),
-    "mean over the last twentieth": with_constant(step_arithmetic, "AVERAGING", 20.0, default),
+    "mean over the last third of the steps": with_constant(step_arithmetic, "AVERAGING", 3.0, default),
+    "mean over the last tenth": with_constant(step_arithmetic, "AVERAGING", 10.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
     "steps of a fixed length": with_constant(step_arithmetic, "COHERENCE_GAIN", 0.0, default),
     "a coherence of half the gain": with_constant(step_arithmetic, "COHERENCE_GAIN", 1.5, default),
     "no limit by the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1e9, default),
     "up to the whole Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1.0, default),
+    "a Newton limit that follows at once": with_constant(normalised, "SCALE_MEMORY", 0.0, default),
     "up to 0.3 of the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 0.3, default),
     "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
     "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_SIDE", 400, default),
@@ -103,6 +104,7 @@ CONSTANTS = (
     (step_arithmetic, "AVERAGING"),
     (step_arithmetic, "COHERENCE_GAIN"),
     (step_arithmetic, "NEWTON_SHARE"),
+    (normalised, "SCALE_MEMORY"),
     (kronecker_blocks, "TRAINING_SIDE"),
 )
 

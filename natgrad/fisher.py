@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
-DECAY, DECAY_OF_CLASSES = 0.01, 0.05  # over the learning rate; their origin is in docs/decisions.md
+DECAY, DECAY_OF_CLASSES = 0.015, 0.05  # over the learning rate; their origin is in docs/decisions.md
 
 
 class Fisher(BlockMetric):

@@ -418,8 +418,8 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         coherence = 0.8 * coherence - (0.2 * float((d * v).sum() / (size * speed)) if speed > 0 else 0.0)
         lengths = 0.1 / float(size / 6**0.5 * 2), 0.5 / float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
         delta = -math.exp(3 * coherence) * min(lengths) * d
-        v, c = v + 0.9 * delta, 10 / (10 + t)
-        decay = 0.01 * 0.1 * min(lengths) / lengths[0]  # as much shorter as the step is
+        v, c = v + 0.9 * delta, 5 / (5 + t)
+        decay = 0.015 * 0.1 * min(lengths) / lengths[0]  # as much shorter as the step is
         theta, v = (1 - decay) * theta + 0.1 * delta + c * v, (1 - c) * v
         seen.append(coherence)
         newton.append(lengths[1] < lengths[0])
@@ -593,7 +593,7 @@ def test_how_sure_it_is_goes_on_from_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("lr", [0.0, 0.01, 30.0])
 def test_other_likelihoods_decay_by_the_length_of_the_step(lr: float) -> None:
-    """θ ← (1 − 0.01 η s) θ + Δ, with s the share of its set length that a block's step has: of the first step, which is
+    """θ ← (1 − 0.015 η s) θ + Δ, with s the share of its set length that a block's step has: of the first step, which is
     Δ itself, s = rms(Δ) √(fan_in + 1) / η.
     """
     steps = {}
@@ -612,7 +612,7 @@ def test_other_likelihoods_decay_by_the_length_of_the_step(lr: float) -> None:
             continue
         whole = torch.cat([steps[0.0][n], steps[0.0][n.replace("weight", "bias")][:, None]], 1)
         share = float(whole.square().mean().sqrt()) * whole.shape[1] ** 0.5 / lr if lr else 1.0
-        torch.testing.assert_close(steps[None][n], steps[0.0][n] - 0.01 * lr * share * w, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(steps[None][n], steps[0.0][n] - 0.015 * lr * share * w, rtol=1e-9, atol=1e-14)
         shares.append(share)
     assert (max(shares) < 1) if lr == 30 else (min(shares) > 1 - 1e-9)
 
