@@ -593,8 +593,8 @@ def test_how_sure_it_is_goes_on_from_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("lr", [0.0, 0.01, 30.0])
 def test_other_likelihoods_decay_by_the_length_of_the_step(lr: float) -> None:
-    """θ ← (1 − 0.015 η s) θ + Δ, with s the share of its set length that a block's step has: of the first step, which is
-    Δ itself, s = rms(Δ) √(fan_in + 1) / η.
+    """θ ← (1 − 0.015 η s) θ + Δ, with s the share of its set length that a block's step has: of the first step, which
+    is Δ itself, s = rms(Δ) √(fan_in + 1) / η.
     """
     steps = {}
     y = torch.randn(len(X), 3, dtype=X.dtype)
