@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import against_tuned, analysis, figures, sensitivity
 from benchmarks.analysis import FIRST_ORDER, OURS, OVERTIME, Line, Study
+from benchmarks.fresh import SEEN, UNSEEN
 from benchmarks.harness import PATIENCE, TUNING_SEED
 from benchmarks.tables import against_each, by_optimizer, coarse, headline, marks, spaces, table, times, upkeep
 from benchmarks.workloads import STUDY, WORKLOADS
@@ -178,11 +179,10 @@ def swept_section(done: dict[tuple[str, str, float | None, int], Line]) -> str:
     return f"""## Against swept rates, other data too
 
 AdamW, SGD with Nesterov momentum, Muon and SOAP at the best of four rates, chosen apart for the training and for the
-held-out loss, with warm-up and a cosine that ends with the budget; natgrad with no option set. None of the data sets is
-unseen: diabetes, breast_cancer, friedman1 and spirals were looked at when the share of the Newton step was chosen, and
-all when the decay of the weights was. Medians over {seeds} seeds; the share says when natgrad is first at the
-rival's last training loss. Most of these data sets are small enough for a net to fit them to the last point; to be
-first there says little of the held-out loss.
+held-out loss, with warm-up and a cosine that ends with the budget; natgrad with no option set. No default was chosen
+with a look at {", ".join(UNSEEN)}; at {", ".join(SEEN)} some were (see `benchmarks/fresh.py`). Medians over {seeds}
+seeds; the share says when natgrad is first at the rival's last training loss. Most of these data sets are small enough
+for a net to fit them to the last point; to be first there says little of the held-out loss.
 
 {against_tuned.table(done, workloads, seeds)}
 """
