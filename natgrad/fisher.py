@@ -12,23 +12,20 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
-from natgrad.averages import Statistics
 from natgrad.block_metric import BlockMetric
 from natgrad.blocks import Block
-from natgrad.capture import CaptureError, Tape
+from natgrad.capture import Tape
 from natgrad.coverage import Coverage
 from natgrad.covered import coverage_of
-from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype, usable
+from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.likelihoods import CrossEntropy, read
@@ -44,11 +41,12 @@ from natgrad.options import (
     refuse_modules,
     unwrapped,
 )
+from natgrad.own_pass import draw_aside, together
 from natgrad.sharded import LiveNames, Shards, kept_open, sharded_modules
 from natgrad.small_pass import SmallPasses
 from natgrad.trees import describe
-from natgrad.watch import Called, Watcher, unwatched
-from natgrad.wrappers import kept_attributes, refuse_join, refuse_rule, refuse_structures, undisturbed
+from natgrad.watch import Called, Watcher
+from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
 
 if TYPE_CHECKING:
     from natgrad.steps import StepRule
@@ -199,69 +197,7 @@ class Fisher(BlockMetric):
         args, kwargs = arguments(inputs)
         if targets is None and self._targets is not None:
             targets = self._targets(received(args, kwargs))
-        return self._draw_update(args, kwargs, targets)
-
-    def _draw_update(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Draw:
-        with self.aside():
-            result, tape = self.noted(args, kwargs)
-            output = result if self._output is None else self._output(result)
-            self._check_output(output, targets)
-            self.curvature.warn_of_batch_norm()
-            fine = usable(self.reading.outputs(output))
-            if not (fine if self.shards is None else self._everywhere(fine)):
-                raise ValueError(
-                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
-                    "metric of; nothing was added. Look at the inputs and the parameters"
-                )
-            draw = self.curvature.draw(output, targets, [tape], per_datum=True)
-        if draw is None:
-            raise CaptureError(
-                "the output does not depend on any parameter of the metric: it is detached, or the model was "
-                "run under no_grad "
-                "or ignores its parameters"
-            )
-        return draw
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """For forward passes of the metric's own, which leave the model and the random state as they were."""
-        devices = sorted({p.device.index for p in self.parameters.values() if p.device.type == "cuda"})
-        drawn = random.getstate()
-        try:
-            with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(self.module):
-                yield
-        finally:
-            random.setstate(drawn)
-
-    def noted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tape]:
-        """What the model returns, and the calls behind it.
-
-        Raises:
-            ValueError: the batch is empty.
-        """
-        buffers = {n: b.detach().clone() for n, b in self.module.named_buffers()}
-        tape = Tape(self.parameter_names(), aside=True)
-        tape.open(args, kwargs)
-        try:
-            if tape.data == 0:
-                raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
-            return torch.func.functional_call(self.module, buffers, args, kwargs), tape
-        finally:
-            tape.close()
-
-    def _check_output(self, output: Any, targets: Any) -> None:
-        """Raise a ValueError if the criterion cannot take the output with these labels."""
-        self.reading.outputs(output)
-        if targets is None:
-            return
-        try:
-            with torch.no_grad():
-                self.reading.sum_loss(output, targets)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
-                f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
-            ) from error
+        return draw_aside(self, args, kwargs, targets)
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
         """Add every batch of a loader: ``inputs`` or ``(inputs, targets)`` each. Returns the metric.
@@ -350,10 +286,13 @@ class Fisher(BlockMetric):
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
         return self._draw_training(*self.asked_for(output, *given), tapes, at_criterion=False)
 
+    def output_of(self, result: Any) -> Any:
+        """What `output=` makes of what the model returned."""
+        return result if self._output is None else self._output(result)
+
     def asked_for(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """What `output=` and `targets=` make of what the model returned and received."""
-        output = result if self._output is None else self._output(result)
-        return output, None if self._targets is None else self._targets(received(args, kwargs))
+        return self.output_of(result), None if self._targets is None else self._targets(received(args, kwargs))
 
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape], at_criterion: bool) -> Draw | None:
         with undisturbed(self.model), kept_open(self.model):
@@ -459,8 +398,10 @@ class Fisher(BlockMetric):
             )
         return all(f for f, _ in told)
 
-    def _everywhere(self, fine: bool) -> bool:
-        assert self.ranks is not None
+    def everywhere(self, fine: bool) -> bool:
+        """Whether it is so on all ranks of a sharded model; elsewhere each rank goes by itself."""
+        if self.shards is None or self.ranks is None:
+            return fine
         return bool(self.ranks.all_fine(torch.tensor(fine, device=self.ranks.device)))
 
     def _usable_everywhere(self, draw: Draw) -> bool:
@@ -468,7 +409,7 @@ class Fisher(BlockMetric):
         here = self._usable(draw)
         if self.shards is None:
             return here  # all hold the same
-        everywhere = self._everywhere(here)
+        everywhere = self.everywhere(here)
         self.dropped += here and not everywhere
         return everywhere
 
@@ -578,7 +519,7 @@ class Fisher(BlockMetric):
                 written = False
                 raise
             finally:
-                everywhere = self._everywhere(written)
+                everywhere = self.everywhere(written)
         if not everywhere:
             raise OSError(f"rank 0 could not write the metric to {path}; it says why")
 
@@ -591,23 +532,3 @@ class Fisher(BlockMetric):
         """
         metric_file.load(self, path)
         self.share_out()
-
-
-def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Draw:
-    """Several draws as one."""
-    statistics: list[tuple[Block, Statistics]] = []
-    masses: dict[str, Tensor] = {}
-    for block in blocks:
-        parts = [new for draw in draws for held, new in draw.statistics if held is block]
-        if parts:
-            statistics.append((block, block.merged(parts, plain)))
-    for draw in draws:
-        for source, mass in draw.masses.items():
-            masses[source] = masses[source] + mass if source in masses else mass
-    for block, new in statistics:
-        for key, average in new.items():
-            for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
-                average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
-    sure = [draw.certainty for draw in draws if draw.certainty is not None]
-    certainty = torch.stack(sure).sum(0) if sure else None
-    return Draw(statistics, sum(draw.data for draw in draws), masses, certainty=certainty)

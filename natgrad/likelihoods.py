@@ -196,9 +196,9 @@ class CrossEntropy(Reading):
 
     def certainty(self, outputs: Tensors) -> Tensor | None:
         p = self.rows(outputs[0]).softmax(1)
-        least = 1 / p.shape[1]  # of Σ p², where all classes are as likely
-        if least == 1:
+        if len(p) == 0 or p.shape[1] == 1:
             return None
+        least = 1 / p.shape[1]  # of Σ p², where all classes are as likely
         sure = (torch.linalg.vector_norm(p, dim=1).square() - least) / (1 - least)
         return torch.stack([sure.sum(), sure.new_tensor(float(len(sure)))])
 

@@ -216,7 +216,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 if fine is not None:
                     way = torch.where(fine, way, torch.zeros_like(way))
                     if decay is not None:
-                        p.mul_(torch.where(fine, 1 - torch.as_tensor(decay).to(p), 1))
+                        one = p.new_ones(())
+                        p.mul_(torch.where(fine, one - decay, one))
                 elif decay is not None:
                     decayed.append(p)
                     kept.append(1 - float(decay))

@@ -26,6 +26,7 @@ from natgrad.capture import Tape, coverage_walk
 from natgrad.curvature import Curvature, Draw, usable
 from natgrad.kronecker_blocks import FEWEST_DATA, KroneckerBlock
 from natgrad.layers import key_of
+from natgrad.own_pass import aside, noted
 from natgrad.trees import Tensors, leaves_of, replace_tensors
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class SmallPasses:
         assert tape.data is not None
         before = curvature.row_generator.get_state()
         few = Few(torch.randperm(tape.data, generator=curvature.row_generator)[:count], tape.data)
-        with metric.aside():
+        with aside(metric):
             found = self._again(metric, output, targets, tape, few, at_criterion)
             draw = None if found is None else curvature.draw(*found, per_datum=False)
         if draw is None:
@@ -192,12 +193,12 @@ class SmallPasses:
         try:
             args, kwargs = few.inputs(args), few.inputs(kwargs)
             with as_it_was(tape):
-                again, noted = metric.noted(args, kwargs)
+                again, tape_of_few = noted(metric, args, kwargs)
             if at_criterion:
                 new = drawn_again(outputs, whole, again, few)
                 theirs = replace_tensors(targets, tuple(labels), tuple(map(few.rows, labels)))
-                return None if new is None else (replace_tensors(output, outputs, new), theirs, [noted])
+                return None if new is None else (replace_tensors(output, outputs, new), theirs, [tape_of_few])
             result, theirs = metric.asked_for(again, args, kwargs)
-            return (result, theirs, [noted]) if are_same(metric.reading.outputs(result), outputs, few) else None
+            return (result, theirs, [tape_of_few]) if are_same(metric.reading.outputs(result), outputs, few) else None
         except Exception:  # the model or what the user picks of it may be made for batches of one size
             return None

@@ -58,6 +58,7 @@ LEVELS = {
     "fisher": 2,
     "covered": 2,
     "small_pass": 2,
+    "own_pass": 2,
     "taylor_kfac": 2,
     "layer_rows": 2,
     "kronecker_sum": 2,
