@@ -82,7 +82,7 @@ VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
     "refresh after twice the steps": with_constant(optimizer, "GAP_GROWTH", 2.0, default),
-    "mean over the last third of the steps": with_constant(step_arithmetic, "AVERAGING", 3.0, default),
+    "mean over the last fifth of the steps": with_constant(step_arithmetic, "AVERAGING", 5.0, default),
     "mean over the last tenth": with_constant(step_arithmetic, "AVERAGING", 10.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
     "steps of a fixed length": with_constant(step_arithmetic, "COHERENCE_GAIN", 0.0, default),

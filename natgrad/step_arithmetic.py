@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AVERAGING = 5.0  # k: the mean is over about the last fifth of the steps; its origin is in docs/decisions.md
+AVERAGING = 3.0  # k: the mean is over about the last third of the steps; its origin is in docs/decisions.md
 COHERENCE_GAIN = 3.0  # κ: a step is at most e³ times as long, or as short, as η says
 COHERENCE_MEMORY = 0.8  # ρ: over about five steps
 NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step that neither agrees nor turns back stays in

@@ -418,7 +418,7 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         coherence = 0.8 * coherence - (0.2 * float((d * v).sum() / (size * speed)) if speed > 0 else 0.0)
         lengths = 0.1 / float(size / 6**0.5 * 2), 0.5 / float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
         delta = -math.exp(3 * coherence) * min(lengths) * d
-        v, c = v + 0.9 * delta, 5 / (5 + t)
+        v, c = v + 0.9 * delta, 3 / (3 + t)
         decay = 0.015 * 0.1 * min(lengths) / lengths[0]  # as much shorter as the step is
         theta, v = (1 - decay) * theta + 0.1 * delta + c * v, (1 - c) * v
         seen.append(coherence)

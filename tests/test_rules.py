@@ -200,7 +200,7 @@ def test_the_default_step_averages_its_iterates(monkeypatch: pytest.MonkeyPatch)
         before = [p.detach().clone() for p in twin.parameters()]
         opt.step()
         plain.step()  # without momentum its increment is Δ itself
-        c = 5 / (5 + step)
+        c = 3 / (3 + step)
         with torch.no_grad():
             for i, (p, b) in enumerate(zip(twin.parameters(), before)):
                 z[i] += p - b
