@@ -525,7 +525,7 @@ def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
         rows = torch.arange(8) + 8 * (i % 3)
         criterion(model(x[rows]), y[rows]).backward()
         opt.step()
-    assert float(criterion(model(x), y).detach()) < 1e-10
+    assert float(criterion(model(x), y).detach()) < 1e-7
 
 
 def certainty_of(logits: torch.Tensor) -> float:
