@@ -103,8 +103,8 @@ def protocol(study: Study, lines: list[Line]) -> str:
     return f"""## Protocol
 
 - The clock is the CPU time of one thread, curvature included, evaluation not. Ratios are of runs of
-  one study on one machine. natgrad, AdamW and NAdamW were timed on one day; the other rivals on an earlier one, when
-  AdamW made 4 to 22 % more steps a second, which is in their favour.
+  one study on one machine. natgrad, AdamW, NAdamW, Muon and SOAP were timed on one day; the other rivals on an
+  earlier one, when optimizers made 4 to 22 % more steps a second, which is in their favour.
 - **natgrad is not tuned.** Each rival is, by {trials} quasi-random (Sobol) trials a workload over one space for
   all workloads (below), on a seed of its own; the lowest held-out metric counts. Warm-up and cosine have the budget as
   their horizon; natgrad, schedule-free AdamW and L-BFGS have no schedule.
