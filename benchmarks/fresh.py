@@ -129,7 +129,7 @@ def small_convnet() -> nn.Module:
 
 
 def letter_net(symbols: int) -> nn.Module:
-    return nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), perceptron([128, 128, symbols], nn.ReLU))
+    return nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), *perceptron([128, 128, symbols], nn.ReLU))
 
 
 LETTERS = 8  # that the next one is told from
@@ -145,9 +145,7 @@ def next_letter() -> Workload:
     looked_at = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:10_000]
     return Workload(
         "next_letter",
-        lambda: nn.Sequential(
-            nn.Embedding(len(number), 16), nn.Flatten(), *perceptron([128, 128, len(number)], nn.ReLU)
-        ),
+        lambda: letter_net(len(number)),
         nn.CrossEntropyLoss(),
         pairs[0],
         (pairs[0][0][looked_at], pairs[0][1][looked_at]),

@@ -19,7 +19,7 @@ from rich.table import Table
 import natgrad as ng
 from benchmarks.against_tuned import ALL
 from benchmarks.workloads import Workload
-from natgrad import kronecker_blocks, normalised, optimizer, step_arithmetic
+from natgrad import fisher, kronecker_blocks, normalised, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -65,17 +65,15 @@ def decayed(decay: float) -> Make:
     return lambda model, criterion: natural(model, criterion, weight_decay=decay)
 
 
-def steady(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-    opt = natural(model, criterion)
-    whole = opt.metric.decay
-    opt.metric.decay = lambda share: whole(None)  # type: ignore[method-assign]
-    return opt
+def constant(decay: float) -> Make:
+    """The metric's own decay, of matrices alone, at all times this."""
 
+    def build(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+        opt = natural(model, criterion)
+        opt.metric.decay = lambda share: decay  # type: ignore[method-assign]
+        return opt
 
-def however_sure(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-    opt = natural(model, criterion)
-    opt.metric.decay = lambda share: 0.05  # type: ignore[method-assign]
-    return opt
+    return build
 
 
 VARIANTS: dict[str, Make] = {
@@ -96,8 +94,8 @@ VARIANTS: dict[str, Make] = {
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
-    "the decay does not shrink": steady,
-    "classes decay however sure": however_sure,
+    "the decay does not shrink": constant(fisher.DECAY),
+    "classes decay however sure": constant(fisher.DECAY_OF_CLASSES),
     "no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),

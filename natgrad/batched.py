@@ -7,13 +7,13 @@ launch, so all sides that are kept whole go together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from natgrad.blocks import Block, Inverse, Job
+from natgrad.blocks import Block, Inverse
 from natgrad.kronecker import FactorisationError, damped_inverse
 from natgrad.kronecker_inverse import KroneckerInverse
 from natgrad.sides import is_whole
@@ -44,7 +44,7 @@ def kind_of(*sides: Tensor) -> Hashable:
 
 
 class Products:
-    """Ũ X Ṽ of many blocks. Keeps the stacks of those that go together for as long as the inverses are the same."""
+    """Ũ X Ṽ of many blocks. Keeps the inverses, and the stacks of those that go together, while they are the same."""
 
     def __init__(self) -> None:
         self._inverses: list[Inverse] = []
@@ -80,23 +80,26 @@ def stackable(inverse: Inverse) -> Hashable:
 def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Callable[[], Inverse] | None]:
     """For each block how to make its `relative_inverse` from what was factorised in a batch; None where nothing was."""
     jobs = [block.relative_jobs(damping) for block, damping in zip(blocks, dampings)]
-    flat = [(i, job) for i, mine in enumerate(jobs) for job in mine]
-    done: dict[int, Tensor] = {}
-    for members in alike(
-        (dampings[i], kind_of(job.like)) if job.system and pays(job.like) else None for i, job in flat
-    ):
+    flat = [(damping, job) for damping, mine in zip(dampings, jobs) for job in mine]
+    done: dict[int, Tensor | None] = {}
+    for members in alike((d, kind_of(job.like)) if job.system and pays(job.like) else None for d, job in flat):
         systems = [system() for m in members if (system := flat[m][1].system)]
-        try:
-            made = damped_inverse(torch.stack([m for m, _ in systems]), systems[0][1])
-        except FactorisationError:
-            continue  # one of them holds NaN, and the others are not to suffer: each is tried alone
-        done.update((id(flat[m][1]), result) for m, result in zip(members, made.unbind()))
+        done.update(zip((id(flat[m][1]) for m in members), solved(systems)))
     return [
-        partial(finished, block, damping, mine, done) if any(id(job) in done for job in mine) else None
+        partial(block.relative_inverse, damping, [done.get(id(job)) for job in mine])
+        if any(done.get(id(job)) is not None for job in mine)
+        else None
         for block, damping, mine in zip(blocks, dampings, jobs)
     ]
 
 
-def finished(block: Block, damping: float, jobs: Sequence[Job], done: Mapping[int, Tensor]) -> Inverse:
-    """The inverse of a block some of whose jobs are done, by their id."""
-    return block.relative_inverse(damping, [done[id(j)] if id(j) in done else j.compute() for j in jobs])
+def solved(systems: Sequence[tuple[Tensor, float]]) -> list[Tensor | None]:
+    """(M + aI)⁻¹ of each, all with one a. Those that hold NaN or Inf are left out: None, and the rest goes without."""
+    try:
+        return list(damped_inverse(torch.stack([m for m, _ in systems]), systems[0][1]).unbind())
+    except FactorisationError:
+        fine = [bool(torch.isfinite(m).all()) for m, _ in systems]
+        if all(fine) or sum(fine) < 2:
+            return [None] * len(systems)
+        left = iter(solved([system for system, good in zip(systems, fine) if good]))
+        return [next(left) if good else None for good in fine]

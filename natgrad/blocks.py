@@ -207,10 +207,11 @@ class Block:
             self._inverse = (self.version, damping, self.inverse(damping))
         return self._inverse[2]
 
-    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
 
-        `results`: of the `relative_jobs`, where they have been done elsewhere.
+        `results`: of the `relative_jobs`, where they have been done elsewhere; None for one that is to be done here,
+        which only those may be that have a `Job.system`.
         """
         return self.inverse(self.relative_to_mean(damping))
 
@@ -345,8 +346,9 @@ class DenseBlock(JointBlock):
     def inverse(self, damping: float) -> Inverse:
         return DenseInverse(damped_inverse(self.matrix, damping))
 
-    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
-        return super().relative_inverse(damping) if results is None else DenseInverse(*results)
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        (done,) = [None] if results is None else results
+        return super().relative_inverse(damping) if done is None else DenseInverse(done)
 
     def relative_jobs(self, damping: float) -> list[Job]:
         m = self.matrix

@@ -52,7 +52,7 @@ class Draw:
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
-    certainty: Tensor | None = None  # `Reading.certainty`
+    certainty: Tensor | None = None  # (Σ m s, Σ m) of `Reading.certainty`
 
 
 @dataclass
@@ -141,7 +141,8 @@ class Curvature:
             tape.drawn = True
 
         dtype = statistics_dtype(self.parameters.values())
-        local = replace_tensors(output, found, tuple(o.detach().to(dtype) for o in found))
+        detached = tuple(o.detach().to(dtype) for o in found)
+        local = replace_tensors(output, found, detached)
         extra = self._per_datum_calls(missed, data) if per_datum else []
         calls = self._learn([*noted, *extra])
         parts = [
@@ -151,7 +152,7 @@ class Curvature:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
-        certainty = self.reading.certainty(tuple(o.detach().to(dtype) for o in found))
+        certainty = self.reading.certainty(detached, targets)
         return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses, certainty=certainty)
 
     def _part(

@@ -222,7 +222,7 @@ class Ranks:
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
         found = [(curvature.blocks[i], new) for i, new in statistics.items()]
-        return Draw(found, data, masses, list(elsewhere), sure if bool(sure[1] > 0) else None)
+        return Draw(found, data, masses, list(elsewhere), sure)
 
     def all_sum(self, pieces: Sequence[Tensor], what: str) -> list[Tensor]:
         """Flat tensors of one dtype, each summed over the ranks, in messages of about `BUCKET` numbers."""

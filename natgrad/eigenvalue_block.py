@@ -105,7 +105,7 @@ class EigenvalueBlock(KroneckerBlock):
     def relative_jobs(self, damping: float) -> list[Job]:
         return []  # the basis is found where the statistics are taken
 
-    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         values, qu, qv = self.eigen()
         mean = values.mean()
         scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))

@@ -257,7 +257,7 @@ class Fisher(BlockMetric):
         for source, mass in draw.masses.items():
             self._masses[source] = self._masses.get(source, 0) + mass
         self.seen += draw.data
-        if decay is not None and draw.certainty is not None:
+        if decay is not None and draw.certainty is not None and bool(draw.certainty[1] > 0):
             now = draw.certainty[0] / draw.certainty[1]
             self.certainty = now if self.certainty is None else self.certainty.to(now).lerp(now, 1 - decay)
         return True

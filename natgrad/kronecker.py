@@ -16,6 +16,7 @@ the mean eigenvalue of each factor. Exact damping goes through the eigenbases: (
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -101,14 +102,15 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     return ((vectors / (values + damping.double()[..., None])[..., None, :]) @ vectors.mT).to(m.dtype)
 
 
-def relative_inverse(side: Tensor, damping: float) -> Tensor:
+def relative_inverse(side: Tensor, damping: float, found: Sequence[Tensor | None] = ()) -> Tensor:
     """(U/t_U + √λ I)⁻¹ with t the mean eigenvalue over all groups: one side under relative, factored damping.
 
-    A factor that is zero stays at its damping: its inverse is I/√λ.
+    A factor that is zero stays at its damping: its inverse is I/√λ. `found`: the pieces that are there already.
     """
     if is_diagonal(side):
         return 1 / (side * per(diagonal_of(side).mean()) + damping**0.5)
-    return side_of([relative_inverse_of_piece(side, i, damping) for i in range(len(pieces_of(side)))])
+    found = found or [None] * len(pieces_of(side))
+    return side_of([relative_inverse_of_piece(side, i, damping) if m is None else m for i, m in enumerate(found)])
 
 
 def relative_inverse_of_piece(side: Tensor, number: int, damping: float) -> Tensor:

@@ -36,7 +36,6 @@ from natgrad.sides import (
     is_diagonal,
     pieces_of,
     rows_of_pieces,
-    side_of,
     trace_of,
 )
 
@@ -198,17 +197,15 @@ class KroneckerBlock(Block):
         values, qu, qv = self.eigen()
         return EigenInverse(1 / (values + damping), qu, qv)
 
-    def relative_inverse(self, damping: float, results: Sequence[Tensor] | None = None) -> Inverse:
-        if results is None:
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        of_u = 0 if results is None or is_diagonal(self.u) else len(pieces_of(self.u))
+        done = list(results or ())
+        if any(r is not None for r in done[:of_u]):
+            u = HeldSide.of(relative_inverse(self.u, damping, done[:of_u]))
+        else:
             u = self._inverse_of_twin(damping) or HeldSide.of(relative_inverse(self.u, damping))
             self._u_inverse = self.version, damping, u
-            return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping)))
-        done = iter(results)
-        sides = (
-            relative_inverse(s, damping) if is_diagonal(s) else side_of([next(done) for _ in pieces_of(s)])
-            for s in (self.u, self.v)
-        )
-        return KroneckerInverse.of(*map(HeldSide.of, sides))
+        return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping, done[of_u:])))
 
     def _inverse_of_twin(self, damping: float) -> HeldSide | None:
         """The inverse of U, where a block that meets the same gradients has the same U and has inverted it."""
@@ -223,9 +220,9 @@ class KroneckerBlock(Block):
                 len(m) * m.shape[-1] ** 3,
                 m,
                 partial(relative_inverse_of_piece, side, i, damping),
-                None if number == 0 and self.twin is not None else partial(relative_system, side, i, damping),
+                partial(relative_system, side, i, damping),
             )
-            for number, side in enumerate((self.u, self.v))
+            for side in (self.u, self.v)
             if not is_diagonal(side)
             for i, m in enumerate(pieces_of(side))
         ]

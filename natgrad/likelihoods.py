@@ -108,9 +108,9 @@ class Reading:
         """Whether the output is that of one datum, without a dimension of data."""
         return False
 
-    def certainty(self, outputs: Tensors) -> Tensor | None:
-        """(Σ, count) over terms of how sure predictions of classes are: 0 for uniform ones, 1 for a single class. None
-        where no classes are told apart.
+    def certainty(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        """(Σ m s, Σ m) over terms of mass m, s how sure the prediction of a class is: 0 where all classes that are not
+        masked by −∞ are as likely, 1 for a single one. None where no classes are told apart.
         """
         return None
 
@@ -194,13 +194,13 @@ class CrossEntropy(Reading):
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
 
-    def certainty(self, outputs: Tensors) -> Tensor | None:
-        p = self.rows(outputs[0]).softmax(1)
-        if len(p) == 0 or p.shape[1] == 1:
-            return None
-        least = 1 / p.shape[1]  # of Σ p², where all classes are as likely
-        sure = (torch.linalg.vector_norm(p, dim=1).square() - least) / (1 - least)
-        return torch.stack([sure.sum(), sure.new_tensor(float(len(sure)))])
+    def certainty(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        rows = self.rows(outputs[0])
+        open_classes = (rows != -torch.inf).sum(1)
+        mass = self.term_mass(outputs, targets).to(rows) * (open_classes > 1)  # one class alone says nothing
+        least = 1 / open_classes.clamp(min=2)  # of Σ p², where all classes are as likely
+        sure = (torch.linalg.vector_norm(rows.softmax(1), dim=1).square() - least) / (1 - least)
+        return torch.stack([mass @ sure, mass.sum()])
 
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs

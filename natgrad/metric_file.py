@@ -117,6 +117,8 @@ def tuples(value: Any) -> Any:
 
 
 def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
+    from natgrad.curvature import statistics_dtype
+
     if missing := {"about", "tensors"} - set(state):
         raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
@@ -131,9 +133,9 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
     metric.small_passes.restore(there["small_passes"])
-    metric._masses = {source: metric._like().new_tensor(mass) for source, mass in there["masses"].items()}
-    sure = there["certainty"]
-    metric.certainty = None if sure is None else metric._like().new_tensor(sure)
+    like = torch.zeros((), dtype=statistics_dtype(metric.parameters.values()), device=metric._like().device)
+    metric._masses = {source: like.new_tensor(mass) for source, mass in there["masses"].items()}
+    metric.certainty = None if there["certainty"] is None else like.new_tensor(there["certainty"])
     for block in blocks:
         metric.curvature.set_up(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again

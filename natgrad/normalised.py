@@ -60,21 +60,17 @@ class BlockState:
     steps: int = 0  # t
     # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
     seen: tuple[Tensor, Tensor, Tensor] | None = None
-    seen_at: int = -1  # version of the statistics then
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
     failures: int = 0  # factorisations in a row that failed
     excess: Tensor | None = None  # s, a scalar
-    excess_of: int = -1  # version of the statistics that `excess` belongs to
 
-    def newton_scale(self, block: Block) -> Tensor:
-        """s, a scalar, from the statistics, which all ranks have, and not from the inverse, which may be older. An
-        excess that is not finite sets no limit.
+    def rescale(self, block: Block) -> Tensor:
+        """s for new statistics, a scalar: from these, which all ranks have, and not from the inverse, which may be
+        older. An excess that is not finite counts as 0, which sets no limit.
         """
-        if self.excess is None or self.excess_of != block.version:
-            now = block.excess().nan_to_num(0, 0)
-            self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
-            self.excess_of = block.version
+        now = block.excess().nan_to_num(0, 0)
+        self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
         return self.excess
 
     def is_stale(self, block: Block, damping: float) -> bool:
@@ -86,7 +82,11 @@ class BlockState:
         if self.excess is not None:
             state["excess"] = self.excess
         if self.failures and self.inverse is not None:
-            kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": vars(self.inverse)}
+            fields = vars(self.inverse).items()
+            alone = {
+                k: t.clone() if isinstance(t, Tensor) else t for k, t in fields
+            }  # not with the stack it is part of
+            kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": alone}
             state.update(failures=self.failures, kept=kept)
         return state
 
@@ -94,11 +94,10 @@ class BlockState:
     def restored(cls, state: dict[str, Any]) -> BlockState:
         state = dict(state)
         kept = state.pop("kept", None)
-        state["excess_of"] = state["seen_at"] = 0  # restored statistics have version 0
         if kept is not None:
             types = {c.__name__: c for c in Inverse.__subclasses__()}
             state["inverse"] = types[kept["type"]](**kept["tensors"])
-            state["inverse_of"] = (0, kept["damping"])
+            state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
         return cls(**state)
 
     def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
@@ -178,10 +177,11 @@ class NormalisedStep(StepRule):
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         self._ranks = getattr(metric, "ranks", None)
+        self.rescale(blocks, metric.gradient_share)
         if active:
             grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
-            deltas = self._deltas(active, states, grads, options, metric.gradient_share)
+            deltas = self._deltas(active, states, grads, blocks, options, metric.gradient_share)
             assert self.shares is not None
             self.tell_shares(active, self.shares)
         moved: dict[str, Tensor] = {}
@@ -204,6 +204,12 @@ class NormalisedStep(StepRule):
                 told[n] = torch.minimum(told[n], share) if n in told else share
         self.decay_shares = told
 
+    def rescale(self, blocks: Sequence[Block], share: float | None) -> None:
+        """Let the scales of the Newton steps follow new statistics, of blocks without a gradient at this step too."""
+        for block in blocks if self.refreshed and share is not None else ():
+            if (state := self._blocks.get(key_of(block))) is not None:
+                state.rescale(block)
+
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
@@ -222,28 +228,40 @@ class NormalisedStep(StepRule):
         blocks: Sequence[Block],
         states: Sequence[BlockState],
         grads: list[Tensor],
+        known: Sequence[Block],
         options: Mapping[str, Options],
         share: float | None,
     ) -> list[Tensor]:
-        """Increments in the coordinates of each block. `share`: `Metric.gradient_share`."""
+        """Increments in the coordinates of each block. `known`: with those blocks that have no gradient at this step;
+        `share`: `Metric.gradient_share`.
+        """
         mine = [shared_options(b, options) for b in blocks]
-        looks = refreshed(states, blocks)
-        stale = [i for i, (s, b, o) in enumerate(zip(states, blocks, mine)) if s.is_stale(b, o.damping)]
         if self.slopes.taken is not None:
             self.slopes.meet(slope_along(states, grads))
         if self._ranks is None:
-            together = made_together([blocks[i] for i in stale], [mine[i].damping for i in stale])
-            make = dict(zip(stale, together))
-            inverses = [s.refresh(b, o.damping, make.get(i)) for i, (s, b, o) in enumerate(zip(states, blocks, mine))]
+            if any(s.is_stale(b, o.damping) for s, b, o in zip(states, blocks, mine)):
+                self._make_inverses(known, options)
+            inverses = [s.refresh(b, o.damping) for s, b, o in zip(states, blocks, mine)]
             directions = self._products.apply(inverses, grads)
         else:
             directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
-        if looks:
-            look(states, blocks, grads, directions)
+        if self.refreshed:  # what is only to be looked at is measured then, and not at every step
+            look(states, grads, directions)
         increments = self.stretch(blocks, states, mine, directions, share)
-        if looks:
+        if self.refreshed:
             self.slopes.taken = slope_along(states, grads)
         return increments
+
+    def _make_inverses(self, blocks: Sequence[Block], options: Mapping[str, Options]) -> None:
+        """Make those that are missing, also of blocks that have no gradient at this step but had one before: in a batch
+        the last bits depend on its members, and a run that goes on from a checkpoint makes all of them at once.
+        """
+        self._products = Products()  # lets go of the old inverses one by one, as new ones take their place
+        found = [(self._blocks[key], b) for b in blocks if (key := key_of(b)) in self._blocks]
+        stale = [(s, b, d) for s, b in found if s.is_stale(b, d := shared_options(b, options).damping)]
+        makes = made_together([b for _, b, _ in stale], [d for _, _, d in stale])
+        for (state, block, damping), make in zip(stale, makes):
+            state.refresh(block, damping, make)
 
     def stretch(
         self,
@@ -259,14 +277,17 @@ class NormalisedStep(StepRule):
             alike.setdefault((o.momentum, s.steps), []).append(i)
             s.steps += 1
         like = directions[0]
-        scales = [s.newton_scale(b).to(like) for s, b in zip(states, blocks)]
+        scales = None
+        if share is not None:
+            known = [s.rescale(b) if s.excess is None else s.excess for s, b in zip(states, blocks)]
+            scales = share * torch.stack([k.to(like) for k in known])
         done = step_(
             directions,
             [s.velocity for s in states],
             [s.coherence for s in states],
             like.new_tensor([o.lr for o in options]),
             units_of(blocks, directions),
-            None if share is None else share * torch.stack(scales),
+            scales,
             [(momentum, averaging(steps), members) for (momentum, steps), members in alike.items()],
         )
         for s, c in zip(states, done.coherence):
@@ -404,18 +425,11 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
-def refreshed(states: Sequence[BlockState], blocks: Sequence[Block]) -> bool:
-    """Whether statistics are new: what is only to be looked at is measured then, and not at every step."""
-    return any(s.seen_at != b.version for s, b in zip(states, blocks))
-
-
-def look(
-    states: Sequence[BlockState], blocks: Sequence[Block], grads: Sequence[Tensor], directions: Sequence[Tensor]
-) -> None:
+def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
     """Keep what `NormalisedStep.cosines` are made of."""
     sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
-    for s, b, g, d, (size_g, size_d) in zip(states, blocks, grads, directions, sizes):
-        s.seen, s.seen_at = (dot(g, d), size_g, size_d), b.version
+    for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
+        s.seen = (dot(g, d), size_g, size_d)
 
 
 def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:

@@ -244,7 +244,7 @@ class NaturalGradient(torch.optim.Optimizer):
         # a plain mean at first, so that no start value lingers; then an exponential average
         decay = min(AVERAGE_LIMIT, 1 - 1 / (self.refreshes + 1))
         due = self.refresh_due
-        self.refreshed = self.metric.advance(decay)
+        self.refreshed = self.rule.refreshed = self.metric.advance(decay)
         if self.refreshed:
             self.refreshes += 1
         elif due and self.metric.needs_refresh and not self.refreshes:

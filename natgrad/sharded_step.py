@@ -18,7 +18,7 @@ from natgrad.blocks import Block
 from natgrad.curvature import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
-from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, refreshed, shared_options, slope_along
+from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options, slope_along
 from natgrad.sharded import Shards
 from natgrad.steps import Increments, Options
 
@@ -37,6 +37,7 @@ def update_on_shards(
     for block in blocks:
         if block.owner != shards.mine:
             rule.drop(block)  # what a checkpoint said of it
+    rule.rescale([b for b in blocks if b.statistics], metric.gradient_share)
     moved = _covered(rule, shards, metric, active, df, whose, options) if active else {}
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
@@ -69,25 +70,26 @@ def _covered(
     first = 3 + shards.ranks.size  # of the shares
     dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
     told = torch.zeros(first + len(active), dtype=dtype, device=device)
-    if mine:
+    if mine and rule.slopes.taken is not None:
         told[0] = slope_along(states, grads)
-    looks = refreshed(states, mine)
     directions, failed = directions_of(mine, states, chosen, grads)
     told[2] = sum(s.failures for s in states)
     told[3 + shards.mine] = float(failed is not None)
     increments: list[Tensor] = []
     if mine and failed is None:
-        if looks:
-            look(states, mine, grads, directions)
+        if rule.refreshed:
+            look(states, grads, directions)
         increments = rule.stretch(mine, states, chosen, directions, metric.gradient_share)
-        told[1] = slope_along(states, grads)
+        if rule.refreshed:
+            told[1] = slope_along(states, grads)
         assert rule.shares is not None
         told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = rule.shares.to(told)
     told = shards.ranks.total(told)
     refuse_failures(told[3:first], failed)
     rule.tell_shares(active, told[first:])
-    rule.slopes.meet(told[0])
-    rule.slopes.taken = told[1]
+    rule.slopes.meet(told[0])  # of nothing that was taken: nothing
+    if rule.refreshed:
+        rule.slopes.taken = told[1]
     rule.info["kept_factors"] = int(told[2])
     moved: dict[str, Tensor] = {}
     for block, step in zip(mine, increments):

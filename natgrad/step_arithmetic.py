@@ -1,7 +1,7 @@
 """The arithmetic of the default step rule: from directions to increments, on lists of tensors, one entry a block.
 
-It is what `natgrad.normalised` says in formulas, in functions of tensors and numbers. `torch.compile` gains next to
-nothing on it: what fusing saves, the checks before a compiled call cost (``python -m benchmarks.kernels``).
+It is what `natgrad.normalised` says in formulas, in functions of tensors and numbers. `torch.compile` makes it slower:
+the checks before a compiled call cost more than fusing saves (``python -m benchmarks.kernels``).
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class StepRule:
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
     on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
     shards: Any = None  # set by a metric whose parameters are sharded
+    refreshed = False  # set by the optimizer before each `update`: whether the metric's statistics are new
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """Small layers of one shape together: the same directions as one by one, and as a dense matrix gives them."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad import batched, normalised
+from natgrad import batched, kronecker, normalised
 from natgrad.kronecker import FactorisationError
 from natgrad.kronecker_inverse import KroneckerInverse
 
@@ -41,7 +42,7 @@ def dense(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 def test_directions_and_inverses_are_those_of_dense_matrices(close):
     metric = fisher(deep([6, 6, 6, 6, 3]))
     makes = batched.made_together(metric.blocks, [0.1] * 4)
-    assert all(make is not None for make in makes)  # the last one for its side of seven alone
+    assert all(make is not None for make in makes)
     inverses = [make() for make in makes]
     grads = gradients(metric)
     found = batched.Products().apply(inverses, grads)
@@ -107,6 +108,60 @@ def test_long_sides_triangles_and_other_structures_go_alone():
     metric = ng.Fisher(model, nn.MSELoss(), kind="exact", structure="diagonal")
     metric.update(X)
     assert batched.made_together(metric.blocks, [0.1, 0.1]) == [None, None]
+
+
+class Twins(nn.Module):
+    """Two layers that meet the same gradients, of a width at which one and several come out in other bits elsewhere."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, width), nn.Linear(6, width), nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor, rest: bool = True) -> torch.Tensor:
+        return self.head(torch.tanh(self.a(x) + self.b(x) if rest else self.a(x)))
+
+
+def steps(model: Twins, opt: ng.NaturalGradient, start: int, stop: int, lone: tuple[int, ...] = ()) -> None:
+    for i in range(start, stop):
+        opt.zero_grad()
+        opt.metric.criterion(model(X.to(model.a.weight), i not in lone), X[:, :2].to(model.a.weight)).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(33, torch.float32), (7, torch.float64), (140, torch.float32)])
+@pytest.mark.parametrize("lone", [(), (3,)])  # a refresh at which one of them has no gradient
+def test_a_run_goes_on_bit_for_bit(width: int, dtype: torch.dtype, lone: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, again = Twins(width).to(dtype), Twins(width).to(dtype)
+    opts = [ng.NaturalGradient(ng.Fisher(m, nn.MSELoss()), lr=30.0) for m in (model, again)]
+    steps(model, opts[0], 0, 5, lone)
+    again.load_state_dict(model.state_dict())
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    for m, opt in zip((model, again), opts):
+        steps(m, opt, 5, 9)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_large_twins_are_inverted_once(monkeypatch):
+    model = Twins(140)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
+    sizes = []
+    one = kronecker.relative_inverse_of_piece
+    monkeypatch.setattr(
+        kronecker, "relative_inverse_of_piece", lambda s, i, d: sizes.append(s.shape[-1]) or one(s, i, d)
+    )
+    steps(model, opt, 0, 1)
+    assert sizes.count(140) == 1
+
+
+def test_a_kept_inverse_is_saved_without_its_stack():
+    metric = fisher(deep([6, 6, 6, 6, 3]))
+    inverses = [b.relative_inverse(0.1) for b in metric.blocks]
+    batched.Products().apply(inverses, gradients(metric))
+    state = normalised.BlockState(torch.zeros(1, 6, 7), torch.zeros(()), inverse=inverses[0], failures=1)
+    u = state.state_dict()["kept"]["tensors"]["u"]
+    assert u.untyped_storage().nbytes() == u.numel() * u.element_size() < inverses[0].u.untyped_storage().nbytes()
+    assert torch.equal(u, inverses[0].u)
 
 
 def test_training_is_the_same_with_batches_and_without(monkeypatch, close):

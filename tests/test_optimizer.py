@@ -474,32 +474,36 @@ def state_and_block() -> tuple[BlockState, Block]:
 
 
 @pytest.mark.parametrize(("value", "taken"), [(2.0, 2.0), (math.inf, 0.0), (math.nan, 0.0)])
-def test_an_excess_that_is_not_finite_sets_no_limit(
+def test_an_excess_that_is_not_finite_counts_as_none(
     monkeypatch: pytest.MonkeyPatch, value: float, taken: float
 ) -> None:
-    """0 is taken for it, and it is asked for once a refresh."""
     state, block = state_and_block()
-    asked = []
-    monkeypatch.setattr(block, "excess", lambda: asked.append(1) or torch.tensor(value))
-    assert [float(state.newton_scale(block)) for _ in range(2)] == [taken, taken]
-    assert len(asked) == 1
-    block.forget()
-    state.newton_scale(block)
-    assert len(asked) == 2
+    monkeypatch.setattr(block, "excess", lambda: torch.tensor(value))
+    assert float(state.rescale(block)) == taken
 
 
 def test_the_scale_of_the_newton_step_rises_at_once_and_falls_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     state, block = state_and_block()
-    values = iter([2.0, 0.0, 1.0, 5.0, 4.9])
+    values = iter([2.0, 0.0, 1.0, 5.0, 4.9, math.nan])
     monkeypatch.setattr(block, "excess", lambda: torch.tensor(next(values)).double())
-    found = []
-    for _ in range(5):
-        block.forget()
-        found.append(float(state.newton_scale(block)))
-    assert found == pytest.approx([2.0, 2 * 0.97, 2 * 0.97**2, 5.0, 4.9])
-    kept = BlockState.restored(state.state_dict())
-    block.version = 0  # as restored statistics have it
-    assert float(kept.newton_scale(block)) == found[-1]
+    found = [float(state.rescale(block)) for _ in range(6)]
+    assert found == pytest.approx([2.0, 2 * 0.97, 2 * 0.97**2, 5.0, 4.9, 4.9 * 0.97])
+    assert float(BlockState.restored(state.state_dict()).excess) == found[-1]
+
+
+def test_scales_are_taken_once_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    rescale = BlockState.rescale
+    monkeypatch.setattr(BlockState, "rescale", lambda self, block: taken.append(block) or rescale(self, block))
+    for kind, per in (("sampled", 2), ("empirical", 0)):  # which has no Newton step
+        taken.clear()
+        model, criterion = mlp(hidden=8), nn.MSELoss()
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind))
+        for _ in range(9):
+            opt.zero_grad()
+            criterion(model(X), torch.zeros(len(X), 3).double()).backward()
+            opt.step()
+        assert len(taken) == per * opt.refreshes
 
 
 def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:
@@ -520,12 +524,12 @@ def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
     x, y = torch.randn(24, 4).double(), torch.randn(24, 1).double()
     model, criterion = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)).double(), nn.MSELoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion))
-    for i in range(1500):
+    for i in range(3000):
         opt.zero_grad()
         rows = torch.arange(8) + 8 * (i % 3)
         criterion(model(x[rows]), y[rows]).backward()
         opt.step()
-    assert float(criterion(model(x), y).detach()) < 1e-7
+    assert float(criterion(model(x), y).detach()) < 1e-10
 
 
 def certainty_of(logits: torch.Tensor) -> float:
@@ -566,14 +570,25 @@ def test_classification_decays_matrices_as_sure_as_it_is_where_no_decay_is_given
     ("logits", "expected"), [([[0.0] * 4] * 3, 0.0), ([[900.0, 0.0, 0.0], [0.0, 900.0, 0.0]], 1.0)]
 )
 def test_how_sure_predictions_are(logits: list[list[float]], expected: float) -> None:
-    found = read(nn.CrossEntropyLoss()).certainty((torch.tensor(logits),))
+    found = read(nn.CrossEntropyLoss()).certainty((torch.tensor(logits),), None)
     assert float(found[0] / found[1]) == pytest.approx(expected, abs=1e-6)
-    assert read(nn.CrossEntropyLoss()).certainty((torch.zeros(3, 1),)) is None  # one class
-    assert read(nn.MSELoss()).certainty((torch.zeros(3, 2),)) is None
+    assert read(nn.CrossEntropyLoss()).certainty((torch.zeros(3, 1),), None).tolist() == [0, 0]  # one class
+    assert read(nn.MSELoss()).certainty((torch.zeros(3, 2),), None) is None
     images = torch.randn(2, 5, 3, 3)  # classes in the second dimension
-    whole = read(nn.CrossEntropyLoss()).certainty((images,))
+    whole = read(nn.CrossEntropyLoss()).certainty((images,), None)
     rows = images.movedim(1, -1).reshape(-1, 5)
     assert float(whole[0] / whole[1]) == pytest.approx(certainty_of(rows), rel=1e-5)
+
+
+def test_how_sure_predictions_are_that_count() -> None:
+    """Terms by their mass: ignored ones have none. Classes that are masked are none."""
+    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    criterion = nn.CrossEntropyLoss(ignore_index=1, weight=torch.tensor([1.0, 5.0, 3.0]))
+    found = read(criterion).certainty((logits,), torch.tensor([0, 1, 2]))
+    assert float(found[0] / found[1]) == pytest.approx(0.75 * certainty_of(logits[2:]))
+    assert read(criterion).certainty((logits,), torch.tensor([1, 1, 1])).tolist() == [0, 0]
+    masked = torch.tensor([[1.0, -math.inf, 1.0, -math.inf], [-math.inf, -math.inf, 3.0, -math.inf]])
+    assert read(nn.CrossEntropyLoss()).certainty((masked,), None).tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
 def test_how_sure_it_is_goes_on_from_a_checkpoint() -> None:
