@@ -72,23 +72,27 @@ SHAPES = {
 }
 
 
+def arithmetic(step: Callable[..., object], shapes: list[tuple[int, int]]) -> str:
+    """What a step costs from directions to increments, on fresh numbers each time."""
+    fresh, count = [torch.randn(1, *s) for s in shapes], len(shapes)
+    directions, velocities, ones = [d.clone() for d in fresh], [d.clone() for d in fresh], torch.ones(count)
+    c = torch.tensor(0.1)  # a number would be compiled in
+    rest = [torch.zeros(())] * count, 0.1 * ones, ones, ones, [(0.9, c, list(range(count)))]
+
+    def run() -> None:
+        torch._foreach_copy_(directions, fresh)
+        torch._foreach_copy_(velocities, fresh)
+        step(directions, velocities, *rest)
+
+    return cost(run)
+
+
 def compiling() -> Table:
     table = Table(title="directions to increments, CPU µs")
     for column in ("blocks of", "as it is", "compiled"):
         table.add_column(column, justify="left" if column == "blocks of" else "right")
     for name, shapes in SHAPES.items():
-        directions, velocities = ([torch.randn(1, *s) for s in shapes] for _ in range(2))
-        fresh, ones = [d.clone() for d in directions], torch.ones(len(shapes))
-        c = torch.tensor(0.1)  # a number would be compiled in
-        rest = [torch.zeros(())] * len(shapes), 0.1 * ones, ones, ones, [(0.9, c, list(range(len(shapes))))]
-
-        def run(step: Callable[..., object], mine: list[Tensor], theirs: list[Tensor], fresh: list[Tensor]) -> None:
-            torch._foreach_copy_(mine, fresh)
-            torch._foreach_copy_(theirs, fresh)
-            step(mine, theirs, *rest)  # noqa: B023
-
-        times = [cost(run, step, directions, velocities, fresh) for step in (step_, torch.compile(step_))]
-        table.add_row(name, *times)
+        table.add_row(name, arithmetic(step_, shapes), arithmetic(torch.compile(step_), shapes))
     return table
 
 

@@ -142,6 +142,18 @@ def test_a_run_goes_on_bit_for_bit(width: int, dtype: torch.dtype, lone: tuple[i
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 
 
+def test_scales_follow_a_refresh_at_which_a_layer_has_no_gradient(monkeypatch):
+    taken = []
+    rescale = normalised.BlockState.rescale
+    monkeypatch.setattr(
+        normalised.BlockState, "rescale", lambda self, block: taken.append(block.names[0]) or rescale(self, block)
+    )
+    model = Twins(7)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
+    steps(model, opt, 0, 5, lone=(3,))
+    assert taken == 3 * ["a.weight", "b.weight", "head.weight"]
+
+
 def test_large_twins_are_inverted_once(monkeypatch):
     model = Twins(140)
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))

@@ -591,19 +591,34 @@ def test_how_sure_predictions_are_that_count() -> None:
     assert read(nn.CrossEntropyLoss()).certainty((masked,), None).tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
-def test_how_sure_it_is_goes_on_from_a_checkpoint() -> None:
-    model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_how_sure_it_is_goes_on_from_a_checkpoint(dtype: torch.dtype) -> None:
+    model, criterion = mlp(hidden=8).to(dtype), nn.CrossEntropyLoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion))
     for _ in range(3):
         opt.zero_grad()
-        criterion(model(X), Y).backward()
+        criterion(model(X.to(dtype)), Y).backward()
         opt.step()
-    again = ng.NaturalGradient(ng.Fisher(mlp(hidden=8), criterion))
+    again = ng.NaturalGradient(ng.Fisher(mlp(hidden=8).to(dtype), criterion))
     again.load_state_dict(opt.state_dict())
+    assert opt.metric.certainty.dtype == again.metric.certainty.dtype
     assert torch.equal(opt.metric.certainty, again.metric.certainty)
     assert 0 < float(opt.metric.certainty) < 1
     opt.metric.reset()
     assert opt.metric.certainty is None
+
+
+def test_a_batch_of_ignored_labels_says_nothing_of_how_sure_it_is() -> None:
+    model, criterion = mlp(hidden=8), nn.CrossEntropyLoss(reduction="sum")
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    before = []
+    for labels in (Y, torch.full_like(Y, -100), Y):
+        opt.zero_grad()
+        criterion(model(X), labels).backward()
+        opt.step()
+        before.append(float(opt.metric.certainty))
+    assert before[0] == before[1]
+    assert 0 < before[2] < 1
 
 
 @pytest.mark.parametrize("lr", [0.0, 0.01, 30.0])
