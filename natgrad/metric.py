@@ -46,6 +46,7 @@ class Metric:
 
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
+    penalty = 0.0  # ρ of `natgrad.penalty`, for an optimizer that is given no weight decay
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters: dict[str, Tensor] = dict(parameters)
@@ -64,13 +65,8 @@ class Metric:
                     f"(`to_empty`, then initialise)"
                 )
 
-    def decay(self, share: Tensor | None) -> Tensor | float | None:
-        """The decoupled weight decay, over the learning rate, of an optimizer that is given none; None for none.
-
-        Args:
-            share: how much of its set length the step of the parameter has where that ends with training; None where
-                steps of a set length are taken.
-        """
+    def decay(self) -> Tensor | float | None:
+        """The decoupled weight decay, over the learning rate, of an optimizer that is given none; None for none."""
         return None
 
     @property

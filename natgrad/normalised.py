@@ -40,6 +40,7 @@ from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
+from natgrad.penalty import mean_eigenvalues, penalised, penalties
 from natgrad.step_arithmetic import averaging, dot, step_
 from natgrad.steps import Increments, Options, StepRule, one_value
 
@@ -166,6 +167,8 @@ class NormalisedStep(StepRule):
         self._products = Products()
         self._ranks: Ranks | None = None  # that share the work, where there are several
         self.shares: Tensor | None = None  # of their set lengths that the last steps of the blocks had
+        self.share_of: dict[str, Tensor] = {}  # the same by parameter
+        self.penalties: dict[str, float] = {}  # δ / s by parameter, see `natgrad.penalty`
         self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
@@ -174,6 +177,7 @@ class NormalisedStep(StepRule):
             from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
 
             return update_on_shards(self, metric, df, options)
+        df = self.with_penalty(metric.parameters, df, options)
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         self._ranks = getattr(metric, "ranks", None)
@@ -184,6 +188,8 @@ class NormalisedStep(StepRule):
             deltas = self._deltas(active, states, grads, blocks, options, metric.gradient_share)
             assert self.shares is not None
             self.tell_shares(active, self.shares)
+        if self.refreshed and blocks:
+            self.set_penalties(metric, blocks, mean_eigenvalues(blocks).tolist())
         moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
@@ -197,12 +203,28 @@ class NormalisedStep(StepRule):
         return {n: d for n, d in out.items() if n in df}
 
     def tell_shares(self, blocks: Sequence[Block], shares: Tensor) -> None:
-        """`StepRule.decay_shares`, from those of the blocks; the smallest, where a parameter's slices have one each."""
+        """Shares of parameters from those of blocks; the smallest, where a parameter's slices have one each."""
         told: dict[str, Tensor] = {}
         for block, share in zip(blocks, shares.unbind()):
             for n in block.names:
                 told[n] = torch.minimum(told[n], share) if n in told else share
-        self.decay_shares = told
+        self.share_of.update(told)
+
+    def with_penalty(
+        self, weights: Mapping[str, Tensor], df: Mapping[str, Tensor], options: Mapping[str, Options]
+    ) -> Mapping[str, Tensor]:
+        """df with the metric's own penalty on `weights`, where no weight decay is given."""
+        found = self.penalties.items()
+        deltas = {n: d for n, d in found if n in df and n in self.share_of and options[n].own_decay}
+        if not deltas:
+            return df
+        shares = self.share_of if self.fine is None else {n: s * self.fine for n, s in self.share_of.items()}
+        return penalised(df, weights, deltas, shares)
+
+    def set_penalties(self, metric: Metric, blocks: Sequence[Block], means: Sequence[float]) -> None:
+        """For the steps from the next one on, after a refresh. `means`: the mean eigenvalue of each block."""
+        strength = metric.penalty * (metric.gradient_share or 0)
+        self.penalties = penalties(strength, blocks, means, metric.parameters) if strength else {}
 
     def rescale(self, blocks: Sequence[Block], share: float | None) -> None:
         """Let the scales of the Newton steps follow new statistics, of blocks without a gradient at this step too."""
@@ -349,6 +371,8 @@ class NormalisedStep(StepRule):
             "blocks": blocks,
             "adam": adam,
             "slopes": dict(vars(self.slopes)),
+            "penalties": dict(self.penalties),
+            "shares": dict(self.share_of),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -358,6 +382,7 @@ class NormalisedStep(StepRule):
             adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
         self._adam.load_state_dict(adam)
         self.slopes = Slopes(**state["slopes"])
+        self.penalties, self.share_of = dict(state["penalties"]), dict(state["shares"])
 
 
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:

@@ -197,6 +197,7 @@ class NaturalGradient(torch.optim.Optimizer):
         on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
+        self.rule.fine = None if on_host else fine
         self._apply(self.rule.update(self.metric, df, options), None if on_host else fine)
         if self._average is not None:
             self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
@@ -237,7 +238,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return group["lr"] * given if given else None
         if not self._own_decay or parameter.dim() < 2:
             return None
-        own = self.metric.decay(self.rule.decay_shares.get(self._name_of[parameter]))
+        own = self.metric.decay()
         return None if own is None else group["lr"] * own
 
     def _advance(self) -> None:
@@ -298,7 +299,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _options(self) -> dict[str, Options]:
         found: dict[str, Options] = {}
         for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
-            mine = Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"])
+            own = self._own_decay and g["weight_decay"] is None
+            mine = Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"], own)
             found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
         return found
 

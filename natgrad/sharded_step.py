@@ -19,7 +19,8 @@ from natgrad.curvature import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options, slope_along
-from natgrad.sharded import Shards
+from natgrad.penalty import mean_eigenvalues
+from natgrad.sharded import Shards, local_of
 from natgrad.steps import Increments, Options
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def update_on_shards(
 ) -> Increments:
     """Increments of this rank's shards, given its shards of df. Collective."""
     shards: Shards = metric.shards
+    weights = {n: local_of(metric.parameters[n]) for n in rule.penalties if n in df}
+    df = rule.with_penalty(weights, df, options)
     blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.known]
     active = [b for b in blocks if any(n in df for n in b.names)]
     whose = {n: b.owner for b in active for n in b.names if n in df and b.owner is not None}
@@ -39,6 +42,11 @@ def update_on_shards(
             rule.drop(block)  # what a checkpoint said of it
     rule.rescale([b for b in blocks if b.statistics], metric.gradient_share)
     moved = _covered(rule, shards, metric, active, df, whose, options) if active else {}
+    if rule.refreshed and blocks:
+        means = torch.zeros(len(blocks), dtype=statistics_dtype(metric.parameters.values()), device=shards.ranks.device)
+        if mine := [i for i, b in enumerate(blocks) if b.statistics]:
+            means[mine] = mean_eigenvalues([blocks[i] for i in mine]).to(means)
+        rule.set_penalties(metric, blocks, shards.ranks.total(means).tolist())
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
     for n, g in df.items():

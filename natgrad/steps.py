@@ -26,6 +26,7 @@ class Options:
     momentum: float  # μ
     damping: float  # λ
     maximize: bool = False
+    own_decay: bool = False  # whether what the metric has of weight decay applies, as none is given
 
 
 class Along(NamedTuple):
@@ -53,12 +54,11 @@ class StepRule:
     on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
     shards: Any = None  # set by a metric whose parameters are sharded
     refreshed = False  # set by the optimizer before each `update`: whether the metric's statistics are new
+    fine: Tensor | None = None  # likewise: a scalar, 0 where the step is masked; None where it is known not to be
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
-        # {parameter: how much of the metric's own weight decay goes with the last step, where it is not all of it}
-        self.decay_shares: Mapping[str, Tensor] = {}
 
     def update(
         self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
+from natgrad.census import hashes
 from natgrad.curvature import Draw
+from natgrad.loss_scale import factor
 from natgrad.trees import leaves_of
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
@@ -49,6 +52,7 @@ class Watched(Protocol):
     def wants_statistics(self) -> bool: ...
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None: ...
+    def own_gradients(self, called: Called, outputs: list[Tensor]) -> list[Tensor | None]: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> Draw | None: ...
     def count(self, draw: Draw) -> None: ...
 
@@ -109,6 +113,7 @@ class Watcher:
         self._inside = []
         self._open = Tape(metric.parameter_names())
         self._open.open(args, kwargs)
+        self._open.hashes = hashes((args, kwargs), self._open.data)
 
     def _after(self, args: Any, kwargs: Any, output: Any) -> None:
         tape, self._open = self._open, None
@@ -149,17 +154,21 @@ class Watcher:
     def _count_on_backward(self, draw: Draw, called: Called) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
         metric, tapes = self._metric, weakref.WeakMethod(self.forget_drawn)
+        owner = metric()
+        assert owner is not None
+        outputs = [t for t in leaves_of(called) if t.requires_grad]
 
-        def count(_: Tensor) -> None:
+        def count(own: Tensor | None, arrived: Tensor) -> None:
             owner = metric()
             if waiting and owner is not None:
-                owner.count(waiting.pop())
+                drawn = waiting.pop()
+                drawn.loss_scale = factor(arrived, own)
+                owner.count(drawn)
             if (forget := tapes()) is not None:
                 forget()
 
-        for t in leaves_of(called):
-            if t.requires_grad:
-                t.register_hook(count)
+        for t, own in zip(outputs, owner.own_gradients(called, outputs)):
+            t.register_hook(partial(count, own))
 
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""

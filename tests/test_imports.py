@@ -11,6 +11,8 @@ import natgrad
 
 LEVELS = {
     "trees": 0,
+    "loss_scale": 0,
+    "census": 0,
     "closed_forms": 0,
     "likelihoods": 0,
     "heads": 0,
@@ -48,6 +50,7 @@ LEVELS = {
     "kronecker_blocks": 1,
     "kronecker_inverse": 1,
     "batched": 1,
+    "penalty": 1,
     "eigenvalue_block": 1,
     "layers": 1,
     "passes": 1,

@@ -106,4 +106,4 @@ def test_layers_that_some_ranks_do_not_use(pool_of: PoolOf) -> None:
 def test_messages_are_few_and_at_refreshes_only(pool_of: PoolOf) -> None:
     found = pool_of(2).run(call, {})[0]
     assert found["messages"]["statistics"] == found["info"]["refreshes"] < found["info"]["steps"]
-    assert found["messages"]["agreement"] == 1 + 2 * found["info"]["refreshes"]
+    assert found["messages"]["agreement"] == 1 + 3 * found["info"]["refreshes"]
