@@ -2,8 +2,8 @@
 
 Each was fixed before anything was run on it.
 
-`SEEN` is unseen no more: the share of the Newton step was chosen with a look at the first four, the decay of the
-weights with a look at the first six, and that it follows how sure predictions are with a look at all seven:
+`SEEN` is unseen no more: the share of the Newton step, the decay of the weights and the penalty on them were chosen
+with a look at some of these, the penalty last with a look at all of them:
 
 - ``diabetes``       scikit-learn's 442 patients, 10 columns, a regression by an MLP 10-64-64-1;
 - ``breast_cancer``  scikit-learn's 569 biopsies, 30 columns, two classes, an MLP 30-64-64-2;
@@ -12,16 +12,24 @@ weights with a look at the first six, and that it follows how sure predictions a
 - ``friedman3``      4,000 drawn points of scikit-learn's ``make_friedman3`` with noise 0.1, an MLP 4-128-128-1;
 - ``clusters``       4,000 points of scikit-learn's ``make_classification``, 20 columns of which 8 inform, five classes,
   one label in twenty drawn anew, an MLP 20-128-128-5;
-- ``next_letter``    the letter after eight letters of tiny Shakespeare, an embedding and an MLP 128-128-65.
+- ``next_letter``    the letter after eight letters of tiny Shakespeare, an embedding and an MLP 128-128-65;
+- ``hastie``         8,000 points of scikit-learn's ``make_hastie_10_2``, two classes, an MLP 10-64-64-2;
+- ``swiss_roll``     4,000 points of scikit-learn's ``make_swiss_roll`` with noise 0.5, a regression to the position
+  along the roll, an MLP 3-64-64-64-1 with tanh;
+- ``friedman2``      4,000 drawn points of scikit-learn's ``make_friedman2`` with noise 50, an MLP 4-128-128-1;
+- ``digits_conv``    scikit-learn's 1,797 digits of 8 × 8, two convolutions and two linear layers.
 
-No default was chosen by `UNSEEN`. They had been run, and looked at, when the decay that follows how sure predictions
-are, the slow limit by the Newton step and the length of the mean were chosen by other workloads:
+No default was chosen by `UNSEEN`:
 
-- ``hastie``       8,000 points of scikit-learn's ``make_hastie_10_2``, two classes, an MLP 10-64-64-2;
-- ``swiss_roll``   4,000 points of scikit-learn's ``make_swiss_roll`` with noise 0.5, a regression to the position along
-  the roll, an MLP 3-64-64-64-1 with tanh;
-- ``friedman2``    4,000 drawn points of scikit-learn's ``make_friedman2`` with noise 50, an MLP 4-128-128-1;
-- ``digits_conv``  scikit-learn's 1,797 digits of 8 × 8, two convolutions and two linear layers.
+- ``s_curve``      4,000 points of scikit-learn's ``make_s_curve`` with noise 0.1, a regression to the position along
+  the curve, an MLP 3-64-64-1 with tanh;
+- ``quantiles``    6,000 points of scikit-learn's ``make_gaussian_quantiles``, 10 columns, four classes, an MLP
+  10-128-128-4;
+- ``sparse``       4,000 points of scikit-learn's ``make_sparse_uncorrelated``, 10 columns of which 4 count, with noise
+  as large as they are, an MLP 10-64-64-1;
+- ``mnist_mlp``    the 10,000 test images of MNIST and their labels, an MLP 784-128-64-10;
+- ``other_half``   the right half of scikit-learn's digits from the left, a regression by an MLP 32-128-128-32;
+- ``letters_gru``  the letter after 24 letters of tiny Shakespeare, an embedding, a GRU of 64 and a linear layer.
 """
 
 from __future__ import annotations
@@ -38,12 +46,15 @@ from sklearn.datasets import (
     make_friedman1,
     make_friedman2,
     make_friedman3,
+    make_gaussian_quantiles,
     make_hastie_10_2,
+    make_s_curve,
+    make_sparse_uncorrelated,
     make_swiss_roll,
 )
 from torch import Tensor, nn
 
-from benchmarks.workloads import DATA, Workload, perceptron
+from benchmarks.workloads import DATA, Workload, digits, mnist, perceptron
 
 
 def fresh(name: str, x: Tensor, y: Tensor, sizes: list[int], activation: type[nn.Module], seconds: float) -> Workload:
@@ -132,30 +143,83 @@ def letter_net(symbols: int) -> nn.Module:
     return nn.Sequential(nn.Embedding(symbols, 16), nn.Flatten(), *perceptron([128, 128, symbols], nn.ReLU))
 
 
-LETTERS = 8  # that the next one is told from
-
-
-def next_letter() -> Workload:
+def letters(name: str, before: int, model: Callable[[int], nn.Module], batch: int, seconds: float) -> Workload:
+    """The letter of tiny Shakespeare after so many others."""
     text = (DATA / "tinyshakespeare.txt").read_text()
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     codes = torch.tensor([number[c] for c in text])
     cut = len(codes) * 9 // 10
-    seen, kept = ((part.unfold(0, LETTERS + 1, 5)) for part in (codes[:cut], codes[cut:]))
+    seen, kept = ((part.unfold(0, before + 1, 5)) for part in (codes[:cut], codes[cut:]))
     pairs = [(w[:, :-1].contiguous(), w[:, -1].contiguous()) for w in (seen, kept)]
     looked_at = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:10_000]
     return Workload(
-        "next_letter",
-        lambda: letter_net(len(number)),
+        name,
+        lambda: model(len(number)),
         nn.CrossEntropyLoss(),
         pairs[0],
         (pairs[0][0][looked_at], pairs[0][1][looked_at]),
         (pairs[1][0][:10_000], pairs[1][1][:10_000]),
-        256,
-        8,
+        batch,
+        seconds,
     )
 
 
+def next_letter() -> Workload:
+    return letters("next_letter", 8, letter_net, 256, 8)
+
+
+def s_curve() -> Workload:
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in make_s_curve(4000, noise=0.1, random_state=0))
+    return fresh("s_curve", x, y, [3, 64, 64, 1], nn.Tanh, 4)
+
+
+def quantiles() -> Workload:
+    x, y = make_gaussian_quantiles(n_samples=6000, n_features=10, n_classes=4, random_state=0)
+    return fresh("quantiles", torch.tensor(x, dtype=torch.float32), torch.tensor(y), [10, 128, 128, 4], nn.ReLU, 4)
+
+
+def sparse() -> Workload:
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in make_sparse_uncorrelated(4000, random_state=0))
+    return fresh("sparse", x, y, [10, 64, 64, 1], nn.ReLU, 4)
+
+
+def mnist_mlp() -> Workload:
+    x, y = mnist()
+    seen, kept = (x[:8000], y[:8000]), (x[8000:], y[8000:])
+    some = (x[:2000], y[:2000])
+    sizes = [784, 128, 64, 10]
+    return Workload("mnist_mlp", lambda: perceptron(sizes, nn.ReLU), nn.CrossEntropyLoss(), seen, some, kept, 128, 5)
+
+
+def other_half() -> Workload:
+    images = digits()[0].view(-1, 8, 8)
+    left, right = images[:, :, :4].flatten(1), images[:, :, 4:].flatten(1)
+    seen, kept = (left[:1497], right[:1497]), (left[1497:], right[1497:])
+    sizes = [32, 128, 128, 32]
+    return Workload("other_half", lambda: perceptron(sizes, nn.ReLU), nn.MSELoss(), seen, seen, kept, 128, 4)
+
+
+class LetterReader(nn.Module):
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.letters, self.rnn = nn.Embedding(symbols, 16), nn.GRU(16, 64, batch_first=True)
+        self.head = nn.Linear(64, symbols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.letters(x))[0][:, -1])
+
+
+def letters_gru() -> Workload:
+    return letters("letters_gru", 24, LetterReader, 128, 8)
+
+
 Makers = dict[str, Callable[[], Workload]]
-SEEN: Makers = {f.__name__: f for f in (diabetes, breast_cancer, friedman1, spirals, friedman3, clusters, next_letter)}
-UNSEEN: Makers = {f.__name__: f for f in (hastie, swiss_roll, friedman2, digits_conv)}
+SEEN: Makers = {
+    f.__name__: f
+    for f in (
+        diabetes, breast_cancer, friedman1, spirals, friedman3, clusters, next_letter, hastie, swiss_roll, friedman2,
+        digits_conv,
+    )
+}  # fmt: skip
+UNSEEN: Makers = {f.__name__: f for f in (s_curve, quantiles, sparse, mnist_mlp, other_half, letters_gru)}
 FRESH: Makers = SEEN | UNSEEN

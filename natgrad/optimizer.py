@@ -42,11 +42,11 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
-        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, for
-            matrices alone and in proportion to the learning rate. `Fisher` has 0.015, less by as much as the Newton
-            step of a block is shorter than η; with ``CrossEntropyLoss`` (or ``NLLLoss``) as the only criterion 0.05
-            times the square of how sure predictions are (0 for uniform ones, 1 for a single class), as data that can be
-            separated drive the weights to infinity.
+        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, of
+            matrices alone. `Fisher` has an L2 penalty in the gradient, in proportion to the curvature and less where
+            there are many data, which it counts as they come back (`natgrad.penalty`); with ``CrossEntropyLoss`` (or
+            ``NLLLoss``) as the only criterion also a decoupled decay of 0.05 times the square of how sure predictions
+            are (0 for uniform ones, 1 for a single class), as data that can be separated drive the weights to infinity.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters

@@ -67,7 +67,7 @@ def test_goes_on_after_a_kill_without_a_run_twice(tmp_path, monkeypatch):
     assert {run["optimizer"] for run in runs} == {"natgrad", "sgd"}
 
 
-TABLES = sorted(set(fresh.FRESH) - {"digits_conv", "next_letter"})
+TABLES = sorted(set(fresh.FRESH) - {"digits_conv", "next_letter", "mnist_mlp", "other_half", "letters_gru"})
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -89,11 +89,12 @@ def test_small_images_train_and_held_out_data_are_apart():
 
 
 @pytest.mark.skipif(not (fresh.DATA / "tinyshakespeare.txt").exists(), reason="needs tiny Shakespeare in NATGRAD_DATA")
-def test_letters_follow_their_eight():
-    problem = fresh.next_letter()
+@pytest.mark.parametrize(("name", "before"), [("next_letter", 8), ("letters_gru", 24)])
+def test_letters_follow_those_before(name, before):
+    problem = fresh.FRESH[name]()
     x, y = problem.train
-    assert x.shape == (len(y), fresh.LETTERS)
-    start = fresh.LETTERS - 5  # windows start five letters apart, so each tells the label of the one before
+    assert x.shape == (len(y), before)
+    start = before - 5  # windows start five letters apart, so each tells the label of the one before
     assert torch.equal(y[:-1], x[1:, start])
     assert float(problem.loss(problem.model(), *problem.valid).detach()) == pytest.approx(math.log(65), abs=0.3)
 
