@@ -78,8 +78,9 @@ def hashes(tree: Any, data: int | None, before: Tensor | None = None) -> Tensor 
     for t in leaves_of(tree):
         if t.layout != torch.strided or t.is_nested or not t.dim() or not t.numel() or t.numel() % data:
             continue
-        rows = integers(t.detach().reshape(data, -1))
-        rows = rows[:, :: -(-rows.shape[1] // ENTRIES)]
+        rows = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+        rows = rows.reshape(data, -1)
+        rows = integers(rows[:, :: -(-rows.shape[1] // ENTRIES)])
         # sums of integers do not depend on their order, as those of floating-point numbers do
         mine = (rows * factors(rows.device)[: rows.shape[1]]).sum(1)
         out = mixed(mine if out is None else out.to(mine.device) * ODD[0] + mine)
@@ -88,8 +89,6 @@ def hashes(tree: Any, data: int | None, before: Tensor | None = None) -> Tensor 
 
 def integers(rows: Tensor) -> Tensor:
     """The bits of each number."""
-    if rows.is_complex():
-        rows = torch.view_as_real(rows).flatten(1)
     if rows.is_floating_point():
         rows = rows.contiguous().view(INTEGERS[rows.element_size()])
     return rows.to(torch.int64)

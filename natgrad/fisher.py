@@ -329,7 +329,7 @@ class Fisher(BlockMetric):
         return None if self.certainty is None else DECAY_OF_CLASSES * self.certainty**2
 
     @property
-    def penalty(self) -> float:  # type: ignore[override]
+    def penalty(self) -> float:
         size = self.census.size
         return 0.0 if size is None else min(PENALTY, PENALTY_IN_DATA / size)
 
@@ -455,7 +455,7 @@ class Fisher(BlockMetric):
         return {
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
-            "data_in_all": self.census.size,
+            "data_estimated": self.census.size,
             "small_passes": self.small_passes.taken,
             **shared,
         }

@@ -46,7 +46,6 @@ class Metric:
 
     shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
-    penalty = 0.0  # ρ of `natgrad.penalty`, for an optimizer that is given no weight decay
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters: dict[str, Tensor] = dict(parameters)
@@ -68,6 +67,11 @@ class Metric:
     def decay(self) -> Tensor | float | None:
         """The decoupled weight decay, over the learning rate, of an optimizer that is given none; None for none."""
         return None
+
+    @property
+    def penalty(self) -> float:
+        """ρ of `natgrad.penalty`, for an optimizer that is given no weight decay."""
+        return 0.0
 
     @property
     def gradient_share(self) -> float | None:

@@ -311,7 +311,9 @@ class NaturalGradient(torch.optim.Optimizer):
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
         shorter than that), ``reduction_ratio`` (the loss's reduction over its linear prediction, estimated from the
         slopes at the last refresh and at the step after it) as the step rule knows them; ``refreshed``; ``refreshes``,
-        ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made.
+        ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made. Of a
+        `Fisher` metric ``data_seen`` at refreshes, and ``data_estimated``, how many there are, as far as those that
+        came back tell (`natgrad.census`); None before the second refresh.
         """
         elapsed = time.perf_counter() - self._started
         return {

@@ -61,7 +61,17 @@ def test_nothing_is_said_of_one_batch_and_a_whole_set_is_known_from_two() -> Non
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    ],
 )
 def test_a_datum_is_known_wherever_it_stands(dtype: torch.dtype) -> None:
     x = torch.randn(50, 3, 7) * 9
@@ -87,9 +97,10 @@ def test_all_that_belongs_to_a_datum_counts() -> None:
     assert torch.equal(hashes((x, torch.tensor(0.5)), 6), alone)  # type: ignore[arg-type]
     assert hashes((), 6) is None
     assert hashes(x, None) is None
-    large = torch.zeros(2, 5000)
-    large[1, ::5] = 1.0
-    assert len(hashes(large, 2).unique()) == 2  # type: ignore[union-attr]
+    for dtype in (torch.float32, torch.complex64):
+        large = torch.zeros(2, 5000, dtype=dtype)
+        large[1, ::5] = 1.0
+        assert len(hashes(large, 2).unique()) == 2  # type: ignore[union-attr]
 
 
 def test_training_counts_its_data_by_inputs_and_labels_once_a_step() -> None:
@@ -107,11 +118,11 @@ def test_training_counts_its_data_by_inputs_and_labels_once_a_step() -> None:
                 labels = torch.randint(3, (len(part),)) + 3 * i if how == "other labels" else y[part]
                 criterion(model(x[part]), labels % 3).backward()
             opt.step()
-        sizes[how] = opt.info["data_in_all"]
+        sizes[how] = opt.info["data_estimated"]
     assert sizes["together"] == sizes["in parts"] == pytest.approx(96, rel=0.05)
     assert sizes["other labels"] > 200  # 3 · 96 pairs
     opt.metric.reset()
-    assert opt.info["data_in_all"] is None
+    assert opt.info["data_estimated"] is None
 
 
 def test_the_count_goes_on_from_a_state() -> None:
