@@ -32,7 +32,7 @@ class Census:
     """The marks, and what recaptures say."""
 
     def __init__(self) -> None:
-        self.marks = torch.zeros(0, dtype=torch.int64)
+        self.marks = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.zeros = 0  # at the end of every hash that is kept
         self.pairs = 0.0  # Σ n m
         self.recaptures = 0
@@ -44,7 +44,7 @@ class Census:
 
     def count(self, hashes: Tensor) -> None:
         """Take in one batch, in which a datum may stand several times."""
-        seen = self._sampled(hashes.cpu().unique())
+        seen = self._sampled(hashes.cpu()).unique()
         self.pairs += float(len(seen) * len(self.marks) * 2**self.zeros)
         self.recaptures += int(torch.isin(seen, self.marks).sum())
         self.marks = torch.cat([self.marks, seen]).unique()
@@ -69,17 +69,20 @@ class Census:
 
 
 def hashes(tree: Any, data: int | None, before: Tensor | None = None) -> Tensor | None:
-    """(data,) int64, the same for the same datum wherever in a batch it stands: of all dense tensors in `tree` that
-    hold the same count of numbers for each. None where there are none. `before`: hashes to go on from.
+    """(data,) int64, the same for the same datum wherever in a batch it stands: of all dense tensors in `tree` whose
+    first dimension counts data. None where there are none. `before`: hashes of the inputs, to go on from with labels,
+    which may have several rows a datum.
     """
     out = before
     if not data:
         return None
     for t in leaves_of(tree):
-        if t.layout != torch.strided or t.is_nested or not t.dim() or not t.numel() or t.numel() % data:
+        if t.layout != torch.strided or t.is_nested or not t.dim() or not t.numel():
             continue
-        rows = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
-        rows = rows.reshape(data, -1)
+        if t.shape[0] != data and (before is None or t.shape[0] % data):
+            continue
+        rows = t.detach().resolve_conj()
+        rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(data, -1)
         rows = integers(rows[:, :: -(-rows.shape[1] // ENTRIES)])
         # sums of integers do not depend on their order, as those of floating-point numbers do
         mine = (rows * factors(rows.device)[: rows.shape[1]]).sum(1)
@@ -91,12 +94,13 @@ def integers(rows: Tensor) -> Tensor:
     """The bits of each number."""
     if rows.is_floating_point():
         rows = rows.contiguous().view(INTEGERS[rows.element_size()])
-    return rows.to(torch.int64)
+    rows = rows.to(torch.int64)
+    return rows ^ (rows >> 32)  # the last bits of most floating-point numbers are zero
 
 
 @cache
 def factors(device: torch.device) -> Tensor:
-    drawn = torch.randint(2**62, (ENTRIES,), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(2**62, (ENTRIES,), generator=torch.Generator().manual_seed(0), device="cpu")
     return (2 * drawn + 1).to(device)
 
 

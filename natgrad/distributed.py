@@ -8,10 +8,11 @@ which is what one process finds on all the data together, however unevenly they 
 metric is refreshed and at no other step:
 
 1. an ``all_gather`` of four integers a rank: a digest of the model, the options, the schedule and the layout of the
-   statistics; the number of data; whether there are any; the number of hashes of data, which a second one gathers
-   (`natgrad.census`). Only where digests differ are the texts themselves gathered,
-   to say what differs, or to find the layers that some ranks have used and others have not;
-2. the sums, symmetric matrices as triangles, in few flat buffers, through ``all_reduce``.
+   statistics; the number of data; whether there are any; the number of hashes of data. Only where digests differ are
+   the texts themselves gathered, to say what differs, or to find the layers that some ranks have used and others have
+   not;
+2. the hashes of data (`natgrad.census`), likewise;
+3. the sums, symmetric matrices as triangles, in few flat buffers, through ``all_reduce``.
 
 A sum that is not finite on one rank is so on all ranks afterwards, so all drop it together with no further message.
 The messages go through a process group of our own: if ranks ever fell out of step they would wait for each other and

@@ -30,7 +30,7 @@ from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.likelihoods import read
-from natgrad.loss_scale import own_gradients, taken
+from natgrad.loss_scale import taken
 from natgrad.options import (
     arguments,
     by_pattern,
@@ -294,11 +294,6 @@ class Fisher(BlockMetric):
             output, targets = self.reading.split(*args, **kwargs)
         return self._draw_training(output, targets, tapes, at_criterion=True)
 
-    def own_gradients(self, called: Called, outputs: list[Tensor]) -> list[Tensor | None]:
-        if isinstance(self.criterion, Mapping):  # each head may have a factor of its own
-            return [None] * len(outputs)
-        return own_gradients(self.criterion, *called[""], outputs)
-
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
         return self._draw_training(*self.asked_for(output, *given), tapes, at_criterion=False)
 
@@ -456,6 +451,7 @@ class Fisher(BlockMetric):
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
             "data_estimated": self.census.size,
+            "loss_scale": self.loss_scale,
             "small_passes": self.small_passes.taken,
             **shared,
         }

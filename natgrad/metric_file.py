@@ -1,6 +1,7 @@
 """State of a Fisher metric: as a dictionary and as a safetensors file.
 
-Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the
+Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``, the marks of the census another; everything
+else (names and shapes of the
 parameters, options, layers) is one JSON string, so that a file can be checked before anything is taken over.
 """
 

@@ -10,9 +10,10 @@ to the last point, steps of a set length cannot end: there the Newton step d / s
 ends by itself (s, `Block.excess`, undoes the scaling of the factors). From one refresh to the next s falls to 0.97 of
 itself at most: the Fisher matrix of a classifier that is sure of all labels vanishes within a few refreshes, and a
 limit that followed it would let the first label that is wrong throw the weights off. As blocks do not know of each
-other and would remove the same residual several times over, the share ν of the Newton step is taken. It knows the
-scale of the criterion alone: of a loss that is multiplied by a number afterwards, or a gradient that is clipped, it is
-as many times too long or short; the length η does not change. The empirical kind has no Newton step, and η alone.
+other and would remove the same residual several times over, the share ν of the Newton step is taken. It is of the
+scale of the criterion, and of what the loss is of that, as far as that is known (`natgrad.loss_scale`); of a gradient
+that is clipped it is too short. The length η does not change. The empirical kind has no Newton step, and η alone. To g
+belongs the penalty of `natgrad.penalty`.
 
 The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
 may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
@@ -203,12 +204,17 @@ class NormalisedStep(StepRule):
         return {n: d for n, d in out.items() if n in df}
 
     def tell_shares(self, blocks: Sequence[Block], shares: Tensor) -> None:
-        """Shares of parameters from those of blocks; the smallest, where a parameter's slices have one each."""
+        """Shares of parameters from those of blocks: the smallest, where a parameter's slices have one each; that of
+        before, where there was no direction.
+        """
         told: dict[str, Tensor] = {}
         for block, share in zip(blocks, shares.unbind()):
             for n in block.names:
-                told[n] = torch.minimum(told[n], share) if n in told else share
-        self.share_of.update(told)
+                told[n] = torch.fmin(told[n], share) if n in told else share
+        for n, share in told.items():
+            before = self.share_of.get(n)
+            kept = torch.ones_like(share) if before is None else before.to(share)
+            self.share_of[n] = torch.where(share.isnan(), kept, share)
 
     def with_penalty(
         self, weights: Mapping[str, Tensor], df: Mapping[str, Tensor], options: Mapping[str, Options]
@@ -218,7 +224,11 @@ class NormalisedStep(StepRule):
         deltas = {n: d for n, d in found if n in df and n in self.share_of and options[n].own_decay}
         if not deltas:
             return df
-        shares = self.share_of if self.fine is None else {n: s * self.fine for n, s in self.share_of.items()}
+        # a step has a length even where its gradient is a penalty alone, so that there must be more to it
+        some = (torch.stack(torch._foreach_norm([df[n] for n in deltas])) > 0).float()
+        if self.shards is not None:
+            some = self.shards.ranks.total(some).clamp(max=1)
+        shares = {n: self.share_of[n] * here for n, here in zip(deltas, some.unbind())}
         return penalised(df, weights, deltas, shares)
 
     def set_penalties(self, metric: Metric, blocks: Sequence[Block], means: Sequence[float]) -> None:

@@ -43,8 +43,9 @@ class NaturalGradient(torch.optim.Optimizer):
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, of
-            matrices alone. `Fisher` has an L2 penalty in the gradient, in proportion to the curvature and less where
-            there are many data, which it counts as they come back (`natgrad.penalty`); with ``CrossEntropyLoss`` (or
+            matrices alone. `Fisher` has an L2 penalty in the gradient of matrices whose curvature it knows, in
+            proportion to that and less where there are many data, which it counts as they come back
+            (`natgrad.penalty`; none with kind "empirical"); with ``CrossEntropyLoss`` (or
             ``NLLLoss``) as the only criterion also a decoupled decay of 0.05 times the square of how sure predictions
             are (0 for uniform ones, 1 for a single class), as data that can be separated drive the weights to infinity.
         step: a step rule; None takes the metric's own.
@@ -84,7 +85,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
         self.rule = metric.default_step() if step is None else step
-        self._own_decay = step is None  # the metric's, of which its own step rule knows how much
+        self._own_decay = step is None  # what the metric has of weight decay is for its own step rule
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
@@ -197,7 +198,6 @@ class NaturalGradient(torch.optim.Optimizer):
         on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
-        self.rule.fine = None if on_host else fine
         self._apply(self.rule.update(self.metric, df, options), None if on_host else fine)
         if self._average is not None:
             self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
@@ -309,11 +309,12 @@ class NaturalGradient(torch.optim.Optimizer):
         """What the last step did, read from the device now.
 
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
-        shorter than that), ``reduction_ratio`` (the loss's reduction over its linear prediction, estimated from the
-        slopes at the last refresh and at the step after it) as the step rule knows them; ``refreshed``; ``refreshes``,
-        ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the optimizer was made. Of a
-        `Fisher` metric ``data_seen`` at refreshes, and ``data_estimated``, how many there are, as far as those that
-        came back tell (`natgrad.census`); None before the second refresh.
+        shorter than that), ``reduction_ratio`` (the reduction of the loss, with its penalty, over its linear
+        prediction, estimated from the slopes at the last refresh and at the step after it) as the step rule knows them;
+        ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the
+        optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes; ``data_estimated``, how many there are, as
+        far as those that came back tell (`natgrad.census`), None before the second refresh; and ``loss_scale``, how
+        many times its criterion the loss is, 1 at most.
         """
         elapsed = time.perf_counter() - self._started
         return {

@@ -20,7 +20,8 @@ NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step tha
 
 class Stepped(NamedTuple):
     coherence: tuple[Tensor, ...]  # c̄ with the new directions in it, a scalar a block
-    shares: Tensor  # (blocks,): of the set length that each step has where the Newton step is shorter
+    shares: Tensor  # (blocks,): of its set length that each step has, less than 1 where the Newton step is shorter; NaN
+    # where there is no direction
     at_newton: Tensor  # share of blocks where it is
 
 
@@ -53,7 +54,7 @@ def step_(
     if excesses is not None:
         lengths = torch.minimum(lengths, NEWTON_SHARE / excesses)
     moving = sizes > 0
-    shares = torch.where(moving, lengths / set_lengths, 1.0).nan_to_num(1.0)  # of η = 0 all
+    shares = torch.where(moving, lengths / set_lengths, torch.nan)
     at_newton = (lengths < set_lengths).to(lengths).mean()
     lengths = torch.where(moving, -(COHERENCE_GAIN * now).exp() * lengths, 0.0)
     torch._foreach_mul_(directions, list(lengths.unbind()))

@@ -54,7 +54,6 @@ class StepRule:
     on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
     shards: Any = None  # set by a metric whose parameters are sharded
     refreshed = False  # set by the optimizer before each `update`: whether the metric's statistics are new
-    fine: Tensor | None = None  # likewise: a scalar, 0 where the step is masked; None where it is known not to be
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ A pre-hook of the root module opens a tape, a hook after it closes the tape. The
    computed inside the model.
 
 Statistics count once their output is backpropagated, and are dropped otherwise. The hooks hold the metric weakly, and
-what they leave on the graph holds statistics only, so no cycle keeps a graph alive.
+what they leave on the graph holds what a draw says and no graph, so no cycle keeps a graph alive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +25,14 @@ from torch.utils.hooks import RemovableHandle
 from natgrad.capture import Hook, Tape, in_backward, in_transform
 from natgrad.census import hashes
 from natgrad.curvature import Draw
-from natgrad.loss_scale import factor
 from natgrad.trees import leaves_of
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
 
 
-Called = dict[str, tuple[Any, Any]]  # head → (args, kwargs) of the call of its criterion; the only head is ""
+# head → (args, kwargs) of the call of its criterion; the only head is ""
+Called = dict[str, tuple[Any, Any]]
 
 
 @contextmanager
@@ -52,7 +51,6 @@ class Watched(Protocol):
     def wants_statistics(self) -> bool: ...
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None: ...
-    def own_gradients(self, called: Called, outputs: list[Tensor]) -> list[Tensor | None]: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> Draw | None: ...
     def count(self, draw: Draw) -> None: ...
 
@@ -65,8 +63,10 @@ class Watcher:
         self.root = root
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
-        self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self._inside: list[tuple[str, Any, Any, Any]] = []  # calls of a criterion inside the root's forward
         self._called: Called = {}  # of the criteria of several heads, until all have been called
+        self._losses: list[Any] = []  # what they returned
+        self.drawing = False  # a backward pass now is the metric's own
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
         at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
@@ -95,7 +95,7 @@ class Watcher:
             self._open.close()
         self._open = None
         self.tapes = []
-        self._called = {}
+        self._called, self._losses = {}, []
 
     # hooks ---------------------------------------------------------------------------------------------
 
@@ -126,49 +126,61 @@ class Watcher:
             return
         self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
         inside, self._inside = self._inside, []
-        for key, call_args, call_kwargs in inside:
-            self.criterion_called(key, call_args, call_kwargs)
+        for call in inside:
+            self.criterion_called(*call)
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, tape)
             for t in leaves:
                 t.register_hook(fire)
 
-    def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
+    def criterion_called(self, key: str, args: Any, kwargs: Any, loss: Any) -> None:
         metric = self._metric()
         if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
-            self._inside.append((key, args, kwargs))
+            self._inside.append((key, args, kwargs, loss))
             return
         if not self.tapes or not torch.is_grad_enabled():
             return
         self._called[key] = (args, kwargs)
+        self._losses.append(loss)
         if len(self._called) < len(self._listeners):
             return
-        called, self._called = self._called, {}
-        draw = metric.draw_at_criterion(called, self.tapes)
+        called, losses = self._called, self._losses
+        self._called, self._losses = {}, []
+        self.drawing = True
+        try:
+            draw = metric.draw_at_criterion(called, self.tapes)
+        finally:
+            self.drawing = False
         if draw is not None:
-            self._count_on_backward(draw, called)
+            self._count_on_backward(draw, called, losses)
 
-    def _count_on_backward(self, draw: Draw, called: Called) -> None:
+    def _count_on_backward(self, draw: Draw, called: Called, losses: list[Any]) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
-        metric, tapes = self._metric, weakref.WeakMethod(self.forget_drawn)
-        owner = metric()
-        assert owner is not None
-        outputs = [t for t in leaves_of(called) if t.requires_grad]
+        watcher = weakref.ref(self)
 
-        def count(own: Tensor | None, arrived: Tensor) -> None:
-            owner = metric()
-            if waiting and owner is not None:
-                drawn = waiting.pop()
-                drawn.loss_scale = factor(arrived, own)
-                owner.count(drawn)
-            if (forget := tapes()) is not None:
-                forget()
+        def compare(factor: Tensor) -> None:
+            if waiting:  # of several heads the largest
+                size, known = factor.detach().abs(), waiting[0].loss_scale
+                waiting[0].loss_scale = size if known is None else torch.maximum(known, size)
 
-        for t, own in zip(outputs, owner.own_gradients(called, outputs)):
-            t.register_hook(partial(count, own))
+        def count(_: Tensor) -> None:
+            here = watcher()
+            if here is None or here.drawing:  # for another call of the criterion on the same output
+                return
+            metric = here._metric()
+            if waiting and metric is not None:
+                metric.count(waiting.pop())
+            here.forget_drawn()
+
+        for loss in losses:
+            if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0:
+                loss.register_hook(compare)
+        for t in leaves_of(called):
+            if t.requires_grad:
+                t.register_hook(count)
 
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
@@ -183,7 +195,7 @@ class Listener:
 
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
         if (watcher := self._watcher()) is not None:
-            watcher.criterion_called(self.key, args, kwargs)
+            watcher.criterion_called(self.key, args, kwargs, result)
 
 
 def remove(handles: list[RemovableHandle]) -> None:

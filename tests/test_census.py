@@ -84,6 +84,17 @@ def test_a_datum_is_known_wherever_it_stands(dtype: torch.dtype) -> None:
     assert 10 < int((found & 1).sum()) < 40  # the last bits too depend on the datum
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_numbers_with_few_bits_do_not_collide(dtype: torch.dtype) -> None:
+    for x in (torch.randn(20_000, 40) > 0, torch.randint(16, (20_000, 40))):
+        assert len(hashes(x.to(dtype), 20_000).unique()) > 19_990  # type: ignore[union-attr]
+
+
+def test_a_conjugate_view_is_read_as_its_numbers() -> None:
+    x = torch.randn(5, 3, dtype=torch.complex64)
+    assert torch.equal(hashes(x.conj(), 5), hashes(x.conj().resolve_conj(), 5))  # type: ignore[arg-type]
+
+
 def test_all_that_belongs_to_a_datum_counts() -> None:
     x, y = torch.randn(6, 4), torch.arange(6)
     alone = hashes(x, 6)
@@ -95,6 +106,8 @@ def test_all_that_belongs_to_a_datum_counts() -> None:
     per_token = torch.arange(18)  # three labels a datum, in one row
     assert torch.equal(hashes(per_token, 6, alone), hashes(per_token.view(6, 3), 6, alone))  # type: ignore[arg-type]
     assert torch.equal(hashes((x, torch.tensor(0.5)), 6), alone)  # type: ignore[arg-type]
+    grid = torch.arange(12.0)  # twelve positions beside six data
+    assert torch.equal(hashes((x, grid), 6), alone)  # type: ignore[arg-type]
     assert hashes((), 6) is None
     assert hashes(x, None) is None
     for dtype in (torch.float32, torch.complex64):

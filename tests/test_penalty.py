@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import mlp
-from torch import nn
+from torch import Tensor, nn
 from training_cases import classifier
 
 import natgrad as ng
@@ -102,13 +102,34 @@ def test_one_group_may_have_a_decay_of_its_own_and_the_others_the_penalty() -> N
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()), groups=[{"params": "0.*", "weight_decay": 0.0}])
     steps(opt, model, 2)
     assert set(opt.rule.penalties) == {"0.weight", "2.weight"}
-    df = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    df = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     found = opt.rule.with_penalty(opt.metric.parameters, df, opt._options())
-    touched = {n for n, g in found.items() if bool(g.any())}
+    touched = {n for n, g in found.items() if not torch.equal(g, df[n])}
     assert touched == {"2.weight"}
-    opt.rule.fine = torch.tensor(0.0)  # a step that is masked
-    found = opt.rule.with_penalty(opt.metric.parameters, df, opt._options())
-    assert not any(bool(g.any()) for g in found.values())
+
+
+def test_what_has_no_gradient_of_the_loss_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is dead, or a step that is masked on a device: no penalty moves it, and its share is as before."""
+    model = mlp(hidden=5)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()), lr=20.0, momentum=0.0)
+    steps(opt, model, 9)
+    assert opt.rule.penalties
+    before = {n: float(s) for n, s in opt.rule.share_of.items()}
+    assert max(before.values()) < 1
+    weights = [p.detach().clone() for p in model.parameters()]
+    opt.zero_grad()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+    assert {n: float(s) for n, s in opt.rule.share_of.items()} == before
+    monkeypatch.setattr("natgrad.optimizer.free_to_read", lambda t: False)
+    steps(opt, model, 1)
+    before = {n: float(s) for n, s in opt.rule.share_of.items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    opt.step()
+    assert {n: float(s) for n, s in opt.rule.share_of.items()} == before
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -128,23 +149,67 @@ def test_a_loss_that_is_a_multiple_of_the_criterion_trains_alike(
     assert limits[0] == limits[1] > 0
 
 
-def test_a_loss_scaled_up_is_taken_as_the_criterion() -> None:
-    """As GradScaler scales it, whose factor is gone again before the step; so is what has no gradient at all."""
+def factor_of(loss: Callable[[Tensor, nn.Module], Tensor], **options: object) -> float:
+    """`Fisher.loss_scale` after a step on loss(output, criterion)."""
     model = mlp(hidden=5)
-    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
-    criterion = opt.metric.criterion
-    for factor, expected in ((65536.0, 1.0), (0.25, 0.25), (-0.25, 0.25), (1.0, 1.0)):
-        opt._next_refresh = 0
-        opt.zero_grad()
-        (factor * criterion(model(X), Y)).backward()
-        opt.step()
-        assert opt.metric.loss_scale == pytest.approx(expected, rel=1e-12)
-    opt._next_refresh = 0
-    opt.zero_grad()
-    out = model(X)
-    criterion(out, out.detach()).backward()  # no gradient, so no factor
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), **options))  # type: ignore[arg-type]
+    loss(model(X), opt.metric.criterion).backward()
     opt.step()
-    assert opt.metric.loss_scale == 1.0
+    assert opt.info["loss_scale"] == opt.metric.loss_scale
+    return opt.metric.loss_scale
+
+
+def in_place(out: Tensor, criterion: nn.Module) -> Tensor:
+    loss = criterion(out, Y)
+    loss /= 4
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda out, c: 65536.0 * c(out, Y), 1.0),  # GradScaler's, which is gone again before the step
+        (lambda out, c: -0.25 * c(out, Y), 0.25),
+        (in_place, 0.25),
+        (lambda out, c: 0.5 * c(out, Y) + 0.3 * out.square().sum(), 0.5),  # something else of the same output
+        (lambda out, c: 0.07 * c(out, Y) + 0.03 * c(out, -Y), 0.1),  # two labels, whose means add up
+        (lambda out, c: 0.3 * (out - Y).square().mean(), 1.0),  # the criterion is not called
+        (lambda out, c: c(out, Y) - c(out, Y).detach() + out.sum(), 1.0),
+        (lambda out, c: c(out, Y) * torch.nan, 1.0),
+    ],
+)
+def test_what_the_loss_is_of_the_criterion(loss: Callable[..., Tensor], expected: float) -> None:
+    if expected == 1.0 and loss(torch.zeros(8, 3), nn.MSELoss()).isnan():
+        with pytest.warns(UserWarning, match="NaN or Inf"):
+            assert factor_of(loss) == 1.0
+        return
+    assert factor_of(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_heads_and_criteria_inside_a_model_under_autocast_have_a_factor_too() -> None:
+    model = mlp(hidden=5)
+    opt = ng.NaturalGradient(ng.Fisher(model, {"a": nn.MSELoss()}, output=lambda out: {"a": out}))
+    (0.01 * opt.metric.criterion["a"](model(X), Y)).backward()
+    opt.step()
+    assert opt.metric.loss_scale == pytest.approx(0.01)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.criterion = mlp(hidden=5).float(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]))
+
+        def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = self.net(x)
+                return self.criterion(out, labels), out
+
+    whole = Whole()
+    opt = ng.NaturalGradient(ng.Fisher(whole, whole.criterion, output=lambda found: found[1]))
+    for _ in range(3):
+        opt.zero_grad()
+        (0.5 * whole(X.float(), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))[0]).backward()
+        opt.step()
+    assert opt.metric.loss_scale == pytest.approx(0.5)
 
 
 def test_the_criterion_is_called_once_by_its_hooks() -> None:
