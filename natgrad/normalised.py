@@ -211,10 +211,9 @@ class NormalisedStep(StepRule):
         for block, share in zip(blocks, shares.unbind()):
             for n in block.names:
                 told[n] = torch.fmin(told[n], share) if n in told else share
-        for n, share in told.items():
-            before = self.share_of.get(n)
-            kept = torch.ones_like(share) if before is None else before.to(share)
-            self.share_of[n] = torch.where(share.isnan(), kept, share)
+        now, one = torch.stack(list(told.values())), shares.new_ones(())
+        before = torch.stack([self.share_of.get(n, one).to(now) for n in told])
+        self.share_of.update(zip(told, torch.where(now.isnan(), before, now).unbind()))
 
     def with_penalty(
         self, weights: Mapping[str, Tensor], df: Mapping[str, Tensor], options: Mapping[str, Options]
@@ -228,8 +227,8 @@ class NormalisedStep(StepRule):
         some = (torch.stack(torch._foreach_norm([df[n] for n in deltas])) > 0).float()
         if self.shards is not None:
             some = self.shards.ranks.total(some).clamp(max=1)
-        shares = {n: self.share_of[n] * here for n, here in zip(deltas, some.unbind())}
-        return penalised(df, weights, deltas, shares)
+        shares = some * torch.stack([self.share_of[n].to(some.device) for n in deltas])
+        return penalised(df, weights, deltas, dict(zip(deltas, shares.unbind())))
 
     def set_penalties(self, metric: Metric, blocks: Sequence[Block], means: Sequence[float]) -> None:
         """For the steps from the next one on, after a refresh. `means`: the mean eigenvalue of each block."""
