@@ -31,8 +31,7 @@ _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
 
 
-# head → (args, kwargs) of the call of its criterion; the only head is ""
-Called = dict[str, tuple[Any, Any]]
+Called = dict[str, tuple[Any, Any]]  # head → (args, kwargs) of the call of its criterion; the only head is ""
 
 
 @contextmanager

@@ -68,6 +68,35 @@ def test_weights_are_penalised_in_proportion_to_the_mean_eigenvalue(structure: s
         close(moved, expected, 1e-9)
 
 
+def test_slices_of_one_parameter_share_the_geometric_mean_of_their_blocks(close: Close) -> None:
+    """Projections of queries, keys and values lie in one matrix; λ̄ of each is tr F / P of its rows in the dense F."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.MultiheadAttention(4, 2, bias=False, batch_first=True).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x.sin(), x.cos(), need_weights=False)[0]
+
+    model, x = Attention(), torch.randn(5, 3, 4, dtype=torch.float64)
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), kind="exact"))
+    for _ in range(2):
+        opt.zero_grad()
+        opt.metric.criterion(model(x), x.flip(1)).backward()
+        opt.step()
+    names = [n for n, _ in model.named_parameters()]
+    assert names == opt.metric.names == ["inner.in_proj_weight", "inner.out_proj.weight"]
+    diagonal = opt.metric.dense().diagonal()
+    means = [diagonal[16 * i : 16 * i + 16].mean() for i in range(3)]
+    assert max(means) > 2 * min(means)
+    expected = PENALTY * torch.stack(means).log().mean().exp()
+    close(torch.tensor(opt.rule.penalties[names[0]], dtype=torch.float64), expected, 1e-12)
+    expected = PENALTY * diagonal[48:].mean()
+    close(torch.tensor(opt.rule.penalties[names[1]], dtype=torch.float64), expected, 1e-12)
+
+
 def test_no_penalty_before_data_are_counted_and_less_where_there_are_many() -> None:
     model = mlp(hidden=5)
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
