@@ -58,6 +58,12 @@ def line(workload: str, optimizer: str, seed: int, hit: float | None, **more: An
     }
 
 
+def needs_data(workloads: tuple[str, ...]) -> None:
+    """Skip where the files that workloads read are not there."""
+    if lacking := bench.without_data(workloads):
+        pytest.skip(f"set NATGRAD_DATA to a folder with {', '.join(sorted(set(lacking.values())))}")
+
+
 def study(times: dict[str, dict[str, list[float | None]]]) -> Study:
     """{workload: {optimizer: time to the target on each seed}}."""
     return Study([line(w, o, s, t) for w, by in times.items() for o, ts in by.items() for s, t in enumerate(ts)])
@@ -265,8 +271,7 @@ def test_every_optimizer_starts_and_is_fed_alike() -> None:
 
 
 def test_the_smoke_slice_runs_resumes_and_writes_the_schema(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    if lacking := bench.without_data(bench.SMOKE):
-        pytest.skip(f"set NATGRAD_DATA to a folder with {', '.join(lacking.values())}")
+    needs_data(bench.SMOKE)
     words = ["bench", "--smoke", "--scale", "0.02", "--out", str(tmp_path)]
     file = tmp_path / "smoke.jsonl"
     code = f"import sys; from natgrad.cli import main; sys.exit(main({words!r}))"
@@ -336,6 +341,7 @@ def test_the_smoke_slice_does_not_write_among_the_studys_runs(
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_the_page_shows_losses_and_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    needs_data(bench.STUDY)
     found = study({"concrete": {"natgrad": [None] * 3, "adamw": [4, 5, 6], "soap": [8, 8, 8]}})
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "study.jsonl").write_text("".join(json.dumps(x) + "\n" for x in found.lines if runs))
