@@ -94,7 +94,6 @@ VARIANTS: dict[str, Make] = {
     "no penalty": with_constant(fisher, "PENALTY", 0.0, default),
     "a third of the penalty": with_constant(fisher, "PENALTY", 0.01, default),
     "three times the penalty": with_constant(fisher, "PENALTY", 0.1, default),
-    "the penalty of few data": with_constant(fisher, "PENALTY_IN_DATA", 1e9, default),
     "classes decay however sure": however_sure,
     "no penalty and no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
@@ -108,7 +107,6 @@ CONSTANTS = (
     (normalised, "SCALE_MEMORY"),
     (kronecker_blocks, "TRAINING_SIDE"),
     (fisher, "PENALTY"),
-    (fisher, "PENALTY_IN_DATA"),
 )
 
 

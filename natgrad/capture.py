@@ -63,7 +63,6 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
-    hashes: Tensor | None = None  # of the data, see `natgrad.census`
     sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative

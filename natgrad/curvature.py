@@ -53,8 +53,6 @@ class Draw:
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     certainty: Tensor | None = None  # (Σ m s, Σ m) of `Reading.certainty`
-    hashes: Tensor | None = None  # of the data, see `natgrad.census`
-    loss_scale: Tensor | None = None  # how many times the criterion the loss is, a scalar, where that is known
 
 
 @dataclass

@@ -7,12 +7,10 @@ With S_r the sums of statistics of rank r and M_r their masses, every rank holds
 which is what one process finds on all the data together, however unevenly they are shared out. Ranks meet when the
 metric is refreshed and at no other step:
 
-1. an ``all_gather`` of four integers a rank: a digest of the model, the options, the schedule and the layout of the
-   statistics; the number of data; whether there are any; the number of hashes of data. Only where digests differ are
-   the texts themselves gathered, to say what differs, or to find the layers that some ranks have used and others have
-   not;
-2. the hashes of data (`natgrad.census`), likewise;
-3. the sums, symmetric matrices as triangles, in few flat buffers, through ``all_reduce``.
+1. an ``all_gather`` of three integers a rank: a digest of the model, the options, the schedule and the layout of the
+   statistics; the number of data; whether there are any. Only where digests differ are the texts themselves gathered,
+   to say what differs, or to find the layers that some ranks have used and others have not;
+2. the sums, symmetric matrices as triangles, in few flat buffers, through ``all_reduce``.
 
 A sum that is not finite on one rank is so on all ranks afterwards, so all drop it together with no further message.
 The messages go through a process group of our own: if ranks ever fell out of step they would wait for each other and
@@ -162,8 +160,7 @@ class Ranks:
         blocks = [block_to_json(b) for b in curvature.blocks]
         told: dict[str, Any] = {"blocks": blocks, "masses": sorted(draw.masses)}
         told["entries"] = [list(vars(e).values()) for e in entries]
-        marks = 0 if draw.hashes is None else len(draw.hashes)
-        answers = self.gather([digest_of({"said": said, **told}), draw.data, int(bool(entries)), marks])
+        answers = self.gather([digest_of({"said": said, **told}), draw.data, int(bool(entries))])
         data, sources = sum(a[1] for a in answers), told["masses"]
         if not any(a[2] for a in answers):
             return None
@@ -173,22 +170,7 @@ class Ranks:
             entries, sources = reconcile(curvature, texts)
         if owned:
             settle(curvature.blocks, self.size)
-        shared = self._summed(curvature, draw, entries, sources, data, plain, owned)
-        shared.hashes = self._all_hashes(draw.hashes, [a[3] for a in answers])
-        return shared
-
-    def _all_hashes(self, mine: Tensor | None, counts: Sequence[int]) -> Tensor | None:
-        """Of the data of all ranks. `counts`: how many each has."""
-        if not any(counts):
-            return None
-        padded = torch.zeros(max(counts), dtype=torch.int64, device=self.device)
-        if mine is not None:
-            padded[: len(mine)] = mine
-        held = [torch.empty_like(padded) for _ in counts]
-        with self.attendance.meeting("hashes of data"):
-            dist.all_gather(held, padded, self.group)
-        self._count("agreement", padded, self.size - 1)
-        return torch.cat([h[:count] for h, count in zip(held, counts)])
+        return self._summed(curvature, draw, entries, sources, data, plain, owned)
 
     def _summed(
         self,
@@ -217,8 +199,7 @@ class Ranks:
                 pieces.append(mass.to(dtype).flatten())
         zero = torch.zeros((), dtype=dtype, device=self.device)
         sure = torch.stack([zero, zero]) if draw.certainty is None else draw.certainty.to(zero)
-        scale = torch.full_like(zero, torch.nan) if draw.loss_scale is None else draw.loss_scale.to(zero)
-        pieces.append(torch.stack([*sure, scale / self.size, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
+        pieces.append(torch.stack([*sure, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
         if owned:
             whose = [curvature.blocks[e.block].owner for e, _ in rebuild for _ in range(1 + (e.mass is not None))]
             summed = [*self.owner_sum(pieces[:-1], whose, "statistics"), self.total(pieces[-1])]
@@ -226,7 +207,7 @@ class Ranks:
             summed = self.all_sum(pieces, "statistics")
         left = iter(summed)
         read = [(e, next(left), s, next(left) if e.mass is not None else None) for e, s in rebuild]
-        sure, scale, masses = summed[-1][:2], summed[-1][2], dict(zip(sources, summed[-1][3:].unbind()))
+        sure, masses = summed[-1][:2], dict(zip(sources, summed[-1][2:].unbind()))
         here = [curvature.blocks[e.block].owner == self.rank or not owned for e in entries]
         elsewhere = dict.fromkeys(curvature.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
@@ -241,7 +222,7 @@ class Ranks:
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
         found = [(curvature.blocks[i], new) for i, new in statistics.items()]
-        return Draw(found, data, masses, list(elsewhere), sure, loss_scale=scale)
+        return Draw(found, data, masses, list(elsewhere), sure)
 
     def all_sum(self, pieces: Sequence[Tensor], what: str) -> list[Tensor]:
         """Flat tensors of one dtype, each summed over the ranks, in messages of about `BUCKET` numbers."""

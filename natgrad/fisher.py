@@ -13,7 +13,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +23,12 @@ from natgrad import metric_file
 from natgrad.block_metric import BlockMetric
 from natgrad.blocks import Block
 from natgrad.capture import Tape
-from natgrad.census import Census, hashes
 from natgrad.coverage import Coverage
 from natgrad.covered import coverage_of
 from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.likelihoods import read
-from natgrad.loss_scale import taken
 from natgrad.options import (
     arguments,
     by_pattern,
@@ -55,8 +53,7 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
-PENALTY = 0.03  # ρ of `natgrad.penalty` at most; the origin of this and the next two is in docs/decisions.md
-PENALTY_IN_DATA = 100  # ρ is what so many data say at most
+PENALTY = 0.03  # ρ of `natgrad.penalty`; the origin of this and the next is in docs/decisions.md
 DECAY_OF_CLASSES = 0.05  # over the learning rate
 
 
@@ -139,7 +136,6 @@ class Fisher(BlockMetric):
         device = next(iter(model.parameters()), torch.empty(0)).device
         self.ranks = ranks_of(model, process_group, device, exchange)  # before names are read: it has shards in place
         super().__init__(chosen_parameters(self.module, params))
-        self.census = Census()
         self._live: LiveNames | None = None
         if self.ranks is not None and sharded_modules(model):
             self.shards = Shards(self.ranks, self.parameters)
@@ -165,7 +161,6 @@ class Fisher(BlockMetric):
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
         self.certainty: Tensor | None = None  # moving average of how sure predictions of classes are, 0 … 1
-        self.loss_scale = 1.0  # how many times the criterion the training loss is, at most 1
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -238,7 +233,6 @@ class Fisher(BlockMetric):
             block.statistics, block.elsewhere = {}, False
             block.version += 1
         self.seen, self._pending, self._masses, self.certainty = 0, [], {}, None
-        self.census, self.loss_scale = Census(), 1.0
 
     @property
     def _plain(self) -> bool:
@@ -267,10 +261,6 @@ class Fisher(BlockMetric):
         if decay is not None and draw.certainty is not None and bool(draw.certainty[1] > 0):
             now = draw.certainty[0] / draw.certainty[1]
             self.certainty = now if self.certainty is None else self.certainty.to(now).lerp(now, 1 - decay)
-        if decay is not None and draw.hashes is not None:
-            self.census.count(draw.hashes)
-        if decay is not None and draw.loss_scale is not None:
-            self.loss_scale = taken(draw.loss_scale, self.loss_scale)
         return True
 
     # what the watcher asks -----------------------------------------------------------------------------
@@ -310,8 +300,6 @@ class Fisher(BlockMetric):
             draw = self.small_passes.draw(self, output, targets, tapes[0], at_criterion) if len(tapes) == 1 else None
             if draw is None:
                 draw = self.curvature.draw(output, targets, tapes, per_datum=False)
-        if draw is not None:
-            draw.hashes = hashes_of(tapes, targets)
         return draw
 
     def count(self, draw: Draw) -> None:
@@ -325,8 +313,7 @@ class Fisher(BlockMetric):
 
     @property
     def penalty(self) -> float:
-        size = self.census.size
-        return 0.0 if size is None else min(PENALTY, PENALTY_IN_DATA / size)
+        return PENALTY
 
     def include(self, parameter: Tensor) -> str | None:
         for name, p in chosen_parameters(self.module, None).items():
@@ -450,8 +437,6 @@ class Fisher(BlockMetric):
         return {
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
-            "data_estimated": self.census.size,
-            "loss_scale": self.loss_scale,
             "small_passes": self.small_passes.taken,
             **shared,
         }
@@ -462,13 +447,12 @@ class Fisher(BlockMetric):
 
     @property
     def gradient_share(self) -> float | None:
-        """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too, and a loss may
-        be a multiple of the criterion. The empirical kind has the size of the gradients squared and not that of the
-        curvature.
+        """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too. The empirical
+        kind has the size of the gradients squared and not that of the curvature.
         """
         if self.kind == "empirical":
             return None
-        return self.loss_scale * (1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size)
+        return 1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size
 
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep
@@ -550,11 +534,3 @@ class Fisher(BlockMetric):
         """
         metric_file.load(self, path)
         self.share_out()
-
-
-def hashes_of(tapes: Sequence[Tape], targets: Any) -> Tensor | None:
-    """Of the data of a draw, one forward pass with their labels, or several that are data of their own."""
-    found = [t.hashes for t in tapes if t.hashes is not None]
-    if len(tapes) == 1 and found:
-        return hashes(targets, tapes[0].data, found[0])
-    return torch.cat(found) if found and len(found) == len(tapes) else None

@@ -1,7 +1,6 @@
 """State of a Fisher metric: as a dictionary and as a safetensors file.
 
-Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``, the marks of the census another; everything
-else (names and shapes of the
+Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the
 parameters, options, layers) is one JSON string, so that a file can be checked before anything is taken over.
 """
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from natgrad.averages import Average
 from natgrad.blocks import Block
-from natgrad.census import Census
 from natgrad.layers import Layer
 from natgrad.layouts import LAYOUTS
 from natgrad.pieces import Piece
@@ -28,10 +26,9 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 8
+FORMAT = 9
 DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}  # that statistics are computed in
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MARKS = "marks"  # the name of those of the census, beside the statistics
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -42,8 +39,6 @@ def state_of(metric: Fisher) -> dict[str, Any]:
             for source, total in average.sums.items():
                 tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
-    if len(metric.census.marks):
-        tensors[MARKS] = metric.census.marks.clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     generators[ROWS] = metric.curvature.row_generator.get_state()
     small = {
@@ -71,8 +66,6 @@ def about(metric: Fisher) -> dict[str, Any]:
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "small_passes": metric.small_passes.state(),
         "certainty": None if metric.certainty is None else float(metric.certainty),
-        "loss_scale": metric.loss_scale,
-        "census": metric.census.state(),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -143,8 +136,6 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     like = torch.zeros((), dtype=statistics_dtype(metric.parameters.values()), device=metric._like().device)
     metric._masses = {source: like.new_tensor(mass) for source, mass in there["masses"].items()}
     metric.certainty = None if there["certainty"] is None else like.new_tensor(there["certainty"])
-    metric.loss_scale = there["loss_scale"]
-    metric.census = Census.restored(there["census"], state["tensors"].get(MARKS))
     for block in blocks:
         metric.curvature.set_up(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again
@@ -166,8 +157,6 @@ def blocks_from(
     for i, data in enumerate(there["blocks"]):
         block = block_from_json(data, shapes)
         for name, tensor in tensors.items():
-            if name == MARKS:
-                continue
             number, key, rest = name.split(".", 2)
             source, part = rest.rsplit(".", 1)
             if int(number) == i:

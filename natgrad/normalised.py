@@ -11,9 +11,9 @@ ends by itself (s, `Block.excess`, undoes the scaling of the factors). From one 
 itself at most: the Fisher matrix of a classifier that is sure of all labels vanishes within a few refreshes, and a
 limit that followed it would let the first label that is wrong throw the weights off. As blocks do not know of each
 other and would remove the same residual several times over, the share ν of the Newton step is taken. It is of the
-scale of the criterion, and of what the loss is of that, as far as that is known (`natgrad.loss_scale`); of a gradient
-that is clipped it is too short. The length η does not change. The empirical kind has no Newton step, and η alone. To g
-belongs the penalty of `natgrad.penalty`.
+scale of the criterion: of a loss that is a fraction of it, or of a gradient that is clipped, it is too short. The
+length η does not change. The empirical kind has no Newton step, and η alone. To g belongs the penalty of
+`natgrad.penalty`.
 
 The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
 may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn

@@ -44,8 +44,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, of
             matrices alone. `Fisher` has an L2 penalty in the gradient of matrices whose curvature it knows, in
-            proportion to that and less where there are many data, which it counts as they come back
-            (`natgrad.penalty`; none with kind "empirical"); with ``CrossEntropyLoss`` (or
+            proportion to that (`natgrad.penalty`; none with kind "empirical"); with ``CrossEntropyLoss`` (or
             ``NLLLoss``) as the only criterion also a decoupled decay of 0.05 times the square of how sure predictions
             are (0 for uniform ones, 1 for a single class), as data that can be separated drive the weights to infinity.
         step: a step rule; None takes the metric's own.
@@ -312,9 +311,7 @@ class NaturalGradient(torch.optim.Optimizer):
         shorter than that), ``reduction_ratio`` (the reduction of the loss, with its penalty, over its linear
         prediction, estimated from the slopes at the last refresh and at the step after it) as the step rule knows them;
         ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the
-        optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes; ``data_estimated``, how many there are, as
-        far as those that came back tell (`natgrad.census`), None before the second refresh; and ``loss_scale``, how
-        many times its criterion the loss is, 1 at most.
+        optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes.
         """
         elapsed = time.perf_counter() - self._started
         return {

@@ -113,17 +113,4 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
     sure = [draw.certainty for draw in draws if draw.certainty is not None]
     certainty = torch.stack(sure).sum(0) if sure else None
-    data = sum(draw.data for draw in draws)
-    # means of parts of a batch add up to several times its mean, sums to its sum
-    weights = [draw.data / data if plain else 1.0 for draw in draws] if data else []
-    scales = [draw.loss_scale * w for draw, w in zip(draws, weights) if draw.loss_scale is not None]
-    scale = torch.stack(scales).sum() if scales and len(scales) == len(draws) else None
-    hashes = [draw.hashes for draw in draws if draw.hashes is not None]
-    return Draw(
-        statistics,
-        data,
-        masses,
-        certainty=certainty,
-        hashes=torch.cat([h.to(hashes[0].device) for h in hashes]) if hashes else None,
-        loss_scale=scale,
-    )
+    return Draw(statistics, sum(draw.data for draw in draws), masses, certainty=certainty)

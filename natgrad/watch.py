@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from natgrad.capture import Hook, Tape, in_backward, in_transform
-from natgrad.census import hashes
 from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
@@ -62,9 +61,8 @@ class Watcher:
         self.root = root
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
-        self._inside: list[tuple[str, Any, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
         self._called: Called = {}  # of the criteria of several heads, until all have been called
-        self._losses: list[Any] = []  # what they returned
         self.drawing = False  # a backward pass now is the metric's own
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
@@ -94,7 +92,7 @@ class Watcher:
             self._open.close()
         self._open = None
         self.tapes = []
-        self._called, self._losses = {}, []
+        self._called = {}
 
     # hooks ---------------------------------------------------------------------------------------------
 
@@ -112,7 +110,6 @@ class Watcher:
         self._inside = []
         self._open = Tape(metric.parameter_names())
         self._open.open(args, kwargs)
-        self._open.hashes = hashes((args, kwargs), self._open.data)
 
     def _after(self, args: Any, kwargs: Any, output: Any) -> None:
         tape, self._open = self._open, None
@@ -133,37 +130,30 @@ class Watcher:
             for t in leaves:
                 t.register_hook(fire)
 
-    def criterion_called(self, key: str, args: Any, kwargs: Any, loss: Any) -> None:
+    def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
         metric = self._metric()
         if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
-            self._inside.append((key, args, kwargs, loss))
+            self._inside.append((key, args, kwargs))
             return
         if not self.tapes or not torch.is_grad_enabled():
             return
         self._called[key] = (args, kwargs)
-        self._losses.append(loss)
         if len(self._called) < len(self._listeners):
             return
-        called, losses = self._called, self._losses
-        self._called, self._losses = {}, []
+        called, self._called = self._called, {}
         self.drawing = True
         try:
             draw = metric.draw_at_criterion(called, self.tapes)
         finally:
             self.drawing = False
         if draw is not None:
-            self._count_on_backward(draw, called, losses)
+            self._count_on_backward(draw, called)
 
-    def _count_on_backward(self, draw: Draw, called: Called, losses: list[Any]) -> None:
+    def _count_on_backward(self, draw: Draw, called: Called) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
         watcher = weakref.ref(self)
-
-        def compare(factor: Tensor) -> None:
-            if waiting:  # of several heads the largest
-                size, known = factor.detach().abs(), waiting[0].loss_scale
-                waiting[0].loss_scale = size if known is None else torch.maximum(known, size)
 
         def count(_: Tensor) -> None:
             here = watcher()
@@ -174,9 +164,6 @@ class Watcher:
                 metric.count(waiting.pop())
             here.forget_drawn()
 
-        for loss in losses:
-            if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0:
-                loss.register_hook(compare)
         for t in leaves_of(called):
             if t.requires_grad:
                 t.register_hook(count)
@@ -194,7 +181,7 @@ class Listener:
 
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
         if (watcher := self._watcher()) is not None:
-            watcher.criterion_called(self.key, args, kwargs, result)
+            watcher.criterion_called(self.key, args, kwargs)
 
 
 def remove(handles: list[RemovableHandle]) -> None:

@@ -11,8 +11,6 @@ import natgrad
 
 LEVELS = {
     "trees": 0,
-    "loss_scale": 0,
-    "census": 0,
     "closed_forms": 0,
     "likelihoods": 0,
     "heads": 0,

@@ -422,8 +422,7 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         delta = -math.exp(3 * coherence) * min(lengths) * d
         v, c = v + 0.9 * delta, 3 / (3 + t)
         theta, v = theta + 0.1 * delta + c * v, (1 - c) * v
-        if t >= 1:  # the same eight data at each refresh, the second is the step of t = 1
-            penalty = 0.03 * float(X.square().mean()) * min(lengths) / lengths[0]
+        penalty = 0.03 * float(X.square().mean()) * min(lengths) / lengths[0]
         seen.append(coherence)
         newton.append(lengths[1] < lengths[0])
         opt.zero_grad()
@@ -542,31 +541,6 @@ def certainty_of(logits: torch.Tensor) -> float:
         p = [math.exp(v) / sum(math.exp(w) for w in row.tolist()) for v in row.tolist()]
         found.append((sum(q * q for q in p) - 1 / len(p)) / (1 - 1 / len(p)))
     return sum(found) / len(found)
-
-
-def test_classification_decays_matrices_as_sure_as_it_is_where_no_decay_is_given() -> None:
-    """θ ← (1 − 0.05 κ² η) θ + Δ for weights, biases untouched; the moving average of κ is at first a mean."""
-    models = {decay: mlp(hidden=8) for decay in (None, 0.0)}
-    opts = {
-        decay: ng.NaturalGradient(ng.Fisher(m, nn.CrossEntropyLoss(), kind="exact"), weight_decay=decay)
-        for decay, m in models.items()
-    }
-    seen: list[float] = []
-    for _ in range(2):  # both refresh
-        models[0.0].load_state_dict(models[None].state_dict())
-        start = {n: p.detach().clone() for n, p in models[None].named_parameters()}
-        for decay, model in models.items():
-            opts[decay].zero_grad()
-            logits = model(X)
-            nn.CrossEntropyLoss()(logits, Y)  # not the metric's criterion: drawn at the output
-            nn.functional.cross_entropy(logits, Y).backward()
-            opts[decay].step()
-        seen.append(certainty_of(logits.detach()))
-        rate = 0.05 * opts[None].param_groups[0]["lr"] * (sum(seen) / len(seen)) ** 2
-        assert 1e-6 < rate < 5e-3
-        for (n, p), q in zip(models[None].named_parameters(), models[0.0].parameters()):
-            expected = q.detach() - (rate * start[n] if p.dim() > 1 else 0)
-            torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training_cases import classifier
 
 import natgrad as ng
-from natgrad.fisher import PENALTY, PENALTY_IN_DATA
+from natgrad.fisher import PENALTY
 
 Close = Callable[..., None]
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3).sin()
@@ -97,19 +97,6 @@ def test_slices_of_one_parameter_share_the_geometric_mean_of_their_blocks(close:
     close(torch.tensor(opt.rule.penalties[names[1]], dtype=torch.float64), expected, 1e-12)
 
 
-def test_no_penalty_before_data_are_counted_and_less_where_there_are_many() -> None:
-    model = mlp(hidden=5)
-    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))
-    steps(opt, model, 1)
-    assert opt.metric.penalty == 0
-    assert opt.rule.penalties == {}
-    steps(opt, model, 1)
-    assert opt.metric.penalty == PENALTY  # 64 data at most
-    assert set(opt.rule.penalties) == {n for n, p in model.named_parameters() if p.dim() > 1}
-    opt.metric.census.pairs *= 1e6
-    assert opt.metric.penalty == pytest.approx(PENALTY_IN_DATA / opt.metric.census.size, rel=1e-12)
-
-
 @pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"step": ng.FixedStep(lr=0.1)}, {"empirical": True}])
 def test_no_penalty_where_a_decay_or_a_rule_is_given_or_the_kind_has_no_scale(options: dict[str, object]) -> None:
     ends = []
@@ -159,86 +146,6 @@ def test_what_has_no_gradient_of_the_loss_stays(monkeypatch: pytest.MonkeyPatch)
         p.grad = torch.full_like(p, torch.nan)
     opt.step()
     assert {n: float(s) for n, s in opt.rule.share_of.items()} == before
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("scale", "parts"), [(0.01, 1), (1e-6, 1), (0.5, 2)])
-def test_a_loss_that_is_a_multiple_of_the_criterion_trains_alike(
-    reduction: str, scale: float, parts: int, close: Close
-) -> None:
-    """Steps of a set length do not depend on it; those of the Newton step and the penalty would."""
-    ends, limits = [], []
-    for c, k in ((scale, parts), (1.0, 1)):
-        model = mlp(hidden=5)
-        opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(reduction=reduction), kind="exact"))
-        steps(opt, model, 40, c, k)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        limits.append(opt.info["at_newton_step"])
-    close(ends[0], ends[1], 1e-9)
-    assert limits[0] == limits[1] > 0
-
-
-def factor_of(loss: Callable[[Tensor, nn.Module], Tensor], **options: object) -> float:
-    """`Fisher.loss_scale` after a step on loss(output, criterion)."""
-    model = mlp(hidden=5)
-    opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), **options))  # type: ignore[arg-type]
-    loss(model(X), opt.metric.criterion).backward()
-    opt.step()
-    assert opt.info["loss_scale"] == opt.metric.loss_scale
-    return opt.metric.loss_scale
-
-
-def in_place(out: Tensor, criterion: nn.Module) -> Tensor:
-    loss = criterion(out, Y)
-    loss /= 4
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (lambda out, c: 65536.0 * c(out, Y), 1.0),  # GradScaler's, which is gone again before the step
-        (lambda out, c: -0.25 * c(out, Y), 0.25),
-        (in_place, 0.25),
-        (lambda out, c: 0.5 * c(out, Y) + 0.3 * out.square().sum(), 0.5),  # something else of the same output
-        (lambda out, c: 0.07 * c(out, Y) + 0.03 * c(out, -Y), 0.1),  # two labels, whose means add up
-        (lambda out, c: 0.3 * (out - Y).square().mean(), 1.0),  # the criterion is not called
-        (lambda out, c: c(out, Y) - c(out, Y).detach() + out.sum(), 1.0),
-        (lambda out, c: c(out, Y) * torch.nan, 1.0),
-    ],
-)
-def test_what_the_loss_is_of_the_criterion(loss: Callable[..., Tensor], expected: float) -> None:
-    if expected == 1.0 and loss(torch.zeros(8, 3), nn.MSELoss()).isnan():
-        with pytest.warns(UserWarning, match="NaN or Inf"):
-            assert factor_of(loss) == 1.0
-        return
-    assert factor_of(loss) == pytest.approx(expected, rel=1e-6)
-
-
-def test_heads_and_criteria_inside_a_model_under_autocast_have_a_factor_too() -> None:
-    model = mlp(hidden=5)
-    opt = ng.NaturalGradient(ng.Fisher(model, {"a": nn.MSELoss()}, output=lambda out: {"a": out}))
-    (0.01 * opt.metric.criterion["a"](model(X), Y)).backward()
-    opt.step()
-    assert opt.metric.loss_scale == pytest.approx(0.01)
-
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.criterion = mlp(hidden=5).float(), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]))
-
-        def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16):
-                out = self.net(x)
-                return self.criterion(out, labels), out
-
-    whole = Whole()
-    opt = ng.NaturalGradient(ng.Fisher(whole, whole.criterion, output=lambda found: found[1]))
-    for _ in range(3):
-        opt.zero_grad()
-        (0.5 * whole(X.float(), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))[0]).backward()
-        opt.step()
-    assert opt.metric.loss_scale == pytest.approx(0.5)
 
 
 def test_the_criterion_is_called_once_by_its_hooks() -> None:

@@ -52,7 +52,7 @@ def test_autocast_takes_nearly_the_metric_of_full_precision(dtype: torch.dtype) 
             assert float((half - full).norm() / full.norm()) < (3e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
-def test_the_loss_scale_does_not_enter_the_statistics() -> None:
+def test_a_scaled_loss_does_not_enter_the_statistics() -> None:
     (_, one, *_), (_, two, *_) = (scaled_training(s, torch.float16, 1) for s in (1.0, 1024.0))
     for n in ("0.weight", "2.weight"):
         for a, b in zip(one.metric.factors(n), two.metric.factors(n)):
