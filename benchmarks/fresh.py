@@ -2,8 +2,8 @@
 
 Each was fixed before anything was run on it.
 
-`SEEN` is unseen no more: the share of the Newton step, the decay of the weights and the penalty on them were chosen
-with a look at some of these, the penalty last with a look at all of them:
+`SEEN` is unseen no more: the share of the Newton step was chosen with a look at some of these, and a penalty on the
+weights, which is gone again, with a look at all of them:
 
 - ``diabetes``       scikit-learn's 442 patients, 10 columns, a regression by an MLP 10-64-64-1;
 - ``breast_cancer``  scikit-learn's 569 biopsies, 30 columns, two classes, an MLP 30-64-64-2;

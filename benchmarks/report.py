@@ -183,7 +183,8 @@ held-out loss, with warm-up and a cosine that ends with the budget; natgrad with
 by {", ".join(UNSEEN)}; by {", ".join(SEEN)} some were (see
 `benchmarks/fresh.py`). Medians over {seeds} seeds; the share says when natgrad is first at the rival's last training
 loss. Many of these data sets are small enough, and have noise enough, for a rival to learn the noise by heart at the
-rate that is best for its training loss; natgrad's penalty keeps it from that, and it is then not within the budget.
+rate that is best for its training loss; a penalty on weights, which natgrad had in these runs, kept it from that, and
+it is then not within the budget.
 The runs of all optimizers on the data sets that no default was chosen by are of one day, and so are natgrad's on the
 others; its rivals' there are of an earlier one, when it made 1.3 to 1.8 times as many steps a second, in their favour.
 

@@ -19,7 +19,7 @@ from rich.table import Table
 import natgrad as ng
 from benchmarks.against_tuned import ALL
 from benchmarks.workloads import Workload
-from natgrad import fisher, kronecker_blocks, normalised, optimizer, step_arithmetic
+from natgrad import kronecker_blocks, normalised, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -66,13 +66,6 @@ def decayed(decay: float) -> Make:
     return lambda model, criterion: natural(model, criterion, weight_decay=decay)
 
 
-def however_sure(model: torch.nn.Module, criterion: torch.nn.Module) -> ng.NaturalGradient:
-    """Classes decay at all times as if every prediction were sure."""
-    opt = natural(model, criterion)
-    opt.metric.decay = lambda: fisher.DECAY_OF_CLASSES  # type: ignore[method-assign]
-    return opt
-
-
 VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
@@ -91,11 +84,6 @@ VARIANTS: dict[str, Make] = {
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
-    "no penalty": with_constant(fisher, "PENALTY", 0.0, default),
-    "a third of the penalty": with_constant(fisher, "PENALTY", 0.01, default),
-    "three times the penalty": with_constant(fisher, "PENALTY", 0.1, default),
-    "classes decay however sure": however_sure,
-    "no penalty and no weight decay": decayed(0.0),
     "weight decay 0.05": decayed(0.05),
     "weight decay 0.15": decayed(0.15),
 }
@@ -106,7 +94,6 @@ CONSTANTS = (
     (step_arithmetic, "NEWTON_SHARE"),
     (normalised, "SCALE_MEMORY"),
     (kronecker_blocks, "TRAINING_SIDE"),
-    (fisher, "PENALTY"),
 )
 
 

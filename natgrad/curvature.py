@@ -52,7 +52,6 @@ class Draw:
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
-    certainty: Tensor | None = None  # (Σ m s, Σ m) of `Reading.certainty`
 
 
 @dataclass
@@ -152,8 +151,7 @@ class Curvature:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
-        certainty = self.reading.certainty(detached, targets)
-        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses, certainty=certainty)
+        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses)
 
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int

@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
-PENALTY = 0.03  # ρ of `natgrad.penalty`; the origin of this and the next is in docs/decisions.md
-DECAY_OF_CLASSES = 0.05  # over the learning rate
 
 
 class Fisher(BlockMetric):
@@ -160,7 +158,6 @@ class Fisher(BlockMetric):
             self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
-        self.certainty: Tensor | None = None  # moving average of how sure predictions of classes are, 0 … 1
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -232,7 +229,7 @@ class Fisher(BlockMetric):
         for block in self.blocks:
             block.statistics, block.elsewhere = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses, self.certainty = 0, [], {}, None
+        self.seen, self._pending, self._masses = 0, [], {}
 
     @property
     def _plain(self) -> bool:
@@ -258,9 +255,6 @@ class Fisher(BlockMetric):
         for source, mass in draw.masses.items():
             self._masses[source] = self._masses.get(source, 0) + mass
         self.seen += draw.data
-        if decay is not None and draw.certainty is not None and bool(draw.certainty[1] > 0):
-            now = draw.certainty[0] / draw.certainty[1]
-            self.certainty = now if self.certainty is None else self.certainty.to(now).lerp(now, 1 - decay)
         return True
 
     # what the watcher asks -----------------------------------------------------------------------------
@@ -306,14 +300,6 @@ class Fisher(BlockMetric):
         self._pending.append(draw)
 
     # what an optimizer asks ----------------------------------------------------------------------------
-
-    def decay(self) -> Tensor | float | None:
-        # classes that can be told apart drive weights to infinity, and where predictions are sure they can be
-        return None if self.certainty is None else DECAY_OF_CLASSES * self.certainty**2
-
-    @property
-    def penalty(self) -> float:
-        return PENALTY
 
     def include(self, parameter: Tensor) -> str | None:
         for name, p in chosen_parameters(self.module, None).items():

@@ -108,12 +108,6 @@ class Reading:
         """Whether the output is that of one datum, without a dimension of data."""
         return False
 
-    def certainty(self, outputs: Tensors, targets: Any) -> Tensor | None:
-        """(Σ m s, Σ m) over terms of mass m, s how sure the prediction of a class is: 0 where all classes that are not
-        masked by −∞ are as likely, 1 for a single one. None where no classes are told apart.
-        """
-        return None
-
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())
@@ -193,14 +187,6 @@ class CrossEntropy(Reading):
 
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
-
-    def certainty(self, outputs: Tensors, targets: Any) -> Tensor | None:
-        rows = self.rows(outputs[0])
-        open_classes = (rows != -torch.inf).sum(1)
-        mass = self.term_mass(outputs, targets).to(rows) * (open_classes > 1)  # one class alone says nothing
-        least = 1 / open_classes.clamp(min=2)  # of Σ p², where all classes are as likely
-        sure = (torch.linalg.vector_norm(rows.softmax(1), dim=1).square() - least) / (1 - least)
-        return torch.stack([mass @ sure, mass.sum()])
 
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs

@@ -64,15 +64,6 @@ class Metric:
                     f"(`to_empty`, then initialise)"
                 )
 
-    def decay(self) -> Tensor | float | None:
-        """The decoupled weight decay, over the learning rate, of an optimizer that is given none; None for none."""
-        return None
-
-    @property
-    def penalty(self) -> float:
-        """ρ of `natgrad.penalty`, for an optimizer that is given no weight decay."""
-        return 0.0
-
     @property
     def gradient_share(self) -> float | None:
         """What `backward` leaves of the gradient of the loss that the metric is the curvature of; None where the metric

@@ -65,7 +65,6 @@ def about(metric: Fisher) -> dict[str, Any]:
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
         "small_passes": metric.small_passes.state(),
-        "certainty": None if metric.certainty is None else float(metric.certainty),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -135,7 +134,6 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.small_passes.restore(there["small_passes"])
     like = torch.zeros((), dtype=statistics_dtype(metric.parameters.values()), device=metric._like().device)
     metric._masses = {source: like.new_tensor(mass) for source, mass in there["masses"].items()}
-    metric.certainty = None if there["certainty"] is None else like.new_tensor(there["certainty"])
     for block in blocks:
         metric.curvature.set_up(block)
     metric.curvature.generators.clear()  # one that had not drawn yet starts from its seed again

@@ -12,8 +12,7 @@ itself at most: the Fisher matrix of a classifier that is sure of all labels van
 limit that followed it would let the first label that is wrong throw the weights off. As blocks do not know of each
 other and would remove the same residual several times over, the share ν of the Newton step is taken. It is of the
 scale of the criterion: of a loss that is a fraction of it, or of a gradient that is clipped, it is too short. The
-length η does not change. The empirical kind has no Newton step, and η alone. To g belongs the penalty of
-`natgrad.penalty`.
+length η does not change. The empirical kind has no Newton step, and η alone.
 
 The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
 may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
@@ -41,7 +40,6 @@ from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.penalty import mean_eigenvalues, penalised, penalties
 from natgrad.step_arithmetic import averaging, dot, step_
 from natgrad.steps import Increments, Options, StepRule, one_value
 
@@ -167,9 +165,6 @@ class NormalisedStep(StepRule):
         self.slopes = Slopes()
         self._products = Products()
         self._ranks: Ranks | None = None  # that share the work, where there are several
-        self.shares: Tensor | None = None  # of their set lengths that the last steps of the blocks had
-        self.share_of: dict[str, Tensor] = {}  # the same by parameter
-        self.penalties: dict[str, float] = {}  # δ / s by parameter, see `natgrad.penalty`
         self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
@@ -178,7 +173,6 @@ class NormalisedStep(StepRule):
             from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
 
             return update_on_shards(self, metric, df, options)
-        df = self.with_penalty(metric.parameters, df, options)
         blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
         active = [b for b in blocks if any(n in df for n in b.names)]
         self._ranks = getattr(metric, "ranks", None)
@@ -187,10 +181,6 @@ class NormalisedStep(StepRule):
             grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
             deltas = self._deltas(active, states, grads, blocks, options, metric.gradient_share)
-            assert self.shares is not None
-            self.tell_shares(active, self.shares)
-        if self.refreshed and blocks:
-            self.set_penalties(metric, blocks, mean_eigenvalues(blocks).tolist())
         moved: dict[str, Tensor] = {}
         for i, block in enumerate(active):
             for n, delta in block.named(deltas[i], metric.parameters).items():
@@ -202,38 +192,6 @@ class NormalisedStep(StepRule):
                 out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
         self._tell(options)
         return {n: d for n, d in out.items() if n in df}
-
-    def tell_shares(self, blocks: Sequence[Block], shares: Tensor) -> None:
-        """Shares of parameters from those of blocks: the smallest, where a parameter's slices have one each; that of
-        before, where there was no direction.
-        """
-        told: dict[str, Tensor] = {}
-        for block, share in zip(blocks, shares.unbind()):
-            for n in block.names:
-                told[n] = torch.fmin(told[n], share) if n in told else share
-        now, one = torch.stack(list(told.values())), shares.new_ones(())
-        before = torch.stack([self.share_of.get(n, one).to(now) for n in told])
-        self.share_of.update(zip(told, torch.where(now.isnan(), before, now).unbind()))
-
-    def with_penalty(
-        self, weights: Mapping[str, Tensor], df: Mapping[str, Tensor], options: Mapping[str, Options]
-    ) -> Mapping[str, Tensor]:
-        """df with the metric's own penalty on `weights`, where no weight decay is given."""
-        found = self.penalties.items()
-        deltas = {n: d for n, d in found if n in df and n in self.share_of and options[n].own_decay}
-        if not deltas:
-            return df
-        # a step has a length even where its gradient is a penalty alone, so that there must be more to it
-        some = (torch.stack(torch._foreach_norm([df[n] for n in deltas])) > 0).float()
-        if self.shards is not None:
-            some = self.shards.ranks.total(some).clamp(max=1)
-        shares = some * torch.stack([self.share_of[n].to(some.device) for n in deltas])
-        return penalised(df, weights, deltas, dict(zip(deltas, shares.unbind())))
-
-    def set_penalties(self, metric: Metric, blocks: Sequence[Block], means: Sequence[float]) -> None:
-        """For the steps from the next one on, after a refresh. `means`: the mean eigenvalue of each block."""
-        strength = metric.penalty * (metric.gradient_share or 0)
-        self.penalties = penalties(strength, blocks, means, metric.parameters) if strength else {}
 
     def rescale(self, blocks: Sequence[Block], share: float | None) -> None:
         """Let the scales of the Newton steps follow new statistics, of blocks without a gradient at this step too."""
@@ -323,7 +281,7 @@ class NormalisedStep(StepRule):
         )
         for s, c in zip(states, done.coherence):
             s.coherence = c
-        self.shares, self._at_newton = done.shares, done.at_newton
+        self._at_newton = done.at_newton
         return directions
 
     def _shared(
@@ -376,13 +334,7 @@ class NormalisedStep(StepRule):
             blocks = self.shards.union(blocks)
             moments = {f: self.shards.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
             adam = {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()}
-        return {
-            "blocks": blocks,
-            "adam": adam,
-            "slopes": dict(vars(self.slopes)),
-            "penalties": dict(self.penalties),
-            "shares": dict(self.share_of),
-        }
+        return {"blocks": blocks, "adam": adam, "slopes": dict(vars(self.slopes))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
@@ -391,7 +343,6 @@ class NormalisedStep(StepRule):
             adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
         self._adam.load_state_dict(adam)
         self.slopes = Slopes(**state["slopes"])
-        self.penalties, self.share_of = dict(state["penalties"]), dict(state["shares"])
 
 
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:

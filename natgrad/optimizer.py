@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
 KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
+GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
 PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
 
@@ -42,11 +44,7 @@ class NaturalGradient(torch.optim.Optimizer):
     Args:
         metric: the metric to descend by; it knows the parameters.
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
-        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. None takes the metric's own beside its own step rule, of
-            matrices alone. `Fisher` has an L2 penalty in the gradient of matrices whose curvature it knows, in
-            proportion to that (`natgrad.penalty`; none with kind "empirical"); with ``CrossEntropyLoss`` (or
-            ``NLLLoss``) as the only criterion also a decoupled decay of 0.05 times the square of how sure predictions
-            are (0 for uniform ones, 1 for a single class), as data that can be separated drive the weights to infinity.
+        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. 0 switches it off, None takes the step rule's default.
         step: a step rule; None takes the metric's own.
         refresh: the largest number of steps between refreshes of the metric.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
@@ -56,8 +54,8 @@ class NaturalGradient(torch.optim.Optimizer):
             keeps none.
 
     Raises:
-        TypeError: `metric` is no `Metric`.
-        ValueError: an option out of range, or a group that names no parameter.
+        TypeError: `metric` is no `Metric`, or an option no number.
+        ValueError: an option out of range, or a group that names no parameter or has an unknown key.
     """
 
     def __init__(
@@ -84,15 +82,15 @@ class NaturalGradient(torch.optim.Optimizer):
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
         self.rule = metric.default_step() if step is None else step
-        self._own_decay = step is None  # what the metric has of weight decay is for its own step rule
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
             "momentum": self.rule.momentum if momentum is None else momentum,
             "damping": self.rule.damping if damping is None else damping,
-            "weight_decay": weight_decay,
+            "weight_decay": self.rule.weight_decay if weight_decay is None else weight_decay,
             "maximize": maximize,
         }
+        check_options(defaults, metric.positive_definite)
         self._average = None if average is None else WeightAverage(average)
         self._showing_average = False
         self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
@@ -109,11 +107,15 @@ class NaturalGradient(torch.optim.Optimizer):
         """Add parameters: thawed ones of the metric's model, or foreign ones, which are trained without curvature.
 
         Raises:
-            ValueError: an option out of range.
+            TypeError: an option that is no number.
+            ValueError: an option out of range, or a key that is none.
         """
+        check_keys(param_group)  # before anything is taken over
+        values = {**self.defaults, **param_group}
+        check_options(values, self.metric.positive_definite)
+        check_decay(values)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_options(group, self.metric.positive_definite)
         for i, p in enumerate(group["params"]):
             if p not in self._name_of:
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
@@ -130,11 +132,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "refresh": self.refresh,
             "steps": self.steps,
             "next refresh": self._next_refresh,
-            **{
-                f"{o} of group {i}": None if g[o] is None else float(g[o])
-                for i, g in enumerate(self.param_groups)
-                for o in options
-            },
+            **{f"{o} of group {i}": float(g[o]) for i, g in enumerate(self.param_groups) for o in options},
         }
 
     @property
@@ -153,6 +151,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises:
             TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
+            ValueError: a schedule has put an option out of range.
             RuntimeError: no forward pass was seen that the metric could be taken from, or the averaged weights are in
                 place.
             FloatingPointError: the gradient was not finite for many steps in a row.
@@ -208,20 +207,20 @@ class NaturalGradient(torch.optim.Optimizer):
         kept: list[float] = []
         moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # parameters and their ways, by length
         for group in self.param_groups:
+            decay = float(group["lr"]) * float(group["weight_decay"])
             for parameter in group["params"]:
                 if (delta := increments.get(self._name_of[parameter])) is None:
                     continue
                 p = self._local(parameter)
                 way, length = delta if isinstance(delta, Along) else (delta, 1.0)
-                decay = self._decay(group, parameter)
                 if fine is not None:
                     way = torch.where(fine, way, torch.zeros_like(way))
-                    if decay is not None:
+                    if decay:
                         one = p.new_ones(())
                         p.mul_(torch.where(fine, one - decay, one))
-                elif decay is not None:
+                elif decay:
                     decayed.append(p)
-                    kept.append(1 - float(decay))
+                    kept.append(1 - decay)
                 parameters, ways = moved.setdefault(length, ([], []))
                 parameters.append(p)
                 ways.append(way)
@@ -229,16 +228,6 @@ class NaturalGradient(torch.optim.Optimizer):
             torch._foreach_mul_(decayed, kept)
         for length, (parameters, ways) in moved.items():
             torch._foreach_add_(parameters, ways, alpha=length)
-
-    def _decay(self, group: Mapping[str, Any], parameter: Tensor) -> Tensor | float | None:
-        """The share of a parameter that this step takes away; None for nothing."""
-        given = group["weight_decay"]
-        if given is not None:
-            return group["lr"] * given if given else None
-        if not self._own_decay or parameter.dim() < 2:
-            return None
-        own = self.metric.decay()
-        return None if own is None else group["lr"] * own
 
     def _advance(self) -> None:
         """Fold pending statistics into the moving average and set the date of the next refresh."""
@@ -298,8 +287,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def _options(self) -> dict[str, Options]:
         found: dict[str, Options] = {}
         for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
-            own = self._own_decay and g["weight_decay"] is None
-            mine = Options(float(g["lr"]), g["momentum"], g["damping"], g["maximize"], own)
+            check_options(g, self.metric.positive_definite)  # schedules write here at any time
+            check_decay(g)
+            mine = Options(float(g["lr"]), float(g["momentum"]), float(g["damping"]), g["maximize"])
             found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
         return found
 
@@ -308,8 +298,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """What the last step did, read from the device now.
 
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
-        shorter than that), ``reduction_ratio`` (the reduction of the loss, with its penalty, over its linear
-        prediction, estimated from the slopes at the last refresh and at the step after it) as the step rule knows them;
+        shorter than that), ``reduction_ratio`` (the reduction of the loss over its linear prediction,
+        estimated from the slopes at the last refresh and at the step after it) as the step rule knows them;
         ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the
         optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes.
         """
@@ -471,6 +461,7 @@ def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str,
     left = dict(parameters)
     found = []
     for group in groups:
+        check_keys(group)
         wanted = group["params"]
         patterns = [wanted] if isinstance(wanted, str) else list(wanted)
         names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
@@ -482,8 +473,20 @@ def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str,
     return [{"params": list(left.values())}, *found] if left else found
 
 
+def check_keys(group: Any) -> None:
+    """Raise an error for a parameter group that is none, or that has a key which would be passed over."""
+    if not isinstance(group, Mapping):
+        raise TypeError(
+            f'a parameter group is a dictionary {{"params": names or patterns, "lr": …}}, got {type(group).__name__}'
+        )
+    unknown = [k for k in group if k not in GROUP_KEYS]
+    if unknown or "params" not in group:
+        said = f"has unknown keys {unknown}" if unknown else "has no 'params'"
+        raise ValueError(f"a parameter group {said}; supported are {', '.join(map(repr, GROUP_KEYS))}")
+
+
 def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
-    """Raise a ValueError for an option out of range."""
+    """Raise an error for an option that is no number or out of range."""
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "lr": (lambda v: v >= 0, "at least 0"),
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -492,7 +495,21 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
     }
     for name, (fits, words) in ranges.items():
         value = values[name]
-        if name == "weight_decay" and value is None:
-            continue
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if isinstance(value, bool) or not (one or isinstance(value, Real)):
+            raise TypeError(
+                f"{name} must be a number, {words} and finite, got {value!r}; leave it out to take the default"
+            )
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")
+
+
+def check_decay(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a step would take the weights to zero and beyond."""
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if lr * weight_decay >= 1:
+        raise ValueError(
+            f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "
+            "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
+            "reaches"
+        )

@@ -111,6 +111,4 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
         for key, average in new.items():
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
-    sure = [draw.certainty for draw in draws if draw.certainty is not None]
-    certainty = torch.stack(sure).sum(0) if sure else None
-    return Draw(statistics, sum(draw.data for draw in draws), masses, certainty=certainty)
+    return Draw(statistics, sum(draw.data for draw in draws), masses)

@@ -2,8 +2,7 @@
 
     shards of the gradient → owner → d = G̃ g Ã, v, the increment → one sum of a few scalars → shards
 
-The scalars are the slopes along the velocity before the step and after it, what failed, and for each block the share of
-its set length that its step has.
+The scalars are the slopes along the velocity before the step and after it, and what failed.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from natgrad.curvature import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
 from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options, slope_along
-from natgrad.penalty import mean_eigenvalues
-from natgrad.sharded import Shards, local_of
+from natgrad.sharded import Shards
 from natgrad.steps import Increments, Options
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ def update_on_shards(
 ) -> Increments:
     """Increments of this rank's shards, given its shards of df. Collective."""
     shards: Shards = metric.shards
-    weights = {n: local_of(metric.parameters[n]) for n in rule.penalties if n in df}
-    df = rule.with_penalty(weights, df, options)
     blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.known]
     active = [b for b in blocks if any(n in df for n in b.names)]
     whose = {n: b.owner for b in active for n in b.names if n in df and b.owner is not None}
@@ -42,11 +38,6 @@ def update_on_shards(
             rule.drop(block)  # what a checkpoint said of it
     rule.rescale([b for b in blocks if b.statistics], metric.gradient_share)
     moved = _covered(rule, shards, metric, active, df, whose, options) if active else {}
-    if rule.refreshed and blocks:
-        means = torch.zeros(len(blocks), dtype=statistics_dtype(metric.parameters.values()), device=shards.ranks.device)
-        if mine := [i for i, b in enumerate(blocks) if b.statistics]:
-            means[mine] = mean_eigenvalues([blocks[i] for i in mine]).to(means)
-        rule.set_penalties(metric, blocks, shards.ranks.total(means).tolist())
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
     for n, g in df.items():
@@ -75,9 +66,8 @@ def _covered(
     del whole
     states = [rule.state_of(b, g) for b, g in zip(mine, grads)]
     chosen = [shared_options(b, options) for b in mine]
-    first = 3 + shards.ranks.size  # of the shares
     dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
-    told = torch.zeros(first + len(active), dtype=dtype, device=device)
+    told = torch.zeros(3 + shards.ranks.size, dtype=dtype, device=device)
     if mine and rule.slopes.taken is not None:
         told[0] = slope_along(states, grads)
     directions, failed = directions_of(mine, states, chosen, grads)
@@ -90,11 +80,8 @@ def _covered(
         increments = rule.stretch(mine, states, chosen, directions, metric.gradient_share)
         if rule.refreshed:
             told[1] = slope_along(states, grads)
-        assert rule.shares is not None
-        told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = rule.shares.to(told)
     told = shards.ranks.total(told)
-    refuse_failures(told[3:first], failed)
-    rule.tell_shares(active, told[first:])
+    refuse_failures(told[3:], failed)
     rule.slopes.meet(told[0])  # of nothing that was taken: nothing
     if rule.refreshed:
         rule.slopes.taken = told[1]

@@ -20,9 +20,7 @@ NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step tha
 
 class Stepped(NamedTuple):
     coherence: tuple[Tensor, ...]  # c̄ with the new directions in it, a scalar a block
-    shares: Tensor  # (blocks,): of its set length that each step has, less than 1 where the Newton step is shorter; NaN
-    # where there is no direction
-    at_newton: Tensor  # share of blocks where it is
+    at_newton: Tensor  # share of blocks where the Newton step is the shorter one
 
 
 def step_(
@@ -53,14 +51,12 @@ def step_(
     lengths = set_lengths = rates / sizes
     if excesses is not None:
         lengths = torch.minimum(lengths, NEWTON_SHARE / excesses)
-    moving = sizes > 0
-    shares = torch.where(moving, lengths / set_lengths, torch.nan)
     at_newton = (lengths < set_lengths).to(lengths).mean()
-    lengths = torch.where(moving, -(COHERENCE_GAIN * now).exp() * lengths, 0.0)
+    lengths = torch.where(sizes > 0, -(COHERENCE_GAIN * now).exp() * lengths, 0.0)
     torch._foreach_mul_(directions, list(lengths.unbind()))
     for momentum, c, members in groups:
         move_([velocities[i] for i in members], [directions[i] for i in members], momentum, c)
-    return Stepped(now.unbind(), shares, at_newton)
+    return Stepped(now.unbind(), at_newton)
 
 
 def move_(velocities: list[Tensor], deltas: list[Tensor], momentum: float, c: float) -> None:

@@ -1,8 +1,8 @@
 """Step rules: how far to go along −ĝ⁻¹df, and with what damping and momentum.
 
 A step rule is a small object that turns a metric and a covector df into increments of the parameters. It brings
-the default learning rate, momentum and damping; the optimizer hands it the values in force, which differ between
-parameter groups where the user says so.
+the default learning rate, momentum, damping and weight decay; the optimizer hands it the values in force, which differ
+between parameter groups where the user says so, and decays the weights itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class Options:
     momentum: float  # μ
     damping: float  # λ
     maximize: bool = False
-    own_decay: bool = False  # whether what the metric has of weight decay applies, as none is given
 
 
 class Along(NamedTuple):
@@ -42,14 +41,15 @@ Increments = dict[str, Tensor | Along]
 class StepRule:
     """What a step rule is.
 
-    ``lr``, ``momentum`` and ``damping`` are the defaults it brings; ``damping_meaning`` says in words what its
-    damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
+    ``lr``, ``momentum``, ``damping`` and ``weight_decay`` are the defaults it brings; ``damping_meaning`` says in words
+    what its damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
     `Along`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
     """
 
     lr: float = 1.0
     momentum: float = 0.0
     damping: float = 1e-3
+    weight_decay: float = 0.0
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
     on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
     shards: Any = None  # set by a metric whose parameters are sharded

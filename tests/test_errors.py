@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import STRUCTURES, mlp
@@ -521,6 +522,76 @@ def test_optimizer_options_out_of_range(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=said(f"{name} must be", repr(value))):
         ng.NaturalGradient(metric(), **options)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "damping", "weight_decay"])
+@pytest.mark.parametrize("value", ["0.1", True, [0.1], 1j, torch.ones(2)], ids=str)
+def test_optimizer_options_that_are_no_numbers(name: str, value: Any) -> None:
+    why = said(f"{name} must be a number", repr(value), "leave it out")
+    with pytest.raises(TypeError, match=why):
+        ng.NaturalGradient(metric(), **{name: value})
+    with pytest.raises(TypeError, match=why):
+        ng.NaturalGradient(metric(), groups=[{"params": "0.*", name: value}])
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "damping", "weight_decay"])
+def test_a_group_leaves_an_option_out_instead_of_none(name: str) -> None:
+    with pytest.raises(TypeError, match=said(f"{name} must be a number", "None", "leave it out")):
+        ng.NaturalGradient(metric(), groups=[{"params": "0.*", name: None}])
+
+
+def test_numbers_of_numpy_and_tensors_are_numbers() -> None:
+    opt = ng.NaturalGradient(metric(), lr=torch.tensor(0.05), damping=np.float32(0.2), weight_decay=np.int64(1))
+    opt.metric.criterion(opt.metric.model(X), Y).backward()
+    opt.step()
+    assert opt.info["step_length"] == pytest.approx(0.05)
+
+
+def test_a_group_with_an_unknown_key_is_refused_and_not_added() -> None:
+    why = said("unknown keys ['weightdecay']", "'params'", "'lr'", "'momentum'", "'damping'", "'weight_decay'")
+    with pytest.raises(ValueError, match=why):
+        ng.NaturalGradient(metric(), groups=[{"params": "0.*", "weightdecay": 0.1}])
+    opt = ng.NaturalGradient(metric())
+    for wrong in ({"weightdecay": 0.1}, {"lr": -1.0}, {"lr": 0.5, "weight_decay": 2.0}):
+        with pytest.raises(ValueError):  # noqa: PT011 -- each has its own
+            opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], **wrong})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "initial_lr": 0.1})  # a scheduler's
+
+
+@pytest.mark.parametrize("groups", [[{"lr": 0.1}], {"params": "0.*"}], ids=str)
+def test_what_is_no_parameter_group(groups: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=said("parameter group", "params")):
+        ng.NaturalGradient(metric(), groups=groups)
+
+
+def test_a_decay_that_takes_more_than_the_weights_is_refused_wherever_it_comes_from() -> None:
+    why = said("lr · weight_decay must be below 1, got", "0.5 · 2 = 1", "smaller")
+    with pytest.raises(ValueError, match=why):
+        ng.NaturalGradient(metric(), lr=0.5, weight_decay=2.0)
+    with pytest.raises(ValueError, match=why):
+        ng.NaturalGradient(metric(), lr=0.5, groups=[{"params": "0.*", "weight_decay": 2.0}])
+    refused_at_step({"lr": 0.5}, why, weight_decay=2.0)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"lr": -0.1}, {"lr": float("nan")}, {"momentum": 1.0}, {"damping": 0.0}, {"weight_decay": -1.0}],
+    ids=str,
+)
+def test_what_a_schedule_writes_is_checked_at_the_step(written: dict[str, float]) -> None:
+    ((name, value),) = written.items()
+    refused_at_step(written, said(f"{name} must be", repr(value)))
+
+
+def refused_at_step(written: dict[str, float], why: str, **options: Any) -> None:
+    opt = ng.NaturalGradient(metric(), **options)
+    opt.metric.criterion(opt.metric.model(X), Y).backward()
+    before = [p.detach().clone() for p in opt.metric.model.parameters()]
+    opt.param_groups[0].update(written)
+    with pytest.raises(ValueError, match=why):
+        opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(opt.metric.model.parameters(), before))
 
 
 def test_optimizer_without_a_metric() -> None:

@@ -48,7 +48,6 @@ LEVELS = {
     "kronecker_blocks": 1,
     "kronecker_inverse": 1,
     "batched": 1,
-    "penalty": 1,
     "eigenvalue_block": 1,
     "layers": 1,
     "passes": 1,

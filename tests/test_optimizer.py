@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.blocks import Block
-from natgrad.likelihoods import read
 from natgrad.normalised import BlockState
 from natgrad.optimizer import AVERAGE_LIMIT
 from natgrad.steps import FixedStep
@@ -410,11 +409,10 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
     metric = torch.linalg.inv(3 * (X.mT @ X) / (X.mT @ X).trace() + 0.1**0.5 * torch.eye(3).double())
     metric /= 1 + 0.1**0.5  # the inverse of U, a multiple of I
     theta, v, coherence = model.weight.detach().clone(), torch.zeros(2, 3).double(), 0.0
-    penalty = 0.0
     seen: list[float] = []
     newton: list[bool] = []
     for t in range(30):
-        g = 2 / 16 * (X @ theta.mT - y).mT @ X + penalty * theta  # of the mean squared error
+        g = 2 / 16 * (X @ theta.mT - y).mT @ X  # of the mean squared error
         d = g @ metric  # U is a multiple of I
         size, speed = d.norm(), v.norm()
         coherence = 0.8 * coherence - (0.2 * float((d * v).sum() / (size * speed)) if speed > 0 else 0.0)
@@ -422,7 +420,6 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         delta = -math.exp(3 * coherence) * min(lengths) * d
         v, c = v + 0.9 * delta, 3 / (3 + t)
         theta, v = theta + 0.1 * delta + c * v, (1 - c) * v
-        penalty = 0.03 * float(X.square().mean()) * min(lengths) / lengths[0]
         seen.append(coherence)
         newton.append(lengths[1] < lengths[0])
         opt.zero_grad()
@@ -534,76 +531,25 @@ def test_data_that_can_be_fitted_are_fitted_to_the_last_point() -> None:
     assert float(criterion(model(x), y).detach()) < 1e-10
 
 
-def certainty_of(logits: torch.Tensor) -> float:
-    """(Σ p² − 1/C) / (1 − 1/C), the mean over data, datum by datum."""
-    found = []
-    for row in logits:
-        p = [math.exp(v) / sum(math.exp(w) for w in row.tolist()) for v in row.tolist()]
-        found.append((sum(q * q for q in p) - 1 / len(p)) / (1 - 1 / len(p)))
-    return sum(found) / len(found)
+def test_weight_decay_is_the_rules_own_unless_it_is_given() -> None:
+    class Decaying(FixedStep):
+        weight_decay = 0.3
+
+    metric = ng.Fisher(mlp(hidden=8), nn.MSELoss())
+    for step, given, expected in ((None, None, 0.0), (Decaying(), None, 0.3), (Decaying(), 0.0, 0.0), (None, 0.1, 0.1)):
+        opt = ng.NaturalGradient(metric, step=step, weight_decay=given, groups=[{"params": "*.bias"}])
+        assert [g["weight_decay"] for g in opt.param_groups] == [expected] * 2
 
 
-@pytest.mark.parametrize(
-    ("logits", "expected"), [([[0.0] * 4] * 3, 0.0), ([[900.0, 0.0, 0.0], [0.0, 900.0, 0.0]], 1.0)]
-)
-def test_how_sure_predictions_are(logits: list[list[float]], expected: float) -> None:
-    found = read(nn.CrossEntropyLoss()).certainty((torch.tensor(logits),), None)
-    assert float(found[0] / found[1]) == pytest.approx(expected, abs=1e-6)
-    assert read(nn.CrossEntropyLoss()).certainty((torch.zeros(3, 1),), None).tolist() == [0, 0]  # one class
-    assert read(nn.MSELoss()).certainty((torch.zeros(3, 2),), None) is None
-    images = torch.randn(2, 5, 3, 3)  # classes in the second dimension
-    whole = read(nn.CrossEntropyLoss()).certainty((images,), None)
-    rows = images.movedim(1, -1).reshape(-1, 5)
-    assert float(whole[0] / whole[1]) == pytest.approx(certainty_of(rows), rel=1e-5)
-
-
-def test_how_sure_predictions_are_that_count() -> None:
-    """Terms by their mass: ignored ones have none. Classes that are masked are none."""
-    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
-    criterion = nn.CrossEntropyLoss(ignore_index=1, weight=torch.tensor([1.0, 5.0, 3.0]))
-    found = read(criterion).certainty((logits,), torch.tensor([0, 1, 2]))
-    assert float(found[0] / found[1]) == pytest.approx(0.75 * certainty_of(logits[2:]))
-    assert read(criterion).certainty((logits,), torch.tensor([1, 1, 1])).tolist() == [0, 0]
-    masked = torch.tensor([[1.0, -math.inf, 1.0, -math.inf], [-math.inf, -math.inf, 3.0, -math.inf]])
-    assert read(nn.CrossEntropyLoss()).certainty((masked,), None).tolist() == pytest.approx([0, 1], abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_how_sure_it_is_goes_on_from_a_checkpoint(dtype: torch.dtype) -> None:
-    model, criterion = mlp(hidden=8).to(dtype), nn.CrossEntropyLoss()
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
-    for _ in range(3):
-        opt.zero_grad()
-        criterion(model(X.to(dtype)), Y).backward()
-        opt.step()
-    again = ng.NaturalGradient(ng.Fisher(mlp(hidden=8).to(dtype), criterion))
-    again.load_state_dict(opt.state_dict())
-    assert opt.metric.certainty.dtype == again.metric.certainty.dtype
-    assert torch.equal(opt.metric.certainty, again.metric.certainty)
-    assert 0 < float(opt.metric.certainty) < 1
-    opt.metric.reset()
-    assert opt.metric.certainty is None
-
-
-def test_a_batch_of_ignored_labels_says_nothing_of_how_sure_it_is() -> None:
-    model, criterion = mlp(hidden=8), nn.CrossEntropyLoss(reduction="sum")
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
-    before = []
-    for labels in (Y, torch.full_like(Y, -100), Y):
-        opt.zero_grad()
-        criterion(model(X), labels).backward()
-        opt.step()
-        before.append(float(opt.metric.certainty))
-    assert before[0] == before[1]
-    assert 0 < before[2] < 1
-
-
-def test_a_rule_of_the_users_own_decays_nothing_unless_told() -> None:
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+def test_weights_do_not_decay_by_default(kind: str) -> None:
     ends = []
     for decay in (None, 0.0):
-        model, criterion = mlp(hidden=8), nn.MSELoss()
-        opt = ng.NaturalGradient(ng.Fisher(model, criterion), lr=0.1, step=ng.FixedStep(), weight_decay=decay)
-        criterion(model(X), torch.zeros(len(X), 3, dtype=X.dtype)).backward()
-        opt.step()
+        model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind), weight_decay=decay)
+        for _ in range(5):
+            opt.zero_grad()
+            criterion(model(X), Y).backward()
+            opt.step()
         ends.append(flat(model))
     assert torch.equal(*ends)

@@ -66,22 +66,6 @@ def test_ordinary_steps_read_nothing_back(
     assert reads == []
 
 
-@pytest.mark.parametrize("structure", ["kfac", "dense"])
-@pytest.mark.parametrize("host", [True, False])
-def test_what_the_metric_has_of_weight_decay_reads_nothing_back(
-    structure: str, host: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not host:
-        monkeypatch.setattr(natgrad.optimizer, "free_to_read", lambda t: False)
-    model = Scaled()
-    opt = ng.NaturalGradient(ng.Fisher(model, torch.nn.MSELoss(), structure=structure))
-    data = [(x, torch.nn.functional.one_hot(y, 3).double()) for x, y in batches(60)]
-    ordinary, reads = reads_of_ordinary_steps(opt, model, data)
-    assert opt.rule.penalties
-    assert ordinary > 40
-    assert reads == []
-
-
 def test_the_counter_sees_reads() -> None:
     with Counter() as counter:
         float(torch.ones(()))

@@ -93,6 +93,19 @@ def test_every_scheduler_sets_the_rate_in_force(name: str) -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize("rule", [None, ng.FixedStep(), ng.Grafted()], ids=str)
+def test_one_cycle_with_its_defaults_moves_the_momentum_too(rule: Any) -> None:
+    model = classifier()
+    opt = natural(model, step=rule)
+    scheduler = lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
+    seen = []
+    for batch in batches(9):
+        train(model, opt, [batch])
+        seen.append(opt.param_groups[0]["momentum"])
+        scheduler.step()
+    assert (max(seen), min(seen)) == (0.95, 0.85)
+
+
 def test_reduce_on_plateau() -> None:
     model = classifier()
     opt = natural(model)
