@@ -66,8 +66,6 @@ class Tape:
     sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
-    aside: bool = False  # a pass of the metric's own, which may run while another is backpropagated
-    autocast: tuple[str, torch.dtype, bool] | None = None  # device type, dtype, whether it was on
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
     _stack: ExitStack | None = None
 
@@ -77,9 +75,6 @@ class Tape:
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         self.sizes = {n for t in tensors for n in t.shape[:2]}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
-        if tensors:
-            where = tensors[0].device.type
-            self.autocast = where, torch.get_autocast_dtype(where), torch.is_autocast_enabled(where)
         self._stack = ExitStack()
         self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
@@ -192,7 +187,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        following = torch.is_grad_enabled() and (self.tape.aside or not in_backward()) and not in_transform()
+        following = torch.is_grad_enabled() and not in_backward() and not in_transform()
         if func is lstm_layer:
             found = func(*args)
             if following:

@@ -28,10 +28,6 @@ def notes_of(metric: Fisher) -> list[str]:
             f"while an optimizer trains, at most {curvature.TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
             "as many as its larger side has"
         )
-    if metric.info["small_passes"]:
-        notes.append(
-            f"{metric.info['small_passes']} times few data of a batch had these rows and were run by themselves"
-        )
     if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in metric.blocks):
         limit = kronecker_blocks.TRAINING_SIDE
         notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")

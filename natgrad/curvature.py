@@ -323,11 +323,6 @@ class Curvature:
             )
         return found
 
-    def known_calls(self, calls: Sequence[Call]) -> list[Call]:
-        """The calls as layers hold them, each of a layer that has a block."""
-        self._sort_out(calls, (), False)
-        return self._learn(calls)
-
     def _learn(self, calls: Sequence[Call]) -> list[Call]:
         fresh, calls = self.layers.learn(calls)
         for layer in fresh:

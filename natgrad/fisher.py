@@ -43,7 +43,6 @@ from natgrad.options import (
 )
 from natgrad.own_pass import draw_aside, together
 from natgrad.sharded import LiveNames, Shards, kept_open, sharded_modules
-from natgrad.small_pass import SmallPasses
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher
 from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
@@ -162,7 +161,6 @@ class Fisher(BlockMetric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[Draw] = []
-        self.small_passes = SmallPasses()
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
@@ -276,25 +274,20 @@ class Fisher(BlockMetric):
         else:
             args, kwargs = called[""]
             output, targets = self.reading.split(*args, **kwargs)
-        return self._draw_training(output, targets, tapes, at_criterion=True)
+        return self._draw_training(output, targets, tapes)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
-        return self._draw_training(*self.asked_for(output, *given), tapes, at_criterion=False)
+        args, kwargs = given
+        targets = None if self._targets is None else self._targets(received(args, kwargs))
+        return self._draw_training(self.output_of(output), targets, tapes)
 
     def output_of(self, result: Any) -> Any:
         """What `output=` makes of what the model returned."""
         return result if self._output is None else self._output(result)
 
-    def asked_for(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """What `output=` and `targets=` make of what the model returned and received."""
-        return self.output_of(result), None if self._targets is None else self._targets(received(args, kwargs))
-
-    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape], at_criterion: bool) -> Draw | None:
+    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
         with undisturbed(self.model), kept_open(self.model):
-            draw = self.small_passes.draw(self, output, targets, tapes[0], at_criterion) if len(tapes) == 1 else None
-            if draw is None:
-                draw = self.curvature.draw(output, targets, tapes, per_datum=False)
-        return draw
+            return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:
         self._pending.append(draw)
@@ -423,7 +416,6 @@ class Fisher(BlockMetric):
         return {
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
-            "small_passes": self.small_passes.taken,
             **shared,
         }
 

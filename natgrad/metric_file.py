@@ -64,7 +64,6 @@ def about(metric: Fisher) -> dict[str, Any]:
         "seen": metric.seen,
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
-        "small_passes": metric.small_passes.state(),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -131,7 +130,6 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.blocks = blocks
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
-    metric.small_passes.restore(there["small_passes"])
     like = torch.zeros((), dtype=statistics_dtype(metric.parameters.values()), device=metric._like().device)
     metric._masses = {source: like.new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:

@@ -45,7 +45,7 @@ def noted(metric: Fisher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         ValueError: the batch is empty.
     """
     buffers = {n: b.detach().clone() for n, b in metric.module.named_buffers()}
-    tape = Tape(metric.parameter_names(), aside=True)
+    tape = Tape(metric.parameter_names())
     tape.open(args, kwargs)
     try:
         if tape.data == 0:

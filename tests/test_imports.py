@@ -57,7 +57,6 @@ LEVELS = {
     "block_metric": 2,
     "fisher": 2,
     "covered": 2,
-    "small_pass": 2,
     "own_pass": 2,
     "taylor_kfac": 2,
     "layer_rows": 2,

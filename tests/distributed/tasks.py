@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
-from natgrad import curvature, kronecker
+from natgrad import kronecker
 from natgrad.kronecker import FactorisationError
 
 BATCH = 16
@@ -138,29 +138,6 @@ def train(
         "info": {k: v for k, v in opt.info.items() if k != "share_of_time"},
         "losses": losses,
         "messages": {} if metric.ranks is None else dict(metric.ranks.messages),
-    }
-
-
-def train_on_few(rank: int, size: int, steps: int = 10) -> Result:
-    """Batches of which nine data have the rows that the factors take."""
-    rows = curvature.TRAINING_ROWS
-    curvature.TRAINING_ROWS = 8
-    try:
-        inner, criterion = build("mlp"), nn.CrossEntropyLoss()
-        metric = ng.Fisher(DistributedDataParallel(inner), criterion)
-        opt = ng.NaturalGradient(metric)
-        for step in range(steps):
-            x, y = data(step, 64)
-            mine = shard(64, (40, 24), rank)
-            opt.zero_grad()
-            criterion(metric.model(x[mine]), y[mine]).backward()
-            opt.step()
-    finally:
-        curvature.TRAINING_ROWS = rows
-    return {
-        "parameters": {n: p.detach().clone().numpy() for n, p in inner.named_parameters()},
-        "metric": metric.dense().numpy(),
-        "info": opt.info,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import Result, train, train_on_few
+from tests.distributed.tasks import Result, train
 
 PoolOf = Callable[[int], Pool]
 CLOSE = 1e-10
@@ -88,14 +88,6 @@ def test_uneven_shards_leave_the_metric_of_the_whole_batch(pool_of: PoolOf) -> N
 def test_a_sum_is_the_sum_over_all_ranks(pool_of: PoolOf) -> None:
     """DDP divides the gradient by the number of ranks all the same, which the length of a Newton step has to undo."""
     compare(pool_of(2).run(call, {"criterion": "sum"}), train(0, 1, criterion="sum"))
-
-
-def test_ranks_make_no_forward_passes_of_their_own(pool_of: PoolOf) -> None:
-    """They may be collective, and whether few data are enough depends on each rank's own."""
-    found = pool_of(2).run(train_on_few)
-    same(found)
-    assert [r["info"]["small_passes"] for r in found] == [0, 0]
-    assert found[0]["info"]["data_seen"] == 64 * found[0]["info"]["refreshes"]
 
 
 def test_layers_that_some_ranks_do_not_use(pool_of: PoolOf) -> None:
