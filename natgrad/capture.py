@@ -64,6 +64,7 @@ class Tape:
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
     sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
+    outputs: set[Edge] = field(default_factory=set)
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
@@ -154,6 +155,29 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
             entered.add(node)
             todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
     return reached, list(missed.values())
+
+
+def tapes_behind(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> Sequence[Tape]:
+    """Those of the forward passes that `outputs` come from: others, as of a validation, are none of theirs.
+
+    Where none is known to be, as inside of a forward pass, whose outputs are to come, it is the last one.
+    """
+    if len(tapes) == 1:
+        return tapes
+    left: dict[Edge, list[Tape]] = {}
+    for tape in tapes:
+        for edge in {*tape.outputs, *tape.behind}:
+            left.setdefault(edge, []).append(tape)
+    found: set[Tape] = set()
+    todo = [e for t in outputs if (e := edge_of(t)) is not None]
+    entered: set[Any] = set()
+    while todo:
+        node, number = todo.pop()
+        found.update(left.pop((node, number), ()))
+        if node not in entered:
+            entered.add(node)
+            todo += [e for e in node.next_functions if e[0] is not None]
+    return [tape for tape in tapes if tape in found] or tapes[-1:]
 
 
 def refuse_selective_checkpointing() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from natgrad.averages import Statistics
 from natgrad.blocks import Block, DenseBlock, DiagonalBlock
-from natgrad.capture import Call, CaptureError, Tape, Uncaptured, as_gradient_edge, coverage_walk
+from natgrad.capture import Call, CaptureError, Tape, Uncaptured, as_gradient_edge, coverage_walk, tapes_behind
 from natgrad.eigenvalue_block import EigenvalueBlock
 from natgrad.kronecker_blocks import InputBlock, KroneckerBlock
 from natgrad.layers import Layer, Layers, Use, key_of, use_of
@@ -44,6 +44,9 @@ def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: in
     return block
 
 
+Streams = list[tuple[torch.Generator, Tensor]]  # random generators and their states
+
+
 @dataclass
 class Draw:
     """What one output says of every block; counts once the loss is backpropagated."""
@@ -52,6 +55,7 @@ class Draw:
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    streams: Streams = field(default_factory=list)  # where its random numbers end
 
 
 @dataclass
@@ -112,17 +116,33 @@ class Curvature:
         `per_datum`: give parameters that no op rule covers a block from per-datum gradients; the statistics will be
         added to those that are there now.
 
+        The random streams stay where they are, as what is drawn may be dropped: `go_on` with those of the draw once it
+        counts. Draws that wait for that at the same time have the same random numbers.
+
         Raises:
             CaptureError: a parameter is used both by covered and by uncovered ops.
             ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
         """
         device = next(iter(self.parameters.values())).device
-        with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
-            return self._draw(output, targets, tapes, per_datum)
+        start = self._streams()
+        try:
+            with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
+                draw = self._draw(output, targets, tapes, per_datum)
+            if draw is not None:
+                draw.streams = self._streams()
+        finally:
+            for generator in self.generators.values():  # one that was made on the way starts from its seed again
+                generator.manual_seed(self.seed)
+            go_on(start)
+        return draw
+
+    def _streams(self) -> Streams:
+        return [(g, g.get_state()) for g in (*self.generators.values(), self.row_generator)]
 
     def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> Draw | None:
         found = self.reading.outputs(output)
         live = [o for o in found if o.requires_grad]
+        tapes = tapes_behind(live, tapes)
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
@@ -465,6 +485,12 @@ class Shot:
                 "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
                 "context_fn, or take the metric with update() on a model without it"
             ) from error
+
+
+def go_on(streams: Streams) -> None:
+    """Let random streams go on from these states."""
+    for generator, state in streams:
+        generator.set_state(state)
 
 
 def usable(outputs: Tensors) -> bool:

@@ -25,7 +25,7 @@ from natgrad.blocks import Block
 from natgrad.capture import Tape
 from natgrad.coverage import Coverage
 from natgrad.covered import coverage_of
-from natgrad.curvature import STRUCTURES, Curvature, Draw, statistics_dtype
+from natgrad.curvature import STRUCTURES, Curvature, Draw, go_on, statistics_dtype
 from natgrad.distributed import described, ranks_of
 from natgrad.heads import Heads
 from natgrad.likelihoods import read
@@ -290,6 +290,7 @@ class Fisher(BlockMetric):
             return self.curvature.draw(output, targets, tapes, per_datum=False)
 
     def count(self, draw: Draw) -> None:
+        go_on(draw.streams)
         self._pending.append(draw)
 
     # what an optimizer asks ----------------------------------------------------------------------------

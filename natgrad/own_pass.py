@@ -16,7 +16,7 @@ from torch import Tensor
 from natgrad.averages import Statistics
 from natgrad.blocks import Block
 from natgrad.capture import CaptureError, Tape
-from natgrad.curvature import Draw, usable
+from natgrad.curvature import Draw, go_on, usable
 from natgrad.likelihoods import Reading
 from natgrad.trees import describe
 from natgrad.watch import unwatched
@@ -78,6 +78,7 @@ def draw_aside(metric: Fisher, args: tuple[Any, ...], kwargs: dict[str, Any], ta
             "the output does not depend on any parameter of the metric: it is detached, or the model was run under "
             "no_grad or ignores its parameters"
         )
+    go_on(draw.streams)
     return draw
 
 

@@ -6,7 +6,8 @@ A pre-hook of the root module opens a tape, a hook after it closes the tape. The
 2. else when the output is backpropagated, just before its own backward pass begins: with a functional loss, or a loss
    computed inside the model.
 
-Statistics count once their output is backpropagated, and are dropped otherwise. The hooks hold the metric weakly, and
+Statistics count once their output is backpropagated, and are dropped otherwise, with the random numbers that they took.
+The hooks hold the metric weakly, and
 what they leave on the graph holds what a draw says and no graph, so no cycle keeps a graph alive.
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from natgrad.capture import Hook, Tape, in_backward, in_transform
+from natgrad.capture import Hook, Tape, edge_of, in_backward, in_transform
 from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
@@ -102,7 +103,9 @@ class Watcher:
             return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self._open is not None:  # the last forward raised
             self.forget()
-        if metric is None or not torch.is_grad_enabled() or not metric.wants_statistics():
+        if not torch.is_grad_enabled():
+            return  # a look at the model in between, after which losses may still come
+        if metric is None or not metric.wants_statistics():
             self.tapes = []
             return
         # last, so that hooks of the user which rewrite the output have run
@@ -120,7 +123,10 @@ class Watcher:
         leaves = [t for t in leaves_of(output) if t.requires_grad]
         if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
-        self.tapes = [*self.tapes[1 - LIVE_TAPES :], tape]
+        tape.outputs = {e for t in leaves if (e := edge_of(t)) is not None}
+        if len(self.tapes) == LIVE_TAPES:  # those that have been drawn, as in a validation, go first
+            self.tapes.remove(next((t for t in self.tapes if t.drawn), self.tapes[0]))
+        self.tapes.append(tape)
         inside, self._inside = self._inside, []
         for call in inside:
             self.criterion_called(*call)

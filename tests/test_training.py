@@ -358,3 +358,75 @@ def test_averaged_weights_refuse_to_be_trained_and_come_back_after_an_error() ->
         pass
     with pytest.raises(ValueError, match="between 0 and 1"):
         natural(model, average=1.0)
+
+
+# validation with gradients on ------------------------------------------------------------------------------
+
+PLACES = ("before", "after forward", "after criterion", "after backward")
+
+
+def ends_of_training(place: str, looks: int, structure: str, grad: bool = True, **options: Any) -> dict[str, Any]:
+    """Twelve steps of two micro-batches, with looks at other data in one place of each of them."""
+    model = Scaled()
+    metric = ng.Fisher(model, nn.CrossEntropyLoss(), structure={"gate": "diagonal", "*": structure}, **options)
+    opt = ng.NaturalGradient(metric)
+    others = list(batches(3, size=10, seed=9))
+    kept: list[Any] = []  # whoever sums up the losses keeps their graphs
+
+    def look(here: str) -> None:
+        if here != place:
+            return
+        model.eval()
+        with torch.set_grad_enabled(grad):
+            kept[:] = [metric.criterion(model(x), y) for x, y in (others * looks)[:looks]]
+        model.train()
+
+    for x, y in batches(12):
+        opt.zero_grad()
+        for a, b in zip(x.chunk(2), y.chunk(2)):
+            look("before")
+            out = model(a)
+            look("after forward")
+            loss = metric.criterion(out, b)
+            look("after criterion")
+            loss.backward()
+            look("after backward")
+        opt.step()
+    state = metric.state_dict()
+    return {"weights": weights(model), "seen": metric.seen, "masses": metric._masses, **state["tensors"]}
+
+
+@pytest.mark.parametrize("looks", [1, 11])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("structure", "options"),
+    [("kfac", {"max_positions": 5}), ("ekfac", {"fraction": 0.5}), ("dense", {}), ("kfac", {"kind": "exact"})],
+    ids=str,
+)
+def test_a_validation_that_is_not_backpropagated_leaves_no_trace(
+    structure: str, options: dict[str, Any], place: str, looks: int
+) -> None:
+    torch.testing.assert_close(
+        ends_of_training(place, looks, structure, **options),
+        ends_of_training("nowhere", 0, structure, **options),
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nor_does_one_without_gradients(place: str) -> None:
+    found, expected = (ends_of_training(p, 2, "kfac", grad=False) for p in (place, "nowhere"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_resumed_run_draws_what_the_other_draws_after_a_validation() -> None:
+    model, twin = classifier(), classifier()
+    opts = [ng.NaturalGradient(ng.Fisher(m, nn.CrossEntropyLoss())) for m in (model, twin)]
+    train(model, opts[0], batches(3))
+    opts[0].metric.criterion(model(next(batches(1, seed=9))[0]), torch.zeros(16, dtype=torch.long))
+    twin.load_state_dict(model.state_dict())
+    opts[1].load_state_dict(opts[0].state_dict())
+    for m, opt in zip((model, twin), opts):
+        train(m, opt, batches(12, seed=5))
+    torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
