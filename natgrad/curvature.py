@@ -55,6 +55,7 @@ class Draw:
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats`, over all loss terms
     streams: Streams = field(default_factory=list)  # where its random numbers end
 
 
@@ -171,7 +172,14 @@ class Curvature:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
-        return Draw(self._look(parts, calls, dtype, settled=per_datum), data, masses)
+        nats = [part.reading.nats(part.outputs, part.targets) for part in parts]
+        known = [n.to(dtype) for n in nats if n is not None]
+        return Draw(
+            self._look(parts, calls, dtype, settled=per_datum),
+            data,
+            masses,
+            nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
+        )
 
     def _part(
         self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int

@@ -198,17 +198,16 @@ class Ranks:
                 mass = torch.zeros(e.mass, dtype=dtype, device=self.device) if mass is None else mass
                 pieces.append(mass.to(dtype).flatten())
         zero = torch.zeros((), dtype=dtype, device=self.device)
-        of_sources = [draw.masses.get(s, zero).to(zero) for s in sources]  # none, where sums are never divided
-        pieces.append(torch.stack(of_sources) if of_sources else zero.new_empty(0))
+        nats = torch.stack([zero, zero]) if draw.nats is None else draw.nats.to(zero)
+        pieces.append(torch.stack([*nats, *(draw.masses.get(s, zero).to(zero) for s in sources)]))
         if owned:
             whose = [curvature.blocks[e.block].owner for e, _ in rebuild for _ in range(1 + (e.mass is not None))]
-            summed = self.owner_sum(pieces[:-1], whose, "statistics")
-            summed.append(self.total(pieces[-1]) if sources else pieces[-1])
+            summed = [*self.owner_sum(pieces[:-1], whose, "statistics"), self.total(pieces[-1])]
         else:
             summed = self.all_sum(pieces, "statistics")
         left = iter(summed)
         read = [(e, next(left), s, next(left) if e.mass is not None else None) for e, s in rebuild]
-        masses = dict(zip(sources, summed[-1].unbind()))
+        nats, masses = summed[-1][:2], dict(zip(sources, summed[-1][2:].unbind()))
         here = [curvature.blocks[e.block].owner == self.rank or not owned for e in entries]
         elsewhere = dict.fromkeys(curvature.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
@@ -223,7 +222,7 @@ class Ranks:
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
         found = [(curvature.blocks[i], new) for i, new in statistics.items()]
-        return Draw(found, data, masses, list(elsewhere))
+        return Draw(found, data, masses, list(elsewhere), nats)
 
     def all_sum(self, pieces: Sequence[Tensor], what: str) -> list[Tensor]:
         """Flat tensors of one dtype, each summed over the ranks, in messages of about `BUCKET` numbers."""

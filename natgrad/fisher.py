@@ -157,6 +157,7 @@ class Fisher(BlockMetric):
             self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name
         if self.ranks is not None:
             refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
+        self.nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats` at the last refresh
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
@@ -227,7 +228,7 @@ class Fisher(BlockMetric):
         for block in self.blocks:
             block.statistics, block.elsewhere = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses = 0, [], {}
+        self.seen, self._pending, self._masses, self.nats = 0, [], {}, None
 
     @property
     def _plain(self) -> bool:
@@ -253,6 +254,8 @@ class Fisher(BlockMetric):
         for source, mass in draw.masses.items():
             self._masses[source] = self._masses.get(source, 0) + mass
         self.seen += draw.data
+        if decay is not None and draw.nats is not None:
+            self.nats = draw.nats
         return True
 
     # what the watcher asks -----------------------------------------------------------------------------
@@ -432,6 +435,13 @@ class Fisher(BlockMetric):
         if self.kind == "empirical":
             return None
         return 1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size
+
+    @property
+    def nat(self) -> Tensor | None:
+        if self.nats is None or self.gradient_share is None:
+            return None
+        total, mass = self.nats.unbind()
+        return torch.where(mass > 0, self.gradient_share * total if self._plain else total / mass, torch.nan)
 
     def default_step(self) -> StepRule:
         from natgrad.normalised import NormalisedStep

@@ -102,34 +102,64 @@ def damped_inverse(m: Tensor, damping: Tensor | float) -> Tensor:
     return ((vectors / (values + damping.double()[..., None])[..., None, :]) @ vectors.mT).to(m.dtype)
 
 
-def relative_inverse(side: Tensor, damping: float, found: Sequence[Tensor | None] = ()) -> Tensor:
-    """(U/t_U + √λ I)⁻¹ with t the mean eigenvalue over all groups: one side under relative, factored damping.
+def relative_inverse(side: Tensor, damping: float, found: Sequence[Tensor | None] = (), own: int = 0) -> Tensor:
+    """Return (U/t_U + √λ T)⁻¹ with t the mean eigenvalue over all groups: one side under relative, factored damping.
+
+    T is I where nothing is said. The last `own` columns are of biases, whose input 1 has other units than the inputs: T
+    is the mean of the others for the others, and a bias's own second moment for a bias, over t. So a model of inputs in
+    thousands takes the steps of one of inputs near 1.
 
     A factor that is zero stays at its damping: its inverse is I/√λ. `found`: the pieces that are there already.
     """
     if is_diagonal(side):
-        return 1 / (side * per(diagonal_of(side).mean()) + damping**0.5)
+        size = diagonal_of(side).mean()
+        return 1 / (side * per(size) + damping**0.5 * damped_by(side, own).reshape(side.shape))
     found = found or [None] * len(pieces_of(side))
-    return side_of([relative_inverse_of_piece(side, i, damping) if m is None else m for i, m in enumerate(found)])
+    return side_of([relative_inverse_of_piece(side, i, damping, own) if m is None else m for i, m in enumerate(found)])
 
 
-def relative_inverse_of_piece(side: Tensor, number: int, damping: float) -> Tensor:
+def damped_by(side: Tensor, own: int) -> Tensor:
+    """Return the diagonal of T, (…, d); 1 for inputs that are all zero."""
+    diagonal = diagonal_of(side)
+    out = torch.ones_like(diagonal)
+    if not own:
+        return out
+    width = diagonal.shape[-1] - own
+    size = diagonal.mean()
+    inputs = diagonal[..., :width].mean()
+    out[..., :width] = torch.where(inputs > 0, inputs * per(size), 1.0)
+    biases = diagonal[..., width:] * per(size)
+    out[..., width:] = torch.where(biases > 0, biases, 1.0)
+    return out
+
+
+def relative_inverse_of_piece(side: Tensor, number: int, damping: float, own: int = 0) -> Tensor:
     """One piece of `relative_inverse` of a side that is not diagonal: (…, w, w)."""
     piece = pieces_of(side)[number]
     if damping**0.5 >= WELL_DAMPED and is_wide(piece):
         mean = float(diagonal_of(side).mean())  # on the CPU, where it costs less than to compute with it there
         m = (piece * (1 / mean if mean > 0 else 0.0)).reshape(piece.shape[-2:])
-        m.diagonal().add_(damping**0.5)
+        m.diagonal().add_(damping**0.5 * of_piece(damped_by(side, own), side, number).flatten())
         found = inverse_by_quarters(m)
         if found is not None and isfinite(float(torch.linalg.vector_norm(found))):
             return found.reshape(piece.shape)
-    return damped_inverse(*relative_system(side, number, damping))
+    return damped_inverse(*relative_system(side, number, damping, own))
 
 
-def relative_system(side: Tensor, number: int, damping: float) -> tuple[Tensor, float]:
+def relative_system(side: Tensor, number: int, damping: float, own: int = 0) -> tuple[Tensor, float]:
     """(M, a) with M + aI what `relative_inverse_of_piece` inverts."""
     size = diagonal_of(side).mean()  # of the whole side: pieces keep their sizes to each other
-    return pieces_of(side)[number] * per(size), damping**0.5
+    m = pieces_of(side)[number] * per(size)
+    if own:
+        m = m + torch.diag_embed(damping**0.5 * (of_piece(damped_by(side, own), side, number) - 1))
+    return m, damping**0.5
+
+
+def of_piece(diagonal: Tensor, side: Tensor, number: int) -> Tensor:
+    """Return the entries of a diagonal (…, d) that belong to one piece of a side."""
+    widths = [p.shape[-1] for p in pieces_of(side)]
+    start = sum(widths[:number])
+    return diagonal[..., start : start + widths[number]]
 
 
 def per(size: Tensor) -> Tensor:

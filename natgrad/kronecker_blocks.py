@@ -205,7 +205,7 @@ class KroneckerBlock(Block):
         else:
             u = self._inverse_of_twin(damping) or HeldSide.of(relative_inverse(self.u, damping))
             self._u_inverse = self.version, damping, u
-        return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping, done[of_u:])))
+        return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping, done[of_u:], self.own_columns)))
 
     def _inverse_of_twin(self, damping: float) -> HeldSide | None:
         """The inverse of U, where a block that meets the same gradients has the same U and has inverted it."""
@@ -219,13 +219,28 @@ class KroneckerBlock(Block):
             Job(
                 len(m) * m.shape[-1] ** 3,
                 m,
-                partial(relative_inverse_of_piece, side, i, damping),
-                partial(relative_system, side, i, damping),
+                partial(relative_inverse_of_piece, side, i, damping, own),
+                partial(relative_system, side, i, damping, own),
             )
-            for side in (self.u, self.v)
+            for side, own in ((self.u, 0), (self.v, self.own_columns))
             if not is_diagonal(side)
             for i, m in enumerate(pieces_of(side))
         ]
+
+    @property
+    def own_columns(self) -> int:
+        """How many columns, the last ones, are biases beside a weight."""
+        return len(self.layer.biases) if self.layer.weight is not None else 0
+
+    def bias_scale(self) -> Tensor:
+        """Return the second moment of a bias's input over the mean of the others, 1 at most, a scalar."""
+        found: Tensor = self.cached("bias scale", self._bias_scale)
+        return found
+
+    def _bias_scale(self) -> Tensor:
+        diagonal, width = diagonal_of(self.v), self.matrix_shape[2] - self.own_columns
+        inputs, biases = diagonal[..., :width].mean(), diagonal[..., width:].mean()
+        return torch.where((inputs > 0) & (biases > 0), biases / inputs, 1.0).clamp(max=1)
 
     def excess(self) -> Tensor:
         return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()

@@ -108,6 +108,15 @@ class Reading:
         """Whether the output is that of one datum, without a dimension of data."""
         return False
 
+    def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        """Return (Σ m u, Σ m) over terms of mass m, u how much of a term's loss one nat is; None where it is not known.
+
+        A likelihood is measured in nats: u is 1. A squared error has the units of the user's data: it is read as the
+        likelihood of a normal whose variance is that of the residuals.
+        """
+        mass = self.term_mass(outputs, targets).sum()
+        return torch.stack([mass, mass])
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())
@@ -242,6 +251,14 @@ class Elementwise(Reading):
 
 class Squared(Elementwise):
     """`nn.MSELoss`: normal with variance ½."""
+
+    def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        (f,) = outputs
+        if not isinstance(targets, Tensor):
+            return None
+        # KL = (Δf)² / 2σ² where the loss changes by (Δf)²: one nat is 2σ² of it
+        twice = 2 * (f - targets.to(f)).square().sum()
+        return torch.stack([twice, torch.full_like(twice, f.numel())])
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         return torch.full_like(f, 2.0)

@@ -72,6 +72,11 @@ class Metric:
         return 1.0
 
     @property
+    def nat(self) -> Tensor | None:
+        """How much of the loss one nat is, a scalar tensor; None where that is not known."""
+        return None
+
+    @property
     def names(self) -> list[str]:
         """Parameter names, in the order of `dense`."""
         return list(self.parameters)

@@ -64,6 +64,7 @@ def about(metric: Fisher) -> dict[str, Any]:
         "seen": metric.seen,
         "rank": 0 if metric.ranks is None else metric.ranks.rank,
         "masses": {source: float(mass) for source, mass in metric._masses.items()},
+        "nats": None if metric.nats is None else metric.nats.tolist(),
         "blocks": [block_to_json(block) for block in metric.blocks],
     }
 
@@ -131,6 +132,7 @@ def restore(metric: Fisher, state: Mapping[str, Any]) -> None:
     metric.curvature.layers.found = {layer.key: layer for block in blocks for layer in block.layers}
     metric.seen = there["seen"]
     like = torch.zeros((), dtype=statistics_dtype(metric.parameters.values()), device=metric._like().device)
+    metric.nats = None if there["nats"] is None else like.new_tensor(there["nats"])
     metric._masses = {source: like.new_tensor(mass) for source, mass in there["masses"].items()}
     for block in blocks:
         metric.curvature.set_up(block)

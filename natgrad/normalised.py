@@ -1,27 +1,16 @@
-"""The default step rule of Fisher metrics: each block's natural direction at a set length at most, averaged over steps.
+"""The default step rule of Fisher metrics. docs/step.md says why each line is there, and where each constant is from.
 
-With G̃, Ã the damped inverses of a block's factors, g the gradient, β the momentum, t the number of steps before,
+For every block with weights W, gradient g and damped inverse factors G̃, Ã (`natgrad.kronecker`):
 
-    Δ = −exp(κ c̄) min(η / (rms(d) √(fan_in + 1)), ν / s) d,   d = G̃ g Ã,   c̄ ← ρ c̄ − (1 − ρ) ⟨d, v⟩ / ‖d‖‖v‖,
-    v ← v + β Δ,   θ ← θ + (1 − β) Δ + c v,   v ← (1 − c) v,   c = k / (k + t).
+    d = G̃ g Ã                                                     the natural direction
+    α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
+    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩))                           no step moves the predictions by more than ε nats
+    v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
+    W ← W − w (α size(d) / r) W                                   decay in proportion to the way gone
 
-The metric gives the direction and η the length, which needs no tuning from model to model. Where the data can be fitted
-to the last point, steps of a set length cannot end: there the Newton step d / s of the block is the shorter one and
-ends by itself (s, `Block.excess`, undoes the scaling of the factors). From one refresh to the next s falls to 0.97 of
-itself at most: the Fisher matrix of a classifier that is sure of all labels vanishes within a few refreshes, and a
-limit that followed it would let the first label that is wrong throw the weights off. As blocks do not know of each
-other and would remove the same residual several times over, the share ν of the Newton step is taken. It is of the
-scale of the criterion: of a loss that is a fraction of it, or of a gradient that is clipped, it is too short. The
-length η does not change. The empirical kind has no Newton step, and η alone.
-
-The coherence c̄ of a block is the mean cosine between its new direction and where it has been going: steps that agree
-may be longer (the first of a training run, where c̄ may reach 0.7 and steps eight times the length), steps that turn
-back should be shorter. That lengths follow the sign of such products goes back to Jacobs 1988 (Neural Networks 1(4),
-295–307). The velocity v = z − θ carries the average of Defazio et al. 2024 (arXiv:2405.15682, with c for 1/t): z takes
-the steps, x is the mean of z over about the last 1/k of them, and θ = (1 − β) z + β x is where gradients are taken and
-models evaluated. Noise is averaged over a growing number of steps, so that no schedule and no horizon is needed.
-Damping is relative to the mean eigenvalue of each factor. Parameters without curvature follow Adam at a matching rate
-(`natgrad.adam`).
+size(d) = rms(d) √(fan_in + 1), and r is the size of W over that which PyTorch's layers start with, 1 / √(3 (fan_in +
+1)); c̄ is the running cosine of −d and v, and τ, the age of the mean, is halved where c̄ falls below −0.3. Parameters
+without curvature follow Adam at a matching rate (`natgrad.adam`). `natgrad.step_arithmetic` has the formulas as code.
 """
 
 from __future__ import annotations
@@ -38,36 +27,43 @@ from natgrad.adam import Adam
 from natgrad.batched import Products, made_together
 from natgrad.blocks import Block, Inverse, JointBlock
 from natgrad.kronecker import FactorisationError
+from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.metric import Metric
 from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
-from natgrad.step_arithmetic import averaging, dot, step_
+from natgrad.step_arithmetic import Lengths, aged, bound, dot, in_nats, lengths, move_
 from natgrad.steps import Increments, Options, StepRule, one_value
 
 if TYPE_CHECKING:
     from natgrad.distributed import Ranks
 
-SCALE_MEMORY = 0.97  # share of itself that s falls to at most
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
+# s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
+# of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
+SCALE_MEMORY = 0.97
+AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
+SMALL_RATE = 0.1  # of the rule's own lr: a smaller one trains that much slower, which is worth a warning
 
 
 @dataclass
 class BlockState:
-    """What the rule remembers of one block, in the block's coordinates."""
+    """What the rule remembers of one block, in the block's coordinates; all but the velocity are scalars."""
 
     velocity: Tensor  # v
-    coherence: Tensor  # c̄, a scalar
-    steps: int = 0  # t
+    coherence: Tensor  # c̄
+    age: Tensor  # τ
+    size: Tensor | None = None  # r; None is 1, as for blocks without a matrix
+    excess: Tensor | None = None  # s
     # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
     seen: tuple[Tensor, Tensor, Tensor] | None = None
     inverse: Inverse | None = None
     inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
     failures: int = 0  # factorisations in a row that failed
-    excess: Tensor | None = None  # s, a scalar
 
     def rescale(self, block: Block) -> Tensor:
-        """s for new statistics, a scalar: from these, which all ranks have, and not from the inverse, which may be
-        older. An excess that is not finite counts as 0, which sets no limit.
+        """Return s for new statistics: from these, which all ranks have, and not from the inverse, which may be older.
+
+        An excess that is not finite counts as 0, which sets no limit.
         """
         now = block.excess().nan_to_num(0, 0)
         self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
@@ -78,16 +74,15 @@ class BlockState:
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again, unless an older one is in force."""
-        state: dict[str, Any] = {"velocity": self.velocity, "coherence": self.coherence, "steps": self.steps}
-        if self.excess is not None:
-            state["excess"] = self.excess
+        kept = ("velocity", "coherence", "age", "size", "excess")
+        state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
         if self.failures and self.inverse is not None:
             fields = vars(self.inverse).items()
             alone = {
                 k: t.clone() if isinstance(t, Tensor) else t for k, t in fields
             }  # not with the stack it is part of
-            kept = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": alone}
-            state.update(failures=self.failures, kept=kept)
+            older = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": alone}
+            state.update(failures=self.failures, kept=older)
         return state
 
     @classmethod
@@ -128,44 +123,41 @@ class BlockState:
         return self.inverse
 
 
-@dataclass
-class Slopes:
-    """Slopes along the velocity: of the batch it was made from, and of the next; scalar tensors."""
-
-    taken: Tensor | None = None  # ⟨g_t, v_t⟩, until the next batch is there
-    ratio: Tensor | None = None  # ⟨g_{t+1}, v_t⟩ / ⟨g_t, v_t⟩
-
-    def meet(self, fresh: Tensor) -> None:
-        if self.taken is not None and self.taken.device == fresh.device:
-            self.ratio = torch.where(self.taken != 0, fresh / self.taken, torch.zeros_like(fresh))
-        self.taken = None
-
-
 class NormalisedStep(StepRule):
     """See the module docstring.
 
     Args:
-        lr: η, the root mean square of an update times √(fan_in + 1), where steps neither agree nor turn back; at most.
-        momentum: β, from 0 (plain steps, no average) to below 1.
-        damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor.
+        lr: η. A step that neither agrees with the ones before nor turns back moves a block of weights by η times its
+            own size, as root mean squares: 0.17 of the weights' for 0.1. The Newton step and ε may make it shorter.
+        momentum: β, from 0 (plain steps, no mean) to below 1. Gradients are taken at (1 − β) z + β x, with z where the
+            steps lead and x their mean.
+        damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor, to a bias of its own.
+        weight_decay: w. A step that moves a matrix (no bias, norm or embedding table) by a share of its size also
+            shrinks it by w times that share. It is decoupled as AdamW's is, with the way gone in place of lr: where
+            gradients vanish so does the decay, so that with full batches a minimum of the loss stays one, and with
+            minibatches it is a penalty in proportion to their noise. 0 switches it off.
+
+    A schedule multiplies η. The mean over the last third of the steps anneals without one.
     """
 
     damping_meaning = (
-        "relative and factored: (U/t_U + √λI)⁻¹ ⊗ (V/t_V + √λI)⁻¹ with t the mean eigenvalue; λ times the mean "
-        "eigenvalue "
-        "in structures that do not factor"
+        "relative and factored: (U/t_U + √λI)⁻¹ ⊗ (V/t_V + √λI)⁻¹ with t the mean eigenvalue, a bias by its own; "
+        "λ times the mean eigenvalue in structures that do not factor"
     )
     on_shards = True
+    decays = True
+    least_lr = 0.01
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1) -> None:
+    def __init__(
+        self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1, weight_decay: float = 0.05
+    ) -> None:
         super().__init__()
-        self.lr, self.momentum, self.damping = lr, momentum, damping
+        self.lr, self.momentum, self.damping, self.weight_decay = lr, momentum, damping, weight_decay
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
-        self.slopes = Slopes()
         self._products = Products()
         self._ranks: Ranks | None = None  # that share the work, where there are several
-        self._at_newton: Tensor | None = None  # the share of blocks whose Newton step was the shorter one
+        self.told: dict[str, Any] = {}  # of the last step, for `info`
         self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
@@ -177,14 +169,23 @@ class NormalisedStep(StepRule):
         active = [b for b in blocks if any(n in df for n in b.names)]
         self._ranks = getattr(metric, "ranks", None)
         self.rescale(blocks, metric.gradient_share)
+        moved: dict[str, Tensor] = {}
         if active:
             grads = packed_gradients(active, df, metric.parameters)
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
-            deltas = self._deltas(active, states, grads, blocks, options, metric.gradient_share)
-        moved: dict[str, Tensor] = {}
-        for i, block in enumerate(active):
-            for n, delta in block.named(deltas[i], metric.parameters).items():
-                moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+            mine = [shared_options(b, options) for b in active]
+            directions = self._directions(active, states, mine, grads, blocks, options)
+            if self.refreshed:
+                look(states, grads, directions)
+                self.measure(active, states, self.weight_sizes(active, metric.parameters))
+            found = self.lengths(active, states, mine, directions, grads, metric.gradient_share)
+            factor = bound(found.nats, metric.nat)
+            self.move(states, mine, directions, found, factor)
+            for block, step in zip(active, directions):
+                for n, delta in block.named(step, metric.parameters).items():
+                    moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+            moved = self.decayed(moved, metric.parameters, active, factor * found.shares, options)
+            self.told = {"at_newton_step": found.at_newton, "predicted_nats": in_nats(found.nats, metric.nat)}
         out: Increments = dict(moved)
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
@@ -192,6 +193,55 @@ class NormalisedStep(StepRule):
                 out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
         self._tell(options)
         return {n: d for n, d in out.items() if n in df}
+
+    def decayed(
+        self,
+        moved: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        blocks: Sequence[Block],
+        shares: Tensor,
+        options: Mapping[str, Options],
+    ) -> dict[str, Tensor]:
+        """Return increments with the weight decay. `shares`: α size(d) / r of each block."""
+        out = dict(moved)
+        rates: dict[str, Tensor] = {}
+        for block, share in zip(blocks, shares.unbind()):
+            for n in natural_sizes([block]):
+                if n in moved and (w := options[n].weight_decay):  # slices of one parameter: the one that moved least
+                    rates[n] = torch.minimum(rates[n], w * share) if n in rates else w * share
+        for n, rate in rates.items():
+            out[n] = torch.addcmul(out[n], weights[n].detach(), rate.to(out[n]), value=-1)
+        return out
+
+    def numel(self, weights: Mapping[str, Tensor], name: str) -> int:
+        return weights[name].numel() if self.shards is None else self.shards.parameters[name].numel()
+
+    def weight_sizes(self, blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return rms(W) / W₀ of every matrix of the blocks, by name. Collective where there are shards."""
+        found = natural_sizes(blocks, tables=True)
+        if not found:
+            return {}
+        norms = torch._foreach_norm([weights[n].detach() for n in found])
+        squares = torch.stack([norm.float() for norm in norms]).square()
+        if self.shards is not None:
+            squares = self.shards.ranks.total(squares)
+        scale = squares.new_tensor([w * self.numel(weights, n) ** 0.5 for n, w in found.items()])
+        return dict(zip(found, (squares.sqrt() / scale).unbind()))
+
+    def measure(self, blocks: Sequence[Block], states: Sequence[BlockState], sizes: Mapping[str, Tensor]) -> None:
+        """Let r of each block follow its weights: up to the size that layers start with, and beyond while its steps
+        agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with it.
+        """
+        for block, state in zip(blocks, states):
+            mine = natural_sizes([block], tables=True)
+            if not mine:
+                continue
+            now = torch.stack([sizes[n] for n in mine]).square().mean().sqrt().to(state.coherence)
+            if state.size is None:
+                state.size = torch.where(now > 0, now, torch.ones_like(now))
+            else:
+                grown = torch.where(state.coherence > AGREE, now, now.clamp(max=1))
+                state.size = torch.maximum(state.size, grown)
 
     def rescale(self, blocks: Sequence[Block], share: float | None) -> None:
         """Let the scales of the Newton steps follow new statistics, of blocks without a gradient at this step too."""
@@ -202,44 +252,31 @@ class NormalisedStep(StepRule):
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
-            self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()))
+            self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()), g.new_zeros(()))
         state = self._blocks[key]
         if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
-            state.velocity, state.coherence = state.velocity.to(g), state.coherence.to(g)
+            state.velocity, state.coherence, state.age = (t.to(g) for t in (state.velocity, state.coherence, state.age))
         return state
 
     def drop(self, block: Block) -> None:
         """Forget a block that another rank owns."""
         self._blocks.pop(key_of(block), None)
 
-    def _deltas(
+    def _directions(
         self,
         blocks: Sequence[Block],
         states: Sequence[BlockState],
+        options: Sequence[Options],
         grads: list[Tensor],
         known: Sequence[Block],
-        options: Mapping[str, Options],
-        share: float | None,
+        of: Mapping[str, Options],
     ) -> list[Tensor]:
-        """Increments in the coordinates of each block. `known`: with those blocks that have no gradient at this step;
-        `share`: `Metric.gradient_share`.
-        """
-        mine = [shared_options(b, options) for b in blocks]
-        if self.slopes.taken is not None:
-            self.slopes.meet(slope_along(states, grads))
-        if self._ranks is None:
-            if any(s.is_stale(b, o.damping) for s, b, o in zip(states, blocks, mine)):
-                self._make_inverses(known, options)
-            inverses = [s.refresh(b, o.damping) for s, b, o in zip(states, blocks, mine)]
-            directions = self._products.apply(inverses, grads)
-        else:
-            directions = self._shared(self._ranks, blocks, states, [o.damping for o in mine], grads)
-        if self.refreshed:  # what is only to be looked at is measured then, and not at every step
-            look(states, grads, directions)
-        increments = self.stretch(blocks, states, mine, directions, share)
-        if self.refreshed:
-            self.slopes.taken = slope_along(states, grads)
-        return increments
+        """Return d of each block. `known`: with those blocks that have no gradient at this step."""
+        if self._ranks is not None:
+            return self._shared(self._ranks, blocks, states, [o.damping for o in options], grads)
+        if any(s.is_stale(b, o.damping) for s, b, o in zip(states, blocks, options)):
+            self._make_inverses(known, of)
+        return self._products.apply([s.refresh(b, o.damping) for s, b, o in zip(states, blocks, options)], grads)
 
     def _make_inverses(self, blocks: Sequence[Block], options: Mapping[str, Options]) -> None:
         """Make those that are missing, also of blocks that have no gradient at this step but had one before: in a batch
@@ -252,37 +289,57 @@ class NormalisedStep(StepRule):
         for (state, block, damping), make in zip(stale, makes):
             state.refresh(block, damping, make)
 
-    def stretch(
+    def lengths(
         self,
         blocks: Sequence[Block],
         states: Sequence[BlockState],
         options: Sequence[Options],
         directions: list[Tensor],
+        grads: list[Tensor],
         share: float | None,
-    ) -> list[Tensor]:
-        """Directions → Δ → increments. Writes over `directions`."""
-        alike: dict[tuple[float, int], list[int]] = {}
-        for i, (s, o) in enumerate(zip(states, options)):
-            alike.setdefault((o.momentum, s.steps), []).append(i)
-            s.steps += 1
+    ) -> Lengths:
+        """Return α of each block. `share`: `Metric.gradient_share`."""
         like = directions[0]
-        scales = None
+        one = like.new_ones(())
+        sizes = torch.stack([one if s.size is None else s.size.to(one) for s in states])
+        excess = None
         if share is not None:
             known = [s.rescale(b) if s.excess is None else s.excess for s, b in zip(states, blocks)]
-            scales = share * torch.stack([k.to(like) for k in known])
-        done = step_(
+            excess = share * torch.stack([k.to(like) for k in known])
+        norms = torch.stack(torch._foreach_norm(directions))
+        return lengths(
+            directions,
+            grads,
+            [s.velocity for s in states],
+            torch.stack([s.coherence for s in states]),
+            torch.stack([s.age for s in states]),
+            norms,
+            sizes_of(blocks, directions, norms),
+            like.new_tensor([o.lr for o in options]),
+            sizes,
+            excess,
+        )
+
+    def move(
+        self,
+        states: Sequence[BlockState],
+        options: Sequence[Options],
+        directions: list[Tensor],
+        found: Lengths,
+        factor: Tensor,
+    ) -> None:
+        """Write increments over `directions`, and take the step into the states. `factor`: from `bound`."""
+        like = directions[0]
+        ages = torch.stack([s.age for s in states])
+        move_(
             directions,
             [s.velocity for s in states],
-            [s.coherence for s in states],
-            like.new_tensor([o.lr for o in options]),
-            units_of(blocks, directions),
-            scales,
-            [(momentum, averaging(steps), members) for (momentum, steps), members in alike.items()],
+            factor.to(like) * found.alpha,
+            like.new_tensor([o.momentum for o in options]),
+            ages * like.new_tensor([min(1.0, o.share) for o in options]),
         )
-        for s, c in zip(states, done.coherence):
-            s.coherence = c
-        self._at_newton = done.at_newton
-        return directions
+        for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):
+            s.coherence, s.age = c, age
 
     def _shared(
         self,
@@ -308,13 +365,11 @@ class NormalisedStep(StepRule):
         return [s.refresh(b, damping).apply(g) for s, b, damping, g in zip(states, blocks, dampings, grads)]
 
     def _tell(self, options: Mapping[str, Options]) -> None:
-        ratio = self.slopes.ratio
         first = next(iter(options.values()))
         self.info = {
             "damping": first.damping,
             "step_length": first.lr,
-            "at_newton_step": self._at_newton,
-            "reduction_ratio": None if ratio is None else (1 + ratio) / 2,
+            **self.told,
             "kept_factors": sum(s.failures for s in self._blocks.values()),
         }
 
@@ -334,7 +389,7 @@ class NormalisedStep(StepRule):
             blocks = self.shards.union(blocks)
             moments = {f: self.shards.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
             adam = {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()}
-        return {"blocks": blocks, "adam": adam, "slopes": dict(vars(self.slopes))}
+        return {"blocks": blocks, "adam": adam}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
@@ -342,7 +397,6 @@ class NormalisedStep(StepRule):
         if self.shards is not None:
             adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
         self._adam.load_state_dict(adam)
-        self.slopes = Slopes(**state["slopes"])
 
 
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
@@ -389,18 +443,28 @@ def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
         one_value({o.lr for o in mine}, f"lr in one {where}"),
         one_value({o.momentum for o in mine}, f"momentum in one {where}"),
         one_value({o.damping for o in mine}, f"damping in one {where}"),
+        share=one_value({o.share for o in mine}, f"schedule in one {where}"),
     )
 
 
-def units_of(blocks: Sequence[Block], directions: Sequence[Tensor]) -> Tensor:
-    """(blocks,): what each norm ‖d‖ is to be multiplied with to be the size that η is measured against, rms(d)
-    √(fan_in + 1) over all layers of a block.
+def sizes_of(blocks: Sequence[Block], directions: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """Return size(d) of each block, (blocks,): rms(d) √(fan_in + 1), over all layers of a block.
+
+    A bias counts by what it does to the layer's output, as an input of the size of the others would: inputs in
+    thousands must not leave all of a step to the bias.
     """
-    units = [unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)]
-    out = directions[0].new_tensor(units)
+    out = norms * norms.new_tensor([unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)])
+    kron = [(i, b, b.own_columns) for i, b in enumerate(blocks) if isinstance(b, KroneckerBlock) and b.own_columns]
+    if kron:
+        biases = torch.stack(torch._foreach_norm([directions[i][..., -k:] for i, _, k in kron]))
+        weight = torch.stack([b.bias_scale().to(norms) for _, b, _ in kron])  # of a squared bias beside the inputs'
+        where = [i for i, _, _ in kron]
+        whole = norms[where].square()
+        kept = ((whole + (weight - 1) * biases.square()) / whole).clamp(min=0).sqrt().nan_to_num(0, 0, 0)
+        out[where] = out[where] * kept
     for i, (b, d) in enumerate(zip(blocks, directions)):
         if len(b.layers) > 1:
-            out[i] = (joint_size(b, d) / torch.linalg.vector_norm(d)).nan_to_num(0, 0, 0)
+            out[i] = joint_size(b, d)
     return out
 
 
@@ -410,16 +474,24 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
+def natural_sizes(blocks: Sequence[Block], tables: bool = False) -> dict[str, float]:
+    """Return W₀ of every matrix of the blocks, by name: the rms that PyTorch's layers start with.
+
+    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a pull to zero.
+    """
+    return {
+        layer.weight.name: (3 * (layer.fan_in + 1)) ** -0.5
+        for block in blocks
+        for layer in block.layers
+        if layer.weight is not None and not layer.layout.elementwise and (tables or not layer.one_hot)
+    }
+
+
 def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
     """Keep what `NormalisedStep.cosines` are made of."""
     sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
     for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
         s.seen = (dot(g, d), size_g, size_d)
-
-
-def slope_along(states: Sequence[BlockState], grads: Sequence[Tensor]) -> Tensor:
-    """Σ ⟨g, v⟩ over blocks, a scalar tensor."""
-    return torch.stack([dot(g, s.velocity) for s, g in zip(states, grads)]).sum()
 
 
 def unit(layer: Any) -> float:

@@ -32,6 +32,7 @@ AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
 KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
 GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
+FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
 PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
 
@@ -116,6 +117,14 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay(values)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.setdefault(FULL_LR, float(group["lr"]))  # schedules overwrite lr
+        if 0 < group[FULL_LR] < self.rule.least_lr:
+            warnings.warn(
+                f"lr={group[FULL_LR]:g} is far below what {type(self.rule).__name__} can use (default "
+                f"{self.rule.lr:g}): it is a share of the weights' own size, not AdamW's rate, and training takes that "
+                "much longer. Leave it out",
+                stacklevel=4,
+            )
         for i, p in enumerate(group["params"]):
             if p not in self._name_of:
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
@@ -207,7 +216,7 @@ class NaturalGradient(torch.optim.Optimizer):
         kept: list[float] = []
         moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # parameters and their ways, by length
         for group in self.param_groups:
-            decay = float(group["lr"]) * float(group["weight_decay"])
+            decay = 0.0 if self.rule.decays else float(group["lr"]) * float(group["weight_decay"])
             for parameter in group["params"]:
                 if (delta := increments.get(self._name_of[parameter])) is None:
                     continue
@@ -289,7 +298,15 @@ class NaturalGradient(torch.optim.Optimizer):
         for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
             check_options(g, self.metric.positive_definite)  # schedules write here at any time
             check_decay(g)
-            mine = Options(float(g["lr"]), float(g["momentum"]), float(g["damping"]), g["maximize"])
+            lr, full = float(g["lr"]), g[FULL_LR]
+            mine = Options(
+                lr,
+                float(g["momentum"]),
+                float(g["damping"]),
+                g["maximize"],
+                float(g["weight_decay"]),
+                lr / full if full else 1.0,
+            )
             found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
         return found
 
@@ -298,8 +315,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """What the last step did, read from the device now.
 
         ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
-        shorter than that), ``reduction_ratio`` (the reduction of the loss over its linear prediction,
-        estimated from the slopes at the last refresh and at the step after it) as the step rule knows them;
+        shorter than that) and ``predicted_nats`` (how far the step was to move the predictions, before the bound on
+        that) as the step rule knows them;
         ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the
         optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes.
         """

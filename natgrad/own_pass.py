@@ -112,4 +112,5 @@ def together(blocks: Sequence[Block], draws: Sequence[Draw], plain: bool) -> Dra
         for key, average in new.items():
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in the draws that do not know it
-    return Draw(statistics, sum(draw.data for draw in draws), masses)
+    nats = [draw.nats for draw in draws if draw.nats is not None]
+    return Draw(statistics, sum(draw.data for draw in draws), masses, nats=torch.stack(nats).sum(0) if nats else None)

@@ -2,12 +2,12 @@
 
     shards of the gradient → owner → d = G̃ g Ã, v, the increment → one sum of a few scalars → shards
 
-The scalars are the slopes along the velocity before the step and after it, and what failed.
+The scalars are how far the step is to move the predictions, what failed, and how far each block goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +17,9 @@ from natgrad.blocks import Block
 from natgrad.curvature import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.metric import Metric
-from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options, slope_along
-from natgrad.sharded import Shards
+from natgrad.normalised import VECTOR_SHARE, BlockState, look, packed_gradient, shared_options
+from natgrad.sharded import Shards, local_of
+from natgrad.step_arithmetic import Lengths, bound, in_nats
 from natgrad.steps import Increments, Options
 
 if TYPE_CHECKING:
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
 def update_on_shards(
     rule: NormalisedStep, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]
 ) -> Increments:
-    """Increments of this rank's shards, given its shards of df. Collective."""
+    """Return increments of this rank's shards, given its shards of df. Collective."""
     shards: Shards = metric.shards
     blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.known]
     active = [b for b in blocks if any(n in df for n in b.names)]
-    whose = {n: b.owner for b in active for n in b.names if n in df and b.owner is not None}
     for block in blocks:
         if block.owner != shards.mine:
             rule.drop(block)  # what a checkpoint said of it
     rule.rescale([b for b in blocks if b.statistics], metric.gradient_share)
-    moved = _covered(rule, shards, metric, active, df, whose, options) if active else {}
+    moved: dict[str, Tensor] = {}
+    if active:
+        weights = {n: local_of(p) for n, p in metric.parameters.items()}
+        sizes = rule.weight_sizes(active, weights) if rule.refreshed else {}
+        moved, ways = _covered(rule, shards, metric, active, df, sizes, options)
+        moved = rule.decayed(moved, weights, active, ways, options)
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
     for n, g in df.items():
@@ -55,10 +60,16 @@ def _covered(
     metric: Metric,
     active: list[Block],
     df: Mapping[str, Tensor],
-    whose: Mapping[str, int],
+    sizes: Mapping[str, Tensor],
     options: Mapping[str, Options],
-) -> dict[str, Tensor]:
-    """Increments of the parameters that blocks cover. `active`: those blocks, of all ranks."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return increments of the parameters that blocks cover, and how far each block goes, α size(d) / r.
+
+    Args:
+        active: those blocks, of all ranks.
+        sizes: rms(W) / W₀ of their matrices, where the metric was refreshed.
+    """
+    whose = {n: b.owner for b in active for n in b.names if n in df and b.owner is not None}
     mine = [b for b in active if b.owner == shards.mine]
     whole = shards.to_owners({n: df[n] for n in whose}, whose)
     likes = {n: shards.like(n) for b in mine for n in b.names}
@@ -66,31 +77,46 @@ def _covered(
     del whole
     states = [rule.state_of(b, g) for b, g in zip(mine, grads)]
     chosen = [shared_options(b, options) for b in mine]
-    dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
-    told = torch.zeros(3 + shards.ranks.size, dtype=dtype, device=device)
-    if mine and rule.slopes.taken is not None:
-        told[0] = slope_along(states, grads)
     directions, failed = directions_of(mine, states, chosen, grads)
-    told[2] = sum(s.failures for s in states)
-    told[3 + shards.mine] = float(failed is not None)
-    increments: list[Tensor] = []
+    found = None
     if mine and failed is None:
         if rule.refreshed:
             look(states, grads, directions)
-        increments = rule.stretch(mine, states, chosen, directions, metric.gradient_share)
-        if rule.refreshed:
-            told[1] = slope_along(states, grads)
-    told = shards.ranks.total(told)
-    refuse_failures(told[3:], failed)
-    rule.slopes.meet(told[0])  # of nothing that was taken: nothing
-    if rule.refreshed:
-        rule.slopes.taken = told[1]
-    rule.info["kept_factors"] = int(told[2])
+            rule.measure(mine, states, sizes)
+        found = rule.lengths(mine, states, chosen, directions, grads, metric.gradient_share)
+    told = _told(shards, metric, active, states, found, failed is not None)
+    first = 2 + shards.ranks.size
+    refuse_failures(told[2:first], failed)
+    factor = bound(told[0], metric.nat)
+    if found is not None:
+        rule.move(states, chosen, directions, found, factor)
+    rule.told = {"predicted_nats": in_nats(told[0], metric.nat)}
+    rule.info["kept_factors"] = int(told[1])
     moved: dict[str, Tensor] = {}
-    for block, step in zip(mine, increments):
+    for block, step in zip(mine, directions):
         for n, delta in block.named(step, likes).items():
             moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
-    return shards.from_owners(moved, whose)
+    return shards.from_owners(moved, whose), factor * told[first:]
+
+
+def _told(
+    shards: Shards,
+    metric: Metric,
+    active: Sequence[Block],
+    states: Sequence[BlockState],
+    found: Lengths | None,
+    failed: bool,
+) -> Tensor:
+    """Return sums over ranks: predicted nats, failures, which rank failed, and α size(d) / r of each block."""
+    first = 2 + shards.ranks.size
+    dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
+    told = torch.zeros(first + len(active), dtype=dtype, device=device)
+    told[1] = sum(s.failures for s in states)
+    told[2 + shards.mine] = float(failed)
+    if found is not None:
+        told[0] = found.nats
+        told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = found.shares.to(told)
+    return shards.ranks.total(told)
 
 
 def directions_of(

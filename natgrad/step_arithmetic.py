@@ -1,75 +1,111 @@
-"""The arithmetic of the default step rule: from directions to increments, on lists of tensors, one entry a block.
+"""The arithmetic of the default step rule on lists of tensors, one entry a block. docs/step.md derives it.
 
-It is what `natgrad.normalised` says in formulas, in functions of tensors and numbers. `torch.compile` makes it slower:
-the checks before a compiled call cost more than fusing saves (``python -m benchmarks.kernels``).
+For a block with gradient g, direction d = ĝ⁻¹g, weights of size r and velocity v:
+
+    α = e^{κ c̄} min(η r / size(d), ν / s), then all α times min(1, √(ε / Σ ½ α² s ⟨g, d⟩))
+    v ← v − β α d,   θ ← θ − (1 − β) α d + c v,   v ← (1 − c) v,   c = k / (k + τ)
+
+c̄ is the running cosine between −d and v, and τ the age of the block's mean, which is halved where the block turns back.
+``torch.compile`` makes these functions slower: its checks before a call cost more than fusing saves
+(``python -m benchmarks.kernels``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-AVERAGING = 3.0  # k: the mean is over about the last third of the steps; its origin is in docs/decisions.md
-COHERENCE_GAIN = 3.0  # κ: a step is at most e³ times as long, or as short, as η says
-COHERENCE_MEMORY = 0.8  # ρ: over about five steps
-NEWTON_SHARE = 0.5  # ν: of the damped Newton step of a block, which a step that neither agrees nor turns back stays in
+# Each value is explained in docs/step.md, with the experiment that chose it (`python -m benchmarks.step_rule`).
+STRETCH = 3.0  # κ: a step is at most e³ times as long as η says, or as short
+MEMORY = 5.0  # steps that c̄ averages over, while a mean is young
+MEMORY_SHARE = 0.1  # of its age, that c̄ averages over besides: noise must not look like a turn
+NEWTON_SHARE = 0.5  # ν: of the block's damped Newton step, as blocks do not know of each other's steps
+NATS = 0.2  # ε: how far one step may move the predictions, in nats by the metric's own reckoning
+WINDOW = 3.0  # k: the mean is over about the last third of the steps
+TURNED = -0.3  # c̄ below which a block has turned back
 
 
-class Stepped(NamedTuple):
-    coherence: tuple[Tensor, ...]  # c̄ with the new directions in it, a scalar a block
-    at_newton: Tensor  # share of blocks where the Newton step is the shorter one
+class Lengths(NamedTuple):
+    """One entry a block; `nats` is a scalar."""
+
+    alpha: Tensor  # α before the bound on the predictions
+    shares: Tensor  # α size(d) / r: the way that it goes, as a share of the weights' size
+    coherence: Tensor  # c̄ with the new direction in it
+    nats: Tensor  # ½ Σ α² s ⟨g, d⟩, in units of the loss
+    at_newton: Tensor  # share of the blocks whose Newton step was the shorter one
 
 
-def step_(
+def lengths(
     directions: list[Tensor],
+    gradients: list[Tensor],
     velocities: list[Tensor],
-    coherence: Sequence[Tensor],
+    coherence: Tensor,
+    ages: Tensor,
+    norms: Tensor,
+    sizes: Tensor,
     rates: Tensor,
-    units: Tensor,
-    excesses: Tensor | None,
-    groups: Sequence[tuple[float, float, list[int]]],
-) -> Stepped:
-    """Writes increments of θ over `directions`, and the next velocities over `velocities`.
+    weights: Tensor,
+    excess: Tensor | None,
+) -> Lengths:
+    """Return how far each block goes along its direction.
 
     Args:
-        directions: d of each block; `velocities`: v; `coherence`: c̄, scalars.
-        rates: η of each block, (blocks,).
-        units: what η is measured against, over ‖d‖, (blocks,).
-        excesses: how many times the Newton step each direction is, (blocks,); None where that is not known.
-        groups: (β, c, members).
+        directions: d of each block; `gradients`: g; `velocities`: v.
+        coherence: c̄, (blocks,); `ages`: τ, (blocks,).
+        norms: ‖d‖, (blocks,); `sizes`: size(d), (blocks,).
+        rates: η, (blocks,); `weights`: r, (blocks,).
+        excess: s, how many times the Newton step each direction is, (blocks,); None where that is not known.
     """
-    norms = torch.stack(torch._foreach_norm(directions))
     speeds = torch.stack(torch._foreach_norm(velocities))
     along = torch.stack([dot(d, v) for d, v in zip(directions, velocities)])
     cosines = (-along / norms / speeds).nan_to_num(0, 0, 0)  # 0 where one of them is
-    now = cosines.lerp(torch.stack(list(coherence)), COHERENCE_MEMORY)
-
-    sizes = norms * units
-    lengths = set_lengths = rates / sizes
-    if excesses is not None:
-        lengths = torch.minimum(lengths, NEWTON_SHARE / excesses)
-    at_newton = (lengths < set_lengths).to(lengths).mean()
-    lengths = torch.where(sizes > 0, -(COHERENCE_GAIN * now).exp() * lengths, 0.0)
-    torch._foreach_mul_(directions, list(lengths.unbind()))
-    for momentum, c, members in groups:
-        move_([velocities[i] for i in members], [directions[i] for i in members], momentum, c)
-    return Stepped(now.unbind(), at_newton)
+    now = coherence + (cosines - coherence) / (MEMORY + MEMORY_SHARE * ages)
+    moving = sizes > 0
+    stretch = (STRETCH * now).exp()
+    alpha = full = torch.where(moving, stretch * rates * weights / sizes, 0.0)
+    if excess is None:
+        return Lengths(alpha, alpha * sizes / weights, now, alpha.new_zeros(()), alpha.new_zeros(()))
+    alpha = torch.minimum(alpha, stretch * NEWTON_SHARE / excess)
+    slopes = torch.stack([dot(g, d) for g, d in zip(gradients, directions)])
+    nats = 0.5 * (alpha.square() * excess * slopes).sum()
+    return Lengths(alpha, alpha * sizes / weights, now, nats, (alpha < full).to(alpha).mean())
 
 
-def move_(velocities: list[Tensor], deltas: list[Tensor], momentum: float, c: float) -> None:
-    """v ← v + β Δ, then increments (1 − β) Δ + c v over `deltas`, then v ← (1 − c) v."""
-    torch._foreach_add_(velocities, deltas, alpha=momentum)
-    torch._foreach_mul_(deltas, 1 - momentum)
-    torch._foreach_add_(deltas, velocities, alpha=c)
-    torch._foreach_mul_(velocities, 1 - c)
+def bound(nats: Tensor, nat: Tensor | None) -> Tensor:
+    """Return what all α are multiplied by, 1 at most, so that a step predicts a change of ε nats at most.
+
+    Args:
+        nats: the predicted change, in units of the loss.
+        nat: how much of the loss one nat is; None sets no bound.
+    """
+    change = in_nats(nats, nat)
+    if change is None:
+        return torch.ones_like(nats)
+    return (NATS / change).sqrt().nan_to_num(1.0, 1.0, 1.0).clamp(max=1.0)
 
 
-def averaging(steps: int) -> float:
-    """c after so many steps."""
-    return AVERAGING / (AVERAGING + steps)
+def in_nats(nats: Tensor, nat: Tensor | None) -> Tensor | None:
+    """Return the predicted change in nats, where it is known."""
+    return None if nat is None else nats / nat.to(nats)
+
+
+def move_(directions: list[Tensor], velocities: list[Tensor], alpha: Tensor, momenta: Tensor, ages: Tensor) -> None:
+    """Write the increments of θ over `directions`, and the next velocities over `velocities`."""
+    share = WINDOW / (WINDOW + ages)  # c
+    torch._foreach_mul_(directions, list((-alpha).unbind()))
+    kicks = torch._foreach_mul(directions, list(momenta.unbind()))
+    torch._foreach_add_(velocities, kicks)
+    torch._foreach_sub_(directions, kicks)
+    drifts = torch._foreach_mul(velocities, list(share.unbind()))
+    torch._foreach_add_(directions, drifts)
+    torch._foreach_sub_(velocities, drifts)
+
+
+def aged(ages: Tensor, coherence: Tensor) -> Tensor:
+    """Return τ after the step: halved where a block has turned back, so that its mean starts anew."""
+    return torch.where(coherence < TURNED, ages / 2, ages + 1)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Options:
     momentum: float  # μ
     damping: float  # λ
     maximize: bool = False
+    weight_decay: float = 0.0  # w
+    share: float = 1.0  # what a schedule has left of lr
 
 
 class Along(NamedTuple):
@@ -51,6 +53,8 @@ class StepRule:
     damping: float = 1e-3
     weight_decay: float = 0.0
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
+    decays = False  # whether `update` sees to the weight decay; if not, the optimizer decays weights, decoupled
+    least_lr = 0.0  # a smaller lr, other than 0, is worth a warning
     on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
     shards: Any = None  # set by a metric whose parameters are sharded
     refreshed = False  # set by the optimizer before each `update`: whether the metric's statistics are new
