@@ -4,9 +4,9 @@ For every block with weights W, gradient g and damped inverse factors G̃, Ã (`
 
     d = G̃ g Ã                                                     the natural direction
     α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
-    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩))                           no step moves the predictions by more than ε nats
+    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)           no step moves the predictions by more than ε nats
     v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
-    W ← W − w (α size(d) / r) W                                   decay in proportion to the way gone
+    W ← W − w min(η, ν size(d) / s r) W                           decay in proportion to the way gone, without e^{κ c̄}
 
 size(d) = rms(d) √(fan_in + 1), and r is the size of W over that which PyTorch's layers start with, 1 / √(3 (fan_in +
 1)); c̄ is the running cosine of −d and v, and τ, the age of the mean, is halved where c̄ falls below −0.3. Parameters
@@ -132,10 +132,10 @@ class NormalisedStep(StepRule):
         momentum: β, from 0 (plain steps, no mean) to below 1. Gradients are taken at (1 − β) z + β x, with z where the
             steps lead and x their mean.
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor, to a bias of its own.
-        weight_decay: w. A step that moves a matrix (no bias, norm or embedding table) by a share of its size also
-            shrinks it by w times that share. It is decoupled as AdamW's is, with the way gone in place of lr: where
-            gradients vanish so does the decay, so that with full batches a minimum of the loss stays one, and with
-            minibatches it is a penalty in proportion to their noise. 0 switches it off.
+        weight_decay: w. Each step takes lr · w of each matrix away (of no bias, norm or embedding table), as AdamW
+            does, and less where the Newton step is shorter than lr says: in the same proportion. So where gradients
+            vanish the decay does too: with full batches a minimum of the loss stays one, and with minibatches it is a
+            penalty in proportion to their noise. 0 switches it off.
 
     A schedule multiplies η. The mean over the last third of the steps anneals without one.
     """
@@ -179,12 +179,12 @@ class NormalisedStep(StepRule):
                 look(states, grads, directions)
                 self.measure(active, states, self.weight_sizes(active, metric.parameters))
             found = self.lengths(active, states, mine, directions, grads, metric.gradient_share)
-            factor = bound(found.nats, metric.nat)
+            factor = bound(found.nats, found.promise, metric.nat)
             self.move(states, mine, directions, found, factor)
             for block, step in zip(active, directions):
                 for n, delta in block.named(step, metric.parameters).items():
                     moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
-            moved = self.decayed(moved, metric.parameters, active, factor * found.shares, options)
+            moved = self.decayed(moved, metric.parameters, active, found.shares, options)
             self.told = {"at_newton_step": found.at_newton, "predicted_nats": in_nats(found.nats, metric.nat)}
         out: Increments = dict(moved)
         covered = {n for b in blocks for n in b.names}
@@ -202,7 +202,7 @@ class NormalisedStep(StepRule):
         shares: Tensor,
         options: Mapping[str, Options],
     ) -> dict[str, Tensor]:
-        """Return increments with the weight decay. `shares`: α size(d) / r of each block."""
+        """Return increments with the weight decay. `shares`: `Lengths.shares` of each block."""
         out = dict(moved)
         rates: dict[str, Tensor] = {}
         for block, share in zip(blocks, shares.unbind()):
@@ -222,7 +222,8 @@ class NormalisedStep(StepRule):
         if not found:
             return {}
         norms = torch._foreach_norm([weights[n].detach() for n in found])
-        squares = torch.stack([norm.float() for norm in norms]).square()
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        squares = torch.stack([norm.to(dtype) for norm in norms]).square()
         if self.shards is not None:
             squares = self.shards.ranks.total(squares)
         scale = squares.new_tensor([w * self.numel(weights, n) ** 0.5 for n, w in found.items()])

@@ -63,7 +63,7 @@ def _covered(
     sizes: Mapping[str, Tensor],
     options: Mapping[str, Options],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return increments of the parameters that blocks cover, and how far each block goes, α size(d) / r.
+    """Return increments of the parameters that blocks cover, and `Lengths.shares` of each block.
 
     Args:
         active: those blocks, of all ranks.
@@ -85,9 +85,9 @@ def _covered(
             rule.measure(mine, states, sizes)
         found = rule.lengths(mine, states, chosen, directions, grads, metric.gradient_share)
     told = _told(shards, metric, active, states, found, failed is not None)
-    first = 2 + shards.ranks.size
-    refuse_failures(told[2:first], failed)
-    factor = bound(told[0], metric.nat)
+    first = 3 + shards.ranks.size
+    refuse_failures(told[3:first], failed)
+    factor = bound(told[0], told[2], metric.nat)
     if found is not None:
         rule.move(states, chosen, directions, found, factor)
     rule.told = {"predicted_nats": in_nats(told[0], metric.nat)}
@@ -96,7 +96,7 @@ def _covered(
     for block, step in zip(mine, directions):
         for n, delta in block.named(step, likes).items():
             moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
-    return shards.from_owners(moved, whose), factor * told[first:]
+    return shards.from_owners(moved, whose), told[first:]
 
 
 def _told(
@@ -107,14 +107,14 @@ def _told(
     found: Lengths | None,
     failed: bool,
 ) -> Tensor:
-    """Return sums over ranks: predicted nats, failures, which rank failed, and α size(d) / r of each block."""
-    first = 2 + shards.ranks.size
+    """Return sums over ranks: predicted nats, failures, the promise, which rank failed, and `Lengths.shares`."""
+    first = 3 + shards.ranks.size
     dtype, device = statistics_dtype(metric.parameters.values()), shards.ranks.device
     told = torch.zeros(first + len(active), dtype=dtype, device=device)
     told[1] = sum(s.failures for s in states)
-    told[2 + shards.mine] = float(failed)
+    told[3 + shards.mine] = float(failed)
     if found is not None:
-        told[0] = found.nats
+        told[0], told[2] = found.nats, found.promise
         told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = found.shares.to(told)
     return shards.ranks.total(told)
 

@@ -2,7 +2,7 @@
 
 For a block with gradient g, direction d = ĝ⁻¹g, weights of size r and velocity v:
 
-    α = e^{κ c̄} min(η r / size(d), ν / s), then all α times min(1, √(ε / Σ ½ α² s ⟨g, d⟩))
+    α = e^{κ c̄} min(η r / size(d), ν / s), then all α times min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)
     v ← v − β α d,   θ ← θ − (1 − β) α d + c v,   v ← (1 − c) v,   c = k / (k + τ)
 
 c̄ is the running cosine between −d and v, and τ the age of the block's mean, which is halved where the block turns back.
@@ -23,17 +23,19 @@ MEMORY = 5.0  # steps that c̄ averages over, while a mean is young
 MEMORY_SHARE = 0.1  # of its age, that c̄ averages over besides: noise must not look like a turn
 NEWTON_SHARE = 0.5  # ν: of the block's damped Newton step, as blocks do not know of each other's steps
 NATS = 0.2  # ε: how far one step may move the predictions, in nats by the metric's own reckoning
+PROMISE = 1.0  # and by how many nats it may promise to lower the loss
 WINDOW = 3.0  # k: the mean is over about the last third of the steps
 TURNED = -0.3  # c̄ below which a block has turned back
 
 
 class Lengths(NamedTuple):
-    """One entry a block; `nats` is a scalar."""
+    """One entry a block; the last three are scalars."""
 
     alpha: Tensor  # α before the bound on the predictions
-    shares: Tensor  # α size(d) / r: the way that it goes, as a share of the weights' size
+    shares: Tensor  # min(η, ν size(d) / s r): the way that it goes without stretching, as a share of the weights' size
     coherence: Tensor  # c̄ with the new direction in it
-    nats: Tensor  # ½ Σ α² s ⟨g, d⟩, in units of the loss
+    nats: Tensor  # ½ Σ α² s ⟨g, d⟩, how far the predictions move, in units of the loss
+    promise: Tensor  # Σ α ⟨g, d⟩, what the slope says the loss will fall by
     at_newton: Tensor  # share of the blocks whose Newton step was the shorter one
 
 
@@ -62,28 +64,35 @@ def lengths(
     along = torch.stack([dot(d, v) for d, v in zip(directions, velocities)])
     cosines = (-along / norms / speeds).nan_to_num(0, 0, 0)  # 0 where one of them is
     now = coherence + (cosines - coherence) / (MEMORY + MEMORY_SHARE * ages)
-    moving = sizes > 0
-    stretch = (STRETCH * now).exp()
-    alpha = full = torch.where(moving, stretch * rates * weights / sizes, 0.0)
+    plain = full = torch.where(sizes > 0, rates * weights / sizes, 0.0)
+    if excess is not None:
+        plain = torch.minimum(full, NEWTON_SHARE / excess)
+    alpha = (STRETCH * now).exp() * plain
+    shares = plain * sizes / weights
     if excess is None:
-        return Lengths(alpha, alpha * sizes / weights, now, alpha.new_zeros(()), alpha.new_zeros(()))
-    alpha = torch.minimum(alpha, stretch * NEWTON_SHARE / excess)
+        nothing = alpha.new_zeros(())
+        return Lengths(alpha, shares, now, nothing, nothing, nothing)
     slopes = torch.stack([dot(g, d) for g, d in zip(gradients, directions)])
     nats = 0.5 * (alpha.square() * excess * slopes).sum()
-    return Lengths(alpha, alpha * sizes / weights, now, nats, (alpha < full).to(alpha).mean())
+    return Lengths(alpha, shares, now, nats, (alpha * slopes).sum(), (plain < full).to(alpha).mean())
 
 
-def bound(nats: Tensor, nat: Tensor | None) -> Tensor:
-    """Return what all α are multiplied by, 1 at most, so that a step predicts a change of ε nats at most.
+def bound(nats: Tensor, promise: Tensor, nat: Tensor | None) -> Tensor:
+    """Return what all α are multiplied by, 1 at most: a step moves predictions by ε nats, and promises 1 nat, at most.
+
+    The second holds where the metric has not seen what the gradient is of, as of rare tokens in a large vocabulary.
 
     Args:
-        nats: the predicted change, in units of the loss.
+        nats: how far the predictions move, in units of the loss; `promise`: what the slope says the loss will fall by.
         nat: how much of the loss one nat is; None sets no bound.
     """
-    change = in_nats(nats, nat)
-    if change is None:
+    if nat is None:
         return torch.ones_like(nats)
-    return (NATS / change).sqrt().nan_to_num(1.0, 1.0, 1.0).clamp(max=1.0)
+    nat = nat.to(nats)
+    near = torch.minimum(
+        (NATS * nat / nats).sqrt().nan_to_num(1.0, 1.0, 1.0), (PROMISE * nat / promise).nan_to_num(1.0, 1.0, 1.0)
+    )
+    return torch.where(near > 0, near, torch.ones_like(near)).clamp(max=1.0)
 
 
 def in_nats(nats: Tensor, nat: Tensor | None) -> Tensor | None:

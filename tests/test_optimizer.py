@@ -325,7 +325,7 @@ def test_info_says_what_happened() -> None:
     assert info["refreshes"] >= 1
     assert 0 < info["share_of_time"] < 1
     assert "relative" in info["damping_meaning"]
-    for key in ("damping", "step_length", "reduction_ratio", "refreshed"):
+    for key in ("damping", "step_length", "predicted_nats", "refreshed"):
         assert key in info
 
 
@@ -387,8 +387,9 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
     """With one refresh and lr tiny: Δ ∝ ((U/t + √λ)⁻¹ ⊗ (V/t + √λ)⁻¹) df, by hand."""
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
     y = torch.randn(8, 2).double()
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), lr=1e-3, damping=0.04, weight_decay=0.0)
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), lr=1e-2, damping=0.04, weight_decay=0.0)
     before = model.weight.detach().clone()
+    r = before.square().mean().sqrt() * 12**0.5  # over 1 / √(3 (fan_in + 1))
     criterion(model(X), y).backward()
     g = model.weight.grad.clone()
     opt.step()
@@ -397,39 +398,52 @@ def test_the_direction_is_the_metric_of_the_data_trained_on(close: Close) -> Non
     left, right = u + 0.2 * torch.eye(2).double(), 3 * v / v.trace() + 0.2 * torch.eye(3).double()
     direction = torch.linalg.inv(left) @ g @ torch.linalg.inv(right)
     size = direction.square().mean().sqrt() * 2.0  # √(fan_in + 1)
-    close(model.weight.detach() - before, -1e-3 * direction / size, 1e-9)
+    close(model.weight.detach() - before, -1e-2 * r * direction / size, 1e-9)
     assert oracle.relative_error(g, direction) > 0.05
 
 
 def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
-    """All of it, 30 steps by hand; the first agree, later ones turn back and are half a Newton step."""
+    """All of it, 60 steps by hand in units of a thousandth: the first agree and grow with the weights, some are bounded
+    by their predictions, later ones turn back and are half a Newton step.
+    """
     model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss()
-    y = torch.randn(8, 2).double() / 4
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))
+    y = 1e3 * (X @ torch.randn(3, 2).double() + 0.1 * torch.randn(8, 2).double())
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), weight_decay=0.1, refresh=1)
     metric = torch.linalg.inv(3 * (X.mT @ X) / (X.mT @ X).trace() + 0.1**0.5 * torch.eye(3).double())
     metric /= 1 + 0.1**0.5  # the inverse of U, a multiple of I
-    theta, v, coherence = model.weight.detach().clone(), torch.zeros(2, 3).double(), 0.0
-    seen: list[float] = []
-    newton: list[bool] = []
-    for t in range(30):
-        g = 2 / 16 * (X @ theta.mT - y).mT @ X  # of the mean squared error
-        d = g @ metric  # U is a multiple of I
-        size, speed = d.norm(), v.norm()
-        coherence = 0.8 * coherence - (0.2 * float((d * v).sum() / (size * speed)) if speed > 0 else 0.0)
-        lengths = 0.1 / float(size / 6**0.5 * 2), 0.5 / float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
-        delta = -math.exp(3 * coherence) * min(lengths) * d
-        v, c = v + 0.9 * delta, 3 / (3 + t)
-        theta, v = theta + 0.1 * delta + c * v, (1 - c) * v
-        seen.append(coherence)
-        newton.append(lengths[1] < lengths[0])
+    theta, v, coherence, age, r = model.weight.detach().clone(), torch.zeros(2, 3).double(), 0.0, 0.0, 0.0
+    s = float(X.square().mean())  # U = 2/16 · 8 I, V = XᵀX/8
+    natural = 12**-0.5  # 1 / √(3 (fan_in + 1))
+    seen: dict[str, list[bool]] = {"newton": [], "bounded": [], "turned": [], "grown": []}
+    for t in range(60):
+        residual = X @ theta.mT - y
+        g = 2 / 16 * residual.mT @ X  # of the mean squared error
+        d = g @ metric
+        now = float(theta.norm()) / 6**0.5 / natural
+        grown = max(r, now if coherence > 0.5 else min(now, 1.0))
+        seen["grown"].append(t > 0 and grown > r)
+        r = now if t == 0 else grown
+        cosine = -float((d * v).sum() / (d.norm() * v.norm())) if v.norm() > 0 else 0.0
+        coherence += (cosine - coherence) / (5 + 0.1 * age)
+        size = float(d.norm()) / 6**0.5 * 2
+        lengths = 0.1 * r / size, 0.5 / s
+        alpha = math.exp(3 * coherence) * min(lengths)
+        nats = 0.5 * alpha**2 * s * float((g * d).sum()) / (2 * float(residual.square().mean()))
+        promise = alpha * float((g * d).sum()) / (2 * float(residual.square().mean()))
+        factor = min(1.0, (0.2 / nats) ** 0.5, 1 / promise)
+        alpha *= factor
+        delta, c = -alpha * d, 3 / (3 + age)
+        v = v + 0.9 * delta
+        theta, v = theta + 0.1 * delta + c * v - 0.1 * min(0.1, 0.5 * size / s / r) * theta, (1 - c) * v
+        age = age / 2 if coherence < -0.3 else age + 1
+        for key, is_so in (("newton", lengths[1] < lengths[0]), ("bounded", factor < 1), ("turned", coherence < -0.3)):
+            seen[key].append(is_so)
         opt.zero_grad()
         criterion(model(X), y).backward()
         opt.step()
-        close(model.weight.detach(), theta, 1e-12)
-    assert max(seen) > 0.4
-    assert min(seen) < -0.1
-    assert not all(newton[:5])
-    assert any(newton)
+        close(model.weight.detach(), theta, 1e-7)
+        assert opt.info["predicted_nats"] == pytest.approx(nats, rel=1e-4)
+    assert all(any(said) and not all(said) for said in seen.values()), seen
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input", "dense", "diagonal"])
@@ -447,6 +461,7 @@ def test_the_empirical_kind_has_no_newton_step() -> None:
     """It is as large as the residuals squared: with targets far off its steps would be as much too short."""
     first = []
     for scale in (1.0, 1e4):
+        torch.manual_seed(0)
         model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
         opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="empirical"), lr=0.01)
         before = flat(model)
@@ -454,7 +469,8 @@ def test_the_empirical_kind_has_no_newton_step() -> None:
         opt.step()
         first.append(float((flat(model) - before).norm()))
         assert opt.info["at_newton_step"] == 0
-    assert first[1] == pytest.approx(first[0], rel=0.1)
+        assert opt.info["predicted_nats"] is None
+    assert first[1] == pytest.approx(first[0], rel=0.2)
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input", "dense", "diagonal"])
@@ -469,7 +485,7 @@ def test_no_curvature_has_no_newton_step(structure: str) -> None:
 def state_and_block() -> tuple[BlockState, Block]:
     metric = ng.Fisher(nn.Linear(3, 2).double(), nn.MSELoss())
     metric.update(X, X[:, :2])
-    return BlockState(torch.zeros(1, 2, 4).double(), torch.zeros(())), metric.blocks[0]
+    return BlockState(torch.zeros(1, 2, 4).double(), torch.zeros(()), torch.zeros(())), metric.blocks[0]
 
 
 @pytest.mark.parametrize(("value", "taken"), [(2.0, 2.0), (math.inf, 0.0), (math.nan, 0.0)])
@@ -536,20 +552,115 @@ def test_weight_decay_is_the_rules_own_unless_it_is_given() -> None:
         weight_decay = 0.3
 
     metric = ng.Fisher(mlp(hidden=8), nn.MSELoss())
-    for step, given, expected in ((None, None, 0.0), (Decaying(), None, 0.3), (Decaying(), 0.0, 0.0), (None, 0.1, 0.1)):
+    own = metric.default_step().weight_decay
+    assert own > 0
+    for step, given, expected in ((None, None, own), (Decaying(), None, 0.3), (Decaying(), 0.0, 0.0), (None, 0.1, 0.1)):
         opt = ng.NaturalGradient(metric, step=step, weight_decay=given, groups=[{"params": "*.bias"}])
         assert [g["weight_decay"] for g in opt.param_groups] == [expected] * 2
 
 
-@pytest.mark.parametrize("kind", ["sampled", "empirical"])
-def test_weights_do_not_decay_by_default(kind: str) -> None:
-    ends = []
-    for decay in (None, 0.0):
-        model, criterion = mlp(hidden=8), nn.CrossEntropyLoss()
-        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind), weight_decay=decay)
-        for _ in range(5):
+def one_step(model: nn.Module, decay: float, factor: float = 1.0) -> ng.NaturalGradient:
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact"), weight_decay=decay)
+    (factor * opt.metric.criterion(model(X), Y)).backward()
+    opt.step()
+    return opt
+
+
+def test_the_decay_of_a_matrix_is_a_share_of_the_way_it_goes(close: Close) -> None:
+    """The first step goes η r / size(d), a tenth of the weights' natural size; biases and norms do not decay."""
+    ends, start = [], nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    for decay in (0.0, 0.25):
+        model = copy.deepcopy(start)
+        one_step(model, decay)
+        ends.append(dict(model.named_parameters()))
+    for name, p in start.named_parameters():
+        share = 0.25 * 0.1 if p.dim() == 2 else 0.0
+        close(ends[1][name].detach(), ends[0][name].detach() - share * p.detach(), 1e-12)
+
+
+def test_nothing_decays_where_gradients_vanish() -> None:
+    model = mlp(hidden=8)
+    before = flat(model)
+    one_step(model, 0.5, factor=0.0)
+    assert torch.equal(flat(model), before)
+
+
+def test_an_embedding_does_not_decay() -> None:
+    """A row that is not in the batch has no gradient that would answer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).double()
+    before = model[0].weight.detach().clone()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()), weight_decay=0.5)
+    opt.metric.criterion(model(torch.tensor([0, 1, 1, 0])), torch.tensor([0, 1, 1, 0])).backward()
+    opt.step()
+    moved = (model[0].weight.detach() - before).abs().sum(1) > 0
+    assert moved.tolist() == [True, True, False, False, False]
+
+
+def test_a_rate_of_another_optimizer_is_warned_of_once() -> None:
+    metric = ng.Fisher(mlp(hidden=8), nn.MSELoss())
+    with pytest.warns(
+        UserWarning, match=r"lr=0\.001 is far below .*default 0\.1.*share of the weights' own size"
+    ) as seen:
+        ng.NaturalGradient(metric, lr=1e-3)
+    assert len(seen) == 1
+    assert "test_optimizer" in seen[0].filename
+    ng.NaturalGradient(metric, lr=0.025)
+    ng.NaturalGradient(metric, lr=0.0)
+    ng.NaturalGradient(metric, lr=1e-3, step=FixedStep())
+    opt = ng.NaturalGradient(metric)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=9, cycle_momentum=False)  # sets a lower rate
+
+
+def test_the_bound_on_predictions_does_not_depend_on_units_or_reduction(close: Close) -> None:
+    """Targets and loss in other units, a sum for a mean: the same steps, of a model that can take them over."""
+    y = X @ torch.randn(3, 2).double() + torch.randn(8, 2).double()
+    ends, nats = [], []
+    for unit, reduction in ((1.0, "mean"), (1e3, "mean"), (1.0, "sum")):
+        torch.manual_seed(1)
+        model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss(reduction=reduction)
+        with torch.no_grad():
+            model.weight.mul_(unit)
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))
+        for _ in range(40):
             opt.zero_grad()
-            criterion(model(X), Y).backward()
+            criterion(model(X), unit * y).backward()
             opt.step()
-        ends.append(flat(model))
-    assert torch.equal(*ends)
+        ends.append(flat(model) / unit)
+        nats.append(opt.info["predicted_nats"])
+    for end, found in zip(ends[1:], nats[1:]):
+        close(end, ends[0], 1e-9)
+        assert found == pytest.approx(nats[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [None, 16])
+def test_a_regression_ends_at_its_solution(batch: int | None) -> None:
+    """A mean that lags behind its steps made them overshoot without end."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 5).double() * torch.logspace(0, -1, 5).double()
+    y = x @ torch.randn(5, 1).double()
+    model, criterion = nn.Linear(5, 1).double(), nn.MSELoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(400):
+        rows = slice(None) if batch is None else torch.randint(200, (batch,), generator=generator)
+        opt.zero_grad()
+        criterion(model(x[rows]), y[rows]).backward()
+        opt.step()
+    assert float(criterion(model(x), y).detach()) < 1e-10
+
+
+@pytest.mark.parametrize("unit", [1e3, 1e-3])
+@pytest.mark.parametrize("what", ["inputs", "targets", "both"])
+def test_a_regression_in_raw_units_ends_at_its_solution(what: str, unit: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 5).double()
+    y = x @ torch.randn(5, 1).double() + 1.0
+    x, y = (t * unit if what in (name, "both") else t for name, t in (("inputs", x), ("targets", y)))
+    model, criterion = nn.Linear(5, 1).double(), nn.MSELoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    for _ in range(600):
+        opt.zero_grad()
+        criterion(model(x), y).backward()
+        opt.step()
+    assert float(criterion(model(x), y).detach()) < 1e-10 * float(y.square().mean())

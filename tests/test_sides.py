@@ -331,7 +331,11 @@ def test_a_damped_step_is_that_of_the_masked_factors(structure: str, close: Clos
             close(found.flatten(), expected, 1e-9)
         else:
             u, v = (sides.dense_of(s)[0] for s in (block.u, block.v))
-            u, v = (m / (m.trace() / len(m)) + 0.3 * torch.eye(len(m)).double() for m in (u, v))
+            scales = torch.ones(len(v)).double() * v.diagonal()[:-1].mean()
+            scales[-1] = v[-1, -1]  # a bias by itself
+            size = v.trace() / len(v)
+            u = u / (u.trace() / len(u)) + 0.3 * torch.eye(len(u)).double()
+            v = (v + 0.3 * torch.diag(scales)) / size
             close(found[0], torch.linalg.inv(u) @ x[0] @ torch.linalg.inv(v), 1e-12)
         close(shared, found, 1e-14)
 
