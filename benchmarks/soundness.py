@@ -1,9 +1,10 @@
 """Is the default step sound? ``python -m benchmarks.soundness [--decay 0] [--schedules none cosine …] [--starts]``.
 
 Convex problems, of which the optimum is known by other means, from the constructor's defaults in float64. One line a
-problem and schedule: (loss − optimum) / (first loss − optimum) after so many steps, and the largest value met after step
-50, which must not climb. Full batches and noise-free minibatches are to go to rounding. With noise in the labels what is
-left is the noise over the number of data that the mean stands for. A schedule has the last of ``--steps`` as its horizon.
+problem and schedule: (loss − optimum) / (first loss − optimum) after so many steps, and the largest value met after
+step 50, which must not climb. Full batches and noise-free minibatches are to go to rounding. With noise in the labels
+what is left is the noise over the number of data that the mean stands for. A schedule has the last of ``--steps`` as
+its horizon.
 
 ``--starts`` trains transformers with weights from N(0, 0.02) on random tokens of a Zipf law instead, beside AdamW: the
 largest loss met on the way and the loss at the end. The larger one takes minutes and gigabytes.
@@ -138,7 +139,7 @@ def excesses(problem: Problem, schedule: Schedule, steps: int, decay: float | No
         loss.backward()
         opt.step()
         if isinstance(rates, lr_scheduler.ReduceLROnPlateau):
-            rates.step(float(loss))
+            rates.step(float(loss.detach()))
         elif rates is not None:
             rates.step()
         with torch.no_grad():
@@ -207,7 +208,7 @@ def starts(only: str) -> None:
                 loss = criterion(model(tokens[:, :-1]), tokens[:, 1:].flatten())
                 loss.backward()
                 opt.step()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
             last = sum(losses[-10:]) / 10
             print(f"{title:34s}{name:10s}{losses[0]:8.2f}{max(losses):9.2f}{last:8.2f}", flush=True)
 

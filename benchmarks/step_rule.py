@@ -1,5 +1,5 @@
 """Variants of the default step rule side by side, by steps: ``python -m benchmarks.step_rule [--seeds 2] [--workloads
-…]``.
+…] [--variants …] [--schedule cosine]``.
 
 For each small workload and variant: training and held-out loss after a fixed number of steps, with the weights as they
 are and with an exponential average of them (decay 0.98), the mean over seeds. Steps and not seconds, so that the
@@ -18,6 +18,7 @@ from rich.table import Table
 
 import natgrad as ng
 from benchmarks.against_tuned import ALL
+from benchmarks.soundness import SCHEDULES
 from benchmarks.workloads import Workload
 from natgrad import kronecker_blocks, normalised, optimizer, step_arithmetic
 
@@ -38,6 +39,19 @@ STEPS = {
     "diabetes": 3000,
     "power_plant": 3000,
     "spirals": 3000,
+    "clusters": 3000,
+    "hastie": 3000,
+    "swiss_roll": 3000,
+    "friedman2": 3000,
+    "digits_conv": 400,
+    "s_curve": 3000,
+    "quantiles": 3000,
+    "sparse": 3000,
+    "mnist_mlp": 1500,
+    "other_half": 1500,
+    "letters_gru": 400,
+    "mnist_ae_xavier": 40,
+    "recurrent": 300,
 }
 AVERAGE = 0.98
 
@@ -70,46 +84,55 @@ VARIANTS: dict[str, Make] = {
     "default": default,
     "refresh after half of the steps": with_constant(optimizer, "GAP_GROWTH", 0.5, default),
     "refresh after twice the steps": with_constant(optimizer, "GAP_GROWTH", 2.0, default),
-    "mean over the last fifth of the steps": with_constant(step_arithmetic, "AVERAGING", 5.0, default),
-    "mean over the last tenth": with_constant(step_arithmetic, "AVERAGING", 10.0, default),
+    "mean over the last fifth of the steps": with_constant(step_arithmetic, "WINDOW", 5.0, default),
+    "mean over the last tenth": with_constant(step_arithmetic, "WINDOW", 10.0, default),
     "no mean: momentum 0": lambda model, criterion: natural(model, criterion, momentum=0.0),
-    "steps of a fixed length": with_constant(step_arithmetic, "COHERENCE_GAIN", 0.0, default),
-    "a coherence of half the gain": with_constant(step_arithmetic, "COHERENCE_GAIN", 1.5, default),
+    "a mean that never starts anew": with_constant(step_arithmetic, "TURNED", -2.0, default),
+    "turns seen over five steps": with_constant(step_arithmetic, "MEMORY_SHARE", 0.0, default),
+    "steps of a fixed length": with_constant(step_arithmetic, "STRETCH", 0.0, default),
+    "half the stretch": with_constant(step_arithmetic, "STRETCH", 1.5, default),
     "no limit by the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1e9, default),
     "up to the whole Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1.0, default),
-    "a Newton limit that follows at once": with_constant(normalised, "SCALE_MEMORY", 0.0, default),
     "up to 0.3 of the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 0.3, default),
+    "a Newton limit that follows at once": with_constant(normalised, "SCALE_MEMORY", 0.0, default),
+    "no bound on the predictions": with_constant(step_arithmetic, "NATS", 1e9, default),
+    "no bound on the promise": with_constant(step_arithmetic, "PROMISE", 1e9, default),
+    "steps that always grow with the weights": with_constant(normalised, "AGREE", -2.0, default),
+    "steps that never do": with_constant(normalised, "AGREE", 2.0, default),
     "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
     "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_SIDE", 400, default),
     "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
-    "weight decay 0.05": decayed(0.05),
-    "weight decay 0.15": decayed(0.15),
+    "no weight decay": decayed(0.0),
+    "half the weight decay": decayed(0.025),
+    "twice the weight decay": decayed(0.1),
 }
 CONSTANTS = (
     (optimizer, "GAP_GROWTH"),
-    (step_arithmetic, "AVERAGING"),
-    (step_arithmetic, "COHERENCE_GAIN"),
-    (step_arithmetic, "NEWTON_SHARE"),
+    *((step_arithmetic, n) for n in ("WINDOW", "TURNED", "MEMORY_SHARE", "STRETCH", "NEWTON_SHARE", "NATS", "PROMISE")),
     (normalised, "SCALE_MEMORY"),
+    (normalised, "AGREE"),
     (kronecker_blocks, "TRAINING_SIDE"),
 )
 
 
-def train(workload: Workload, make: Make, steps: int, seed: int) -> tuple[list[float], int]:
+def train(workload: Workload, make: Make, steps: int, seed: int, schedule: str = "none") -> tuple[list[float], int]:
     """Training and held-out loss, as the weights are and averaged; and the number of refreshes."""
     before = [(module, name, getattr(module, name)) for module, name in CONSTANTS]
     torch.manual_seed(seed)
     model = workload.model()
     try:
         opt = make(model, workload.criterion)
+        rates = SCHEDULES[schedule](opt, steps)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
             x, y = workload.draw(generator)
             opt.zero_grad()
             workload.loss(model, x, y).backward()
             opt.step()
+            if rates is not None:
+                rates.step()
     finally:
         for module, name, value in before:
             setattr(module, name, value)
@@ -125,17 +148,18 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="in place of each workload's own number")
+    parser.add_argument("--schedule", choices=[s for s in SCHEDULES if s != "plateau"], default="none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=130)
     for name in args.workloads:
         workload = ALL[name]()
         steps = args.steps or STEPS[name]
-        table = Table(title=f"{name}, {steps} steps, mean of {args.seeds} seeds")
+        table = Table(title=f"{name}, {steps} steps, schedule {args.schedule}, mean of {args.seeds} seeds")
         for column in ("variant", "train", "held out", "train, averaged", "held out, averaged", "refreshes"):
             table.add_column(column, justify="left" if column == "variant" else "right")
         for variant in args.variants:
-            runs = [train(workload, VARIANTS[variant], steps, seed) for seed in range(args.seeds)]
+            runs = [train(workload, VARIANTS[variant], steps, seed, args.schedule) for seed in range(args.seeds)]
             means = [statistics.mean(losses[i] for losses, _ in runs) for i in range(4)]
             table.add_row(variant, *(f"{m:.4g}" for m in means), str(runs[0][1]))
         console.print(table)
