@@ -68,7 +68,7 @@ def cosines(names: Sequence[str], expected: Sequence[float], last: Sequence[floa
 
 
 def over_time(records: Sequence[dict[str, Any]]) -> Figure:
-    """Cosines, the reduction ratio and the step length against the step."""
+    """Cosines, how far steps were to move the predictions, and the step length against the step."""
     figure = Figure(figsize=(11.5, 2.9), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     steps = [r["steps"] for r in records]
@@ -80,9 +80,8 @@ def over_time(records: Sequence[dict[str, Any]]) -> Figure:
     left.axhspan(PLAIN, 1.02, color=PALETTE[4], alpha=0.25, lw=0)
     left.set_ylim(min(0.0, *left.get_ylim()), 1.02)
     left.set_title("cos(direction, gradient), first blocks dark", fontsize=8.5, loc="left", color=INK)
-    middle.plot(steps, [number(r.get("reduction_ratio")) for r in records], color=PALETTE[0], lw=1.4)
-    middle.axhline(1, color=FAINT, lw=0.9, ls="--")
-    middle.set_title("actual over predicted reduction (1: as predicted)", fontsize=8.5, loc="left", color=INK)
+    middle.plot(steps, [number(r.get("predicted_nats")) for r in records], color=PALETTE[0], lw=1.4)
+    middle.set_title("how far a step is to move the predictions, in nats", fontsize=8.5, loc="left", color=INK)
     right.plot(steps, [number(r.get("step_length")) for r in records], color=PALETTE[0], lw=1.4)
     right.set_title("step length", fontsize=8.5, loc="left", color=INK)
     for ax in (left, middle, right):

@@ -118,6 +118,17 @@ def relative_inverse(side: Tensor, damping: float, found: Sequence[Tensor | None
     return side_of([relative_inverse_of_piece(side, i, damping, own) if m is None else m for i, m in enumerate(found)])
 
 
+def damped_eigenvalues(side: Tensor, damping: float, own: int = 0) -> Tensor:
+    """Return the eigenvalues of U + √λ t_U T, (…, d), in the order of those of `eigen_of`: `relative_inverse`'s own."""
+    added = damping**0.5 * diagonal_of(side).mean() * damped_by(side, own)
+    if is_diagonal(side):
+        return (diagonal_of(side) + added).clamp(min=0)
+    pieces = pieces_of(side)
+    return torch.cat(
+        [safe_eigh(p + torch.diag_embed(of_piece(added, side, i)))[0] for i, p in enumerate(pieces)], dim=-1
+    )
+
+
 def damped_by(side: Tensor, own: int) -> Tensor:
     """Return the diagonal of T, (…, d); 1 for inputs that are all zero."""
     diagonal = diagonal_of(side)

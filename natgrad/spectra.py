@@ -22,7 +22,8 @@ from torch import Tensor
 
 from natgrad import metric_file
 from natgrad.blocks import Block
-from natgrad.kronecker import eigen_of
+from natgrad.kronecker import damped_eigenvalues, eigen_of
+from natgrad.kronecker_blocks import KroneckerBlock
 
 ZERO = 1e-7  # of the largest eigenvalue: what float32 statistics cannot tell from zero
 
@@ -111,12 +112,13 @@ def spectrum(block: Block, damping: float, relative: bool) -> Spectrum:
     if not relative:
         damped = values + damping
     elif "U" in block.statistics and "V" in block.statistics:
-        # (u/t_U + √λ)(v/t_V + √λ) in units of the spectrum; for several groups, in those of each
-        u, v = (eigen_of(block.value(k).double())[0] for k in ("U", "V"))
-        tu, tv = u.mean(-1, keepdim=True), v.mean(-1, keepdim=True)
-        root = damping**0.5
+        # in units of the spectrum
+        sides = [block.value(k).double() for k in ("U", "V")]
+        u, v = (eigen_of(side)[0] for side in sides)
+        own = block.own_columns if isinstance(block, KroneckerBlock) else 0
+        du, dv = (damped_eigenvalues(side, damping, k) for side, k in zip(sides, (0, own)))
         values = (u[..., :, None] * v[..., None, :]).flatten()
-        damped = ((u + root * tu)[..., :, None] * (v + root * tv)[..., None, :]).flatten()
+        damped = (du[..., :, None] * dv[..., None, :]).flatten()
     else:
         damped = values + damping * values.mean()
     order = values.argsort(descending=True)
