@@ -225,7 +225,7 @@ class NormalisedStep(StepRule):
         dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         squares = torch.stack([norm.to(dtype) for norm in norms]).square()
         if self.shards is not None:
-            squares = self.shards.ranks.total(squares)
+            squares = self.shards.ranks.total(squares * self.shards.counted(list(found)).to(squares))
         scale = squares.new_tensor([w * self.numel(weights, n) ** 0.5 for n, w in found.items()])
         return dict(zip(found, (squares.sqrt() / scale).unbind()))
 

@@ -115,6 +115,10 @@ class Shards:
         p = self.parameters[name]
         return torch.zeros((), dtype=p.dtype, device=self.ranks.device).expand(p.shape)
 
+    def counted(self, names: Sequence[str]) -> Tensor:
+        """Return for each name 1 where this rank's shard counts in a sum over all ranks, 0 where it is a copy."""
+        return torch.tensor([float(self.layout(n).copies[self.mine] == 0) for n in names], device=self.ranks.device)
+
     # on the way ----------------------------------------------------------------------------------------
 
     def to_owners(self, local: Mapping[str, Tensor], whose: Mapping[str, int]) -> dict[str, Tensor]:

@@ -535,8 +535,8 @@ def test_info_says_how_many_blocks_are_at_their_newton_step() -> None:
 
 @pytest.mark.parametrize(("decay", "bound"), [(0.0, 1e-10), (None, 1e-6)])
 def test_data_that_can_be_fitted_are_fitted_to_the_last_point(decay: float | None, bound: float) -> None:
-    """Minibatches, no schedule: steps of a set length alone end at a loss of about 1e-3 here. The default decay vanishes
-    with the gradients, and slows them down.
+    """Minibatches, no schedule: steps of a set length alone end at a loss of about 1e-3 here. The default decay
+    vanishes with the gradients, and slows them down.
     """
     torch.manual_seed(0)
     x, y = torch.randn(24, 4).double(), torch.randn(24, 1).double()
