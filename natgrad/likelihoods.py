@@ -18,6 +18,7 @@ Roots for `torch.distributions` stand in `natgrad.closed_forms`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,11 +112,22 @@ class Reading:
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
         """Return (Σ m u, Σ m) over terms of mass m, u how much of a term's loss one nat is; None where it is not known.
 
-        A likelihood is measured in nats: u is 1. A squared error has the units of the user's data: it is read as the
-        likelihood of a normal whose variance is that of the residuals.
+        A likelihood is measured in nats: u is 1. Where predictions are worse than knowing nothing, it is the loss over
+        that of knowing nothing: a classifier that is a thousand nats off would not get anywhere by single ones. A
+        squared error has the units of the user's data: it is read as the likelihood of a normal whose variance is that
+        of the residuals.
         """
         mass = self.term_mass(outputs, targets).sum()
-        return torch.stack([mass, mass])
+        nothing = self.ignorance(outputs)
+        if nothing is None or not isinstance(targets, Tensor):
+            return torch.stack([mass, mass])
+        with torch.no_grad():
+            loss = self.sum_loss(outputs[0], targets).to(mass)
+        return torch.stack([torch.maximum(mass, (loss / nothing).nan_to_num(0, 0, 0)), mass])
+
+    def ignorance(self, outputs: Tensors) -> float | None:
+        """Return the loss of a term for predictions that are the same whatever the label; None where there is none."""
+        return None
 
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
@@ -194,6 +206,9 @@ class CrossEntropy(Reading):
     def classes(self, f: Tensor) -> int:
         return f.shape[0] if f.dim() == 1 else f.shape[1]
 
+    def ignorance(self, outputs: Tensors) -> float | None:
+        return math.log(max(2, self.classes(outputs[0])))
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
 
@@ -270,6 +285,9 @@ class Squared(Elementwise):
 
 class BinaryCrossEntropy(Elementwise):
     """`nn.BCEWithLogitsLoss`: c = weight · (1 + (pos_weight − 1) y), h = σ(1 − σ)."""
+
+    def ignorance(self, outputs: Tensors) -> float | None:
+        return math.log(2)
 
     def why_targets(self) -> str | None:
         return None if self.criterion.pos_weight is None else "`pos_weight` depends on the labels"

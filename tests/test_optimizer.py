@@ -667,3 +667,33 @@ def test_a_regression_in_raw_units_ends_at_its_solution(what: str, unit: float) 
         criterion(model(x), y).backward()
         opt.step()
     assert float(criterion(model(x), y).detach()) < 1e-10 * float(y.square().mean())
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_classifier_that_starts_far_off_gets_there(classes: int) -> None:
+    """Inputs in thousands: logits of hundreds at the start, far worse than knowing nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 5).double()
+    f = 0.7 * x @ torch.randn(5, classes).double()
+    model = nn.Linear(5, classes).double()
+    criterion: nn.Module = nn.BCEWithLogitsLoss()
+    y = torch.bernoulli(f.sigmoid())
+    if classes > 1:
+        criterion, y = nn.CrossEntropyLoss(), torch.multinomial(f.softmax(1), 1)[:, 0]
+    twin = copy.deepcopy(model)
+    lbfgs = torch.optim.LBFGS(twin.parameters(), max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        loss = criterion(twin(x), y)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    best = float(criterion(twin(x), y).detach())
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion))
+    for _ in range(600):
+        opt.zero_grad()
+        criterion(model(1e3 * x), y).backward()
+        opt.step()
+    assert float(criterion(model(1e3 * x), y).detach()) == pytest.approx(best, abs=1e-4)
