@@ -43,7 +43,9 @@ def results(study: Study) -> str:
     marked = sum(bool(line["marked"]) for line in study.lines)
     waiting = [w for w in STUDY if w not in study.workloads]
     absent = f" Not run to the end yet: {', '.join(waiting)}." if waiting else ""
-    return f"""**natgrad with no option set, beside tuned rivals.** Time to the target of the best of tuned AdamW,
+    return f"""natgrad's runs on this page are of an earlier step rule than [the present one](step.md).
+
+**natgrad with no option set, beside tuned rivals.** Time to the target of the best of tuned AdamW,
 NAdamW and SGD over natgrad's, geometric mean over {head[1] if head else 0} workloads:
 **{times(head[0] if head else None)}**; by workload: {counts}. Above 1 natgrad is faster, below 1 the rival is.
 What is in brackets is a 95 % interval.{absent}
