@@ -42,7 +42,6 @@ MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 # of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
 SCALE_MEMORY = 0.97
 AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
-SMALL_RATE = 0.1  # of the rule's own lr: a smaller one trains that much slower, which is worth a warning
 
 
 @dataclass
@@ -146,7 +145,7 @@ class NormalisedStep(StepRule):
     )
     on_shards = True
     decays = True
-    least_lr = 0.01
+    least_lr = 0.01  # a tenth of the default: a smaller one trains that much slower
 
     def __init__(
         self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1, weight_decay: float = 0.05
@@ -478,7 +477,7 @@ def joint_size(block: Block, d: Tensor) -> Tensor:
 def natural_sizes(blocks: Sequence[Block], tables: bool = False) -> dict[str, float]:
     """Return W₀ of every matrix of the blocks, by name: the rms that PyTorch's layers start with.
 
-    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a pull to zero.
+    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a decay.
     """
     return {
         layer.weight.name: (3 * (layer.fan_in + 1)) ** -0.5
