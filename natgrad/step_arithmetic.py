@@ -89,10 +89,8 @@ def bound(nats: Tensor, promise: Tensor, nat: Tensor | None) -> Tensor:
     if nat is None:
         return torch.ones_like(nats)
     nat = nat.to(nats)
-    near = torch.minimum(
-        (NATS * nat / nats).sqrt().nan_to_num(1.0, 1.0, 1.0), (PROMISE * nat / promise).nan_to_num(1.0, 1.0, 1.0)
-    )
-    return torch.where(near > 0, near, torch.ones_like(near)).clamp(max=1.0)
+    near = torch.minimum((NATS * nat / nats.clamp(min=0)).sqrt(), PROMISE * nat / promise.clamp(min=0)).clamp(max=1.0)
+    return torch.where(nat > 0, near, 1.0).nan_to_num(1.0)
 
 
 def in_nats(nats: Tensor, nat: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ import natgrad as ng
 from natgrad.blocks import Block
 from natgrad.normalised import BlockState
 from natgrad.optimizer import AVERAGE_LIMIT
+from natgrad.step_arithmetic import bound
 from natgrad.steps import FixedStep
 
 Close = Callable[[Tensor, Tensor, float], None]
@@ -697,3 +698,13 @@ def test_a_classifier_that_starts_far_off_gets_there(classes: int) -> None:
         criterion(model(1e3 * x), y).backward()
         opt.step()
     assert float(criterion(model(1e3 * x), y).detach()) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_bound_takes_what_is_not_finite() -> None:
+    one, zero, inf = torch.tensor(1.0), torch.tensor(0.0), torch.tensor(math.inf)
+    assert float(bound(one, 2 * one, one)) == pytest.approx(0.2**0.5)
+    assert float(bound(one / 100, 4 * one, one)) == pytest.approx(0.25)
+    for nats, promise in ((inf, one), (one / 100, inf)):
+        assert float(bound(nats, promise, one)) == 0  # no step rather than one without bound
+    for nats, promise, nat in ((zero, zero, one), (one / 100, -one, one), (one, one, zero), (one, one, one * math.nan)):
+        assert float(bound(nats, promise, nat)) == 1
