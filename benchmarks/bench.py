@@ -1,5 +1,6 @@
-"""The study and its smoke slice, as ``natgrad bench`` runs them: ``python -m benchmarks.bench [--smoke] [--scale S]
-[--out DIR]``.
+"""The study and its smoke slice: ``python -m benchmarks.bench [--smoke] [--scale S] [--out DIR]``, from a checkout.
+
+The study says first what it lacks (exit code 2) and what it costs, and goes on where it was interrupted.
 
 The smoke slice is the harness with two small workloads, three optimizers, two tuning trials and a part of the budgets.
 It shows that everything runs; its numbers say nothing.
@@ -116,7 +117,7 @@ def full(out: Path | None, scale: float) -> int:
         print(f"{name} cannot run: {what} is missing", file=sys.stderr)
     if missing:
         print(
-            f'natgrad bench: install the packages (pip install -e ".[bench]") and set NATGRAD_DATA to the folder with '
+            f'benchmarks.bench: install the packages (pip install -e ".[bench]") and set NATGRAD_DATA to the folder with '
             f"the data (now {DATA}), or choose what there is: python -m benchmarks.harness study --help",
             file=sys.stderr,
         )
@@ -141,8 +142,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the lines")
     parser.add_argument("--scale", type=float, default=1.0, help="of every CPU budget")
     args = parser.parse_args()
+    if not (math.isfinite(args.scale) and args.scale > 0):
+        parser.error(f"--scale {args.scale:g} is no part of a budget; give a positive number")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; give a folder")
     if args.smoke and args.out is not None and args.out.resolve().is_relative_to(RUNS.resolve()):
-        print(f"natgrad bench: {RUNS} holds the study's runs; give --smoke another --out", file=sys.stderr)
+        print(f"benchmarks.bench: {RUNS} holds the study's runs; give --smoke another --out", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, stop)

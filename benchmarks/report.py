@@ -131,8 +131,8 @@ def protocol(study: Study, lines: list[Line]) -> str:
 ```text
 pip install -e ".[bench]"
 export NATGRAD_DATA=…              # MNIST's t10k files, tiny Shakespeare, UCI's tables
-natgrad bench --smoke              # two workloads, about a minute
-natgrad bench                      # says what it costs, runs it, and goes on where it was interrupted
+python -m benchmarks.bench --smoke # two workloads, about a minute
+python -m benchmarks.bench         # says what it costs, runs it, and goes on where it was interrupted
 python -m benchmarks.against_tuned # swept rates, other data
 python -m benchmarks.sensitivity   # the defaults, four times up and down
 python -m benchmarks.report        # this page

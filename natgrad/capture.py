@@ -25,6 +25,7 @@ from natgrad.compiled import eager, go_on_in_python
 from natgrad.decomposed import REWRITES, lstm_layer
 from natgrad.ops import IN_PLACE, RULES, Parsed, linear, op_name
 from natgrad.pieces import Piece, find, piece_of, weight_piece
+from natgrad.trees import leaves_of
 from natgrad.views import View
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
@@ -72,7 +73,7 @@ class Tape:
 
     def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Start noting calls."""
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
+        tensors = leaves_of((args, kwargs))
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         self.sizes = {n for t in tensors for n in t.shape[:2]}
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)

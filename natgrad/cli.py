@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 
 import natgrad
-from natgrad.bench_cli import bench
 from natgrad.inspect_cli import inspect
 from natgrad.report import comparison_table
 from natgrad.solve_cli import solve
@@ -115,7 +114,6 @@ def train(
 
 
 app.command()(inspect)
-app.command()(bench)
 
 
 def follow(comparison: Comparison) -> None:
@@ -208,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error.format_message()).strip().rstrip(".")
         if message:  # empty where no command was given and the help has been shown
             words = sys.argv[1:] if arguments is None else arguments
-            command = f" {words[0]}" if words[:1] and words[0] in ("train", "solve", "inspect", "bench") else ""
+            command = f" {words[0]}" if words[:1] and words[0] in ("train", "solve", "inspect") else ""
             end = "" if message.endswith("?") else "."
             typer.echo(f"natgrad: {message}{end} Try 'natgrad{command} --help'.", err=True)
         return BAD_INPUT

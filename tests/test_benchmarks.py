@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-import natgrad
 from benchmarks import analysis, bench, harness, report, sensitivity
 from benchmarks.analysis import Study
 from benchmarks.rivals import RIVALS
 from benchmarks.workloads import WORKLOADS
-from natgrad.cli import main
 
+ROOT = Path(__file__).parents[1]
 Line = dict[str, Any]
 
 
@@ -270,13 +269,13 @@ def test_every_optimizer_starts_and_is_fed_alike() -> None:
         assert all(torch.equal(a, b) for a, b in zip(order[:common], batches[:common]))
 
 
-def test_the_smoke_slice_runs_resumes_and_writes_the_schema(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_smoke_slice_runs_resumes_and_writes_the_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     needs_data(bench.SMOKE)
-    words = ["bench", "--smoke", "--scale", "0.02", "--out", str(tmp_path)]
+    words = ["--smoke", "--scale", "0.02", "--out", str(tmp_path)]
     file = tmp_path / "smoke.jsonl"
-    code = f"import sys; from natgrad.cli import main; sys.exit(main({words!r}))"
-    root = Path(natgrad.__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.bench", *words], cwd=ROOT, start_new_session=True)
     try:
         end = time.monotonic() + 300
         while len(harness.read(file)) < 5 and time.monotonic() < end and process.poll() is None:
@@ -288,7 +287,9 @@ def test_the_smoke_slice_runs_resumes_and_writes_the_schema(tmp_path: Path, capf
             os.killpg(process.pid, signal.SIGKILL)
     before = harness.read(file)
     assert "the same command goes on" in capfd.readouterr().err
-    assert main(words) == 0
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert bench.main() == 0
     shown = capfd.readouterr().out
     assert "digits_classifier" in shown
     assert "concrete" in shown
@@ -324,11 +325,15 @@ def test_bench_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(bench, "DATA", tmp_path)
     assert bench.without_data(bench.SMOKE) == {"concrete": "uci/concrete.txt"}
-    assert main(["bench", "--scale", "0"]) == 2
-    assert "--scale 0 is no part of a budget" in capsys.readouterr().err
-    monkeypatch.setattr(natgrad, "__file__", str(tmp_path / "site-packages" / "natgrad" / "__init__.py"))
-    assert main(["bench", "--smoke"]) == 2
-    assert "runs from a checkout of the repository" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for words, message in ((["--scale", "0"], "no part of a budget"), (["--out", str(tmp_path / "file")], "is a file")):
+        monkeypatch.setattr(sys, "argv", ["bench", *words])
+        with pytest.raises(SystemExit, match="2"):
+            bench.main()
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    assert bench.main() == 2
+    assert "concrete cannot run: uci/concrete.txt is missing" in capsys.readouterr().err
 
 
 def test_the_smoke_slice_does_not_write_among_the_studys_runs(

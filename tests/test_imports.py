@@ -89,7 +89,6 @@ LEVELS = {
     "inspect_figures": 4,
     "inspect_report": 4,
     "inspect_cli": 5,
-    "bench_cli": 5,
     "tasks": 4,
     "solve_cli": 5,
     "cli": 5,
