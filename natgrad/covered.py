@@ -19,8 +19,6 @@ def coverage_of(metric: Fisher) -> Coverage:
 def notes_of(metric: Fisher) -> list[str]:
     """How data are subsampled and what is kept of large sides."""
     notes = []
-    if metric.curvature.fraction < 1:
-        notes.append(f"labels drawn for {metric.curvature.fraction:.0%} of the data")
     if metric.curvature.max_positions is not None:
         notes.append(f"at most {metric.curvature.max_positions} rows of a call enter a Kronecker factor")
     elif metric.curvature.trains and metric.kind == "sampled":

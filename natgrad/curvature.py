@@ -92,7 +92,6 @@ class Curvature:
     structure_of: Callable[[str], str]
     sharing_of: Callable[[str], str]
     max_side_of: Callable[[str], int | None]
-    fraction: float = 1.0
     max_positions: int | None = None
     storage: torch.dtype | None = None  # of moving averages
     trains: bool = False  # an optimizer drives the metric
@@ -249,7 +248,6 @@ class Curvature:
                 part.data,
                 part.apart,
                 self.generator(part.outputs[0].device),
-                self.fraction,
             ):
                 yield part, part.shot.backward(v, 1 if part.apart else part.data)
 

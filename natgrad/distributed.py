@@ -348,7 +348,6 @@ def described(metric: Fisher) -> dict[str, Any]:
         "structure": {n: metric.curvature.structure_of(n) for n in metric.parameters},
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "max_side": {n: metric.curvature.max_side_of(n) for n in metric.parameters},
-        "fraction": metric.curvature.fraction,
         "max_positions": metric.curvature.max_positions,
         "storage": str(metric.curvature.storage),
     }

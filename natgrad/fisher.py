@@ -72,7 +72,6 @@ class Fisher(BlockMetric):
         output: callable from what the model returns to what the criterion takes, where that is not the same.
         targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
         seed: of the labels drawn; the global random state is never touched.
-        fraction: share of each batch's data whose labels are drawn, at random, standing for all ("sampled" only).
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 1024, or as many as the layer's larger side has, while an optimizer drives the metric.
@@ -108,7 +107,6 @@ class Fisher(BlockMetric):
         output: Callable[[Any], Any] | None = None,
         targets: Callable[[Any], Any] | None = None,
         seed: int = 0,
-        fraction: float = 1.0,
         max_positions: int | None = None,
         max_side: int | Mapping[str, int | None] | None = None,
         storage: torch.dtype | None = None,
@@ -119,7 +117,7 @@ class Fisher(BlockMetric):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
         self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
-        check_curvature_batch(kind, fraction, max_positions)
+        check_curvature_batch(kind, max_positions)
         check_storage(storage)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
@@ -149,7 +147,6 @@ class Fisher(BlockMetric):
             by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             max_side_by_pattern(max_side, self.parameters),
-            fraction,
             max_positions,
             storage,
         )

@@ -255,7 +255,7 @@ class Metric:
         """
         raise TypeError(
             f"{type(self).__name__} cannot evaluate the loss at trial points, which this step rule needs; "
-            "GaussNewton and Energy can. Take step=FixedStep(), TrustRegion() or QuadraticModel()"
+            "GaussNewton and Energy can. Take step=FixedStep() or TrustRegion()"
         )
 
     def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:

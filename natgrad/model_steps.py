@@ -3,7 +3,6 @@
 | rule | step | needs the loss |
 |---|---|---|
 | `LevenbergMarquardt` | η = 1, damping by the gain ratio | yes |
-| `QuadraticModel` | length and momentum that minimise the 2×2 quadratic model | no |
 | `Spring` | SPRING momentum: damping pulls to the last step instead of to zero | no |
 | `TrustRegion` | fixed η, no longer than a radius in the metric's norm | no |
 
@@ -90,49 +89,6 @@ class LevenbergMarquardt(SearchRule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._damping = state["damping"]
-
-
-class QuadraticModel(SearchRule):
-    """Δθ = αd + βδ, d = −(ĝ + λI)⁻¹df and δ the last step, with α and β that minimise ⟨df, Δ⟩ + ½⟨(ĝ + λI)Δ, Δ⟩.
-
-    Products with the metric are exact (Martens & Grosse 2015, section 7, https://arxiv.org/abs/1503.05671). The model
-    is trusted in full, so this is for large or fixed batches. η scales the step.
-    """
-
-    def __init__(self, lr: float = 1.0, damping: float = 1e-3) -> None:
-        super().__init__()
-        self.lr, self.damping = lr, damping
-        self._last: Vector = {}
-
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
-        lr, _, damping = self.options(options)
-        basis = [{n: -d for n, d in descent(metric, df, damping).items()}]
-        if self._last:
-            basis.append(self._last)
-        product = getattr(metric, "exact_flat", metric.flat)  # a direction may be approximate, its length need not be
-        lowered = [product(b) for b in basis]
-        model = torch.stack(
-            [torch.stack([dot(f, b) + damping * dot(a, b) for b in basis]) for f, a in zip(lowered, basis)]
-        )
-        slope = torch.stack([dot(df, b) for b in basis])
-        weights = -(torch.linalg.pinv((model + model.mT) / 2, hermitian=True) @ slope)  # singular where δ ∥ d
-        step = {n: lr * sum_vectors(weights, [b[n] for b in basis]) for n in metric.parameters}
-        self._last = step
-        predicted = float(slope @ weights + 0.5 * weights @ (model @ weights))
-        self.note(
-            metric,
-            damping=damping,
-            length=float(weights[0]),
-            momentum=float(weights[1:].sum()),
-            predicted=predicted,
-        )
-        return step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self._last)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last = dict(state["last"])
 
 
 class Spring(SearchRule):
@@ -254,7 +210,3 @@ def descent(metric: Metric, df: Mapping[str, Tensor], damping: float) -> Vector:
     if type(metric).gradient is not Metric.gradient:
         return metric.direction(damping)
     return metric.sharp({n: df.get(n, torch.zeros_like(p)) for n, p in metric.parameters.items()}, damping)
-
-
-def sum_vectors(weights: Tensor, tensors: list[Tensor]) -> Tensor:
-    return torch.einsum("k,k...->...", weights, torch.stack(tensors))

@@ -21,14 +21,12 @@ def choose(what: str, value: Any, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}; there are {', '.join(repr(k) for k in known)}")
 
 
-def check_curvature_batch(kind: str, fraction: float, max_positions: int | None) -> None:
+def check_curvature_batch(kind: str, max_positions: int | None) -> None:
     """Raise a ValueError for an option out of range."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction!r}")
     if max_positions is not None and (not isinstance(max_positions, int) or max_positions < 1):
         raise ValueError(f"max_positions must be a whole number of at least 1 or None, got {max_positions!r}")
-    if kind != "sampled" and (fraction < 1 or max_positions is not None):
-        raise ValueError(f"kind={kind!r} uses all the data; fraction and max_positions belong to kind='sampled'")
+    if kind != "sampled" and max_positions is not None:
+        raise ValueError(f"kind={kind!r} uses all the data; max_positions belongs to kind='sampled'")
 
 
 def check_max_side(max_side: Any) -> None:

@@ -39,11 +39,8 @@ def cotangents(
     data: int,
     apart: bool,
     generator: torch.Generator,
-    fraction: float = 1.0,
 ) -> Iterator[Tensors]:
     """The cotangents, one backward pass each. With `apart`, every pass belongs to one datum (exact: one term).
-
-    ``fraction`` of the data, drawn at random, stands for all of them with kind "sampled".
 
     Raises:
         ValueError: there would be more than `MAX_PASSES`.
@@ -62,17 +59,10 @@ def cotangents(
         else:
             v = reading.draw(outputs, targets, generator)
             v = v if samples == 1 else tuple(t * samples**-0.5 for t in v)
-        chosen: Sequence[int] = range(data)
-        if fraction < 1:
-            count = max(1, round(fraction * data))
-            chosen = torch.randperm(data, generator=generator, device=generator.device)[:count].tolist()
-            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
-            keep[chosen] = True
-            v = tuple(of_data(t, keep) * (data / count) ** 0.5 for t in v)
         if not apart:
             yield v
             continue
-        for n in chosen:
+        for n in range(data):
             keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
             keep[n] = True
             yield tuple(of_data(t, keep) for t in v)

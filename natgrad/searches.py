@@ -1,9 +1,4 @@
-"""Step rules that search along a direction: each tries points through `Metric.loss_at`.
-
-| rule | step |
-|---|---|
-| `GridSearch` | the best of η 2⁻ᵏ along the path θ + αv + ½α²a |
-| `Armijo` | the first of η 2⁻ᵏ with sufficient decrease |
+"""The step rule that searches along a direction, trying points through `Metric.loss_at`: `GridSearch`.
 
 Rules that rely on the quadratic model instead are in `natgrad.model_steps`.
 """
@@ -144,30 +139,6 @@ class GridSearch(SearchRule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last, self._growth, self._fresh = dict(state["last"]), state["growth"], state["fresh"]
-
-
-class Armijo(SearchRule):
-    """The first length η 2⁻ᵏ with f(θ + Δ) ≤ f(θ) + c ⟨df, Δ⟩ along −(ĝ + λI)⁻¹df (Nocedal & Wright, eq. 3.4).
-
-    Args:
-        decrease: c.
-    """
-
-    def __init__(self, lr: float = 1.0, damping: float = 1e-10, decrease: float = 1e-4, halvings: int = 30) -> None:
-        super().__init__()
-        self.lr, self.damping, self.decrease, self.halvings = lr, damping, decrease, halvings
-
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
-        lr, _, damping = self.options(options)
-        v = {n: -d for n, d in metric.direction(damping).items()}
-        start, slope = metric.loss_at({}), float(dot(df, v))
-        for k in range(self.halvings + 1):
-            length = lr * 0.5**k
-            if (loss := finite_loss(metric, along(v, None, length))) <= start + self.decrease * length * slope:
-                self.note(metric, damping=damping, length=length, loss=start, loss_after=loss, accepted=True)
-                return along(v, None, length)
-        self.note(metric, damping=damping, length=0.0, loss=start, loss_after=start, accepted=False)
-        return along(v, None, 0.0)
 
 
 # pieces -------------------------------------------------------------------------------------------------------
