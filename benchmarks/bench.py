@@ -117,8 +117,8 @@ def full(out: Path | None, scale: float) -> int:
         print(f"{name} cannot run: {what} is missing", file=sys.stderr)
     if missing:
         print(
-            f'benchmarks.bench: install the packages (pip install -e ".[bench]") and set NATGRAD_DATA to the folder with '
-            f"the data (now {DATA}), or choose what there is: python -m benchmarks.harness study --help",
+            f'benchmarks.bench: install the packages (pip install -e ".[bench]") and set NATGRAD_DATA to the folder '
+            f"with the data (now {DATA}), or choose what there is: python -m benchmarks.harness study --help",
             file=sys.stderr,
         )
         return 2

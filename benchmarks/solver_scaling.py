@@ -52,10 +52,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [128, 256, 512] if quick else [256, 512, 1024, 2048]
     widths = {"dense": [8, 12, 16], "kernel": [16, 24, 32], "cg": [8, 12, 16]}
-    widths |= {"kfac": [8, 12, 16], "kfac-only": [16, 24, 32]}
     if not quick:
         widths = {"dense": [12, 18, 26, 36], "kernel": [32, 48, 64, 96], "cg": [32, 48, 64, 96]}
-        widths |= {"kfac": [12, 18, 26, 36], "kfac-only": [32, 48, 64, 96]}
     for solver in args.solvers or widths:
         fixed = widths[solver][len(widths[solver]) // 2]
         by_n = [seconds(solver, n, fixed) for n in rows]

@@ -123,11 +123,10 @@ class Combination(Metric):
 
     def _stacked(self) -> RootMetric | None:
         """The sum as one metric with rows, where every part has rows (and they are what its `flat` applies)."""
-        roots = [(c, m) for c, m in self.parts if isinstance(m, RootMetric) and m.solver != "kfac-only"]
+        roots = [(c, m) for c, m in self.parts if isinstance(m, RootMetric)]
         if len(roots) != len(self.parts):
             return None
-        solver = roots[0][1].solver
-        out = RootMetric(self.parameters, "cg" if solver == "kfac" else solver)
+        out = RootMetric(self.parameters, roots[0][1].solver)
         out.rows = Rows.stack([(c, m.linearised()) for c, m in roots])
         if all(m.root is not None for _, m in roots):
             out.root = torch.cat([c**0.5 * m.root for c, m in roots if m.root is not None])

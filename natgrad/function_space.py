@@ -8,24 +8,15 @@ gradient", Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163). Its alge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.iterative import ConjugateGradient
 from natgrad.jacobian import Rows
-from natgrad.kronecker_sum import KroneckerSolver, KroneckerSum, preconditioner
 from natgrad.layer_rows import Unseen, layer_rows
-from natgrad.metric import Metric, Vector, named
+from natgrad.metric import Vector, named
 from natgrad.residuals import Batch, Residuals, Term
-from natgrad.root_metric import SOLVERS, RootMetric
-from natgrad.solvers import Solver
-
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
-
-KFAC_DAMPING = 1e-6  # where the approximation ends, smaller damping follows its errors
+from natgrad.root_metric import RootMetric
 
 
 class GaussNewton(RootMetric):
@@ -36,8 +27,7 @@ class GaussNewton(RootMetric):
         terms: ``{name: f}``, ``f(u, x, *data) → residual(s)`` at ONE point: u the network as a function of one point,
             x the point (d,), data what the batch holds beside the points. Returns () or (components,).
         weights: ``{name: weight}``; 1 for a term not named.
-        solver: "auto" | "dense" | "kernel" | "cg" | "kfac" | "kfac-only". "kfac" solves with JᵀJ by conjugate
-            gradients, preconditioned with Kronecker blocks; with "kfac-only" the metric *is* those blocks.
+        solver: "auto" | "dense" | "kernel" | "cg"; see `natgrad.solvers`.
         chunk: points differentiated at once; None bounds the memory by itself.
 
     Example::
@@ -53,8 +43,6 @@ class GaussNewton(RootMetric):
         MemoryError: a matrix of the solver will not fit; says the bytes and the solver to take.
     """
 
-    solvers = ("auto", *SOLVERS, "kfac", "kfac-only")
-
     def __init__(
         self,
         model: nn.Module,
@@ -65,62 +53,12 @@ class GaussNewton(RootMetric):
     ) -> None:
         super().__init__(named(model), solver)
         self.residuals = Residuals(model, terms, weights, chunk)
-        self._kronecker: KroneckerSum | None = None
         self._by_layer = True  # until the residuals turn out to depend on more than linear layers
-
-    # Kronecker blocks, as preconditioner ("kfac") or as the metric itself ("kfac-only") -----------------------
-
-    def _blocks_only(self) -> bool:
-        return self.solver == "kfac-only"
-
-    def _kronecker_terms(self) -> KroneckerSum:
-        if self._kronecker is None:
-            self._kronecker = KroneckerSum(self.residuals, self.point)
-        return self._kronecker
-
-    def _make_solver(self, damping: float) -> Solver:
-        name, rows = self.pick(), self.linearised()
-        if name == "kfac":
-            return ConjugateGradient(rows, damping, preconditioner(self._kronecker_terms(), damping))
-        if name == "kfac-only":
-            return KroneckerSolver(self._kronecker_terms(), rows, damping)
-        return super()._make_solver(damping)
-
-    def flat(self, v: Mapping[str, Tensor]) -> Vector:
-        if not self._blocks_only():
-            return super().flat(v)
-        return self.flat_to_vector(self._kronecker_terms().product(self.vector_to_flat(self.check(v, "v"))))
-
-    def dense(self) -> Tensor:
-        return Metric.dense(self) if self._blocks_only() else super().dense()
-
-    def diagonal(self) -> Vector:
-        return Metric.diagonal(self) if self._blocks_only() else super().diagonal()
-
-    def logdet(self, damping: float) -> Tensor:
-        return Metric.logdet(self, damping) if self._blocks_only() else super().logdet(damping)
-
-    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
-        return Metric.sample(self, damping, generator) if self._blocks_only() else super().sample(damping, generator)
-
-    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
-        return Metric.direction(self, damping, prior) if self._blocks_only() else super().direction(damping, prior)
-
-    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
-        return None if self._blocks_only() else super().acceleration(velocity, damping)
-
-    def default_step(self) -> StepRule:
-        from natgrad.searches import GridSearch
-
-        return GridSearch(damping=KFAC_DAMPING) if self.solver.startswith("kfac") else GridSearch()
-
-    # ------------------------------------------------------------------------------------------------------
 
     def observe(self, batch: Batch) -> Tensor:
         """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the
         loss."""
         self._take_point()
-        self._kronecker = None
         res, at, before = self.residuals, self.point, self.residuals.batch
         res.bind(batch, at)
         self.resampled = any(a is not b for n in before for a, b in zip(before[n], res.batch[n])) if before else None

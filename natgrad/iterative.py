@@ -1,7 +1,7 @@
 """Solving with a metric given by rows through products alone: preconditioned conjugate gradients.
 
 The preconditioner of `Nystrom` is a randomised low-rank approximation of JᵀJ (Frangella, Tropp, Udell 2021,
-https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1). `natgrad.kronecker_sum` has the one of Kronecker blocks.
+https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1).
 """
 
 from __future__ import annotations

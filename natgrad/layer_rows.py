@@ -2,7 +2,7 @@
 
 A linear layer maps every component s of a forward Laplacian (and every call of it) with one weight, so a residual's
 derivative with respect to the (out, in + 1) matrix of the layer is Σ_s g_s a_sᵀ: a_s the inputs, g_s the derivatives of
-the residual with respect to the outputs (see `natgrad.taylor_kfac`). One forward and one backward pass over all points
+the residual with respect to the outputs (see `natgrad.linear_tap`). One forward and one backward pass over all points
 give the g and a of all layers. Then
 
     J v = Σ_s g_s·(V a_s),    Jᵀc = Σ_ns c_n g_ns a_nsᵀ,    (JJᵀ)_nm = Σ_st (g_ns·g_mt)(a_ns·a_mt)
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from natgrad.jacobian import KEPT_BYTES, Rows, gram
+from natgrad.linear_tap import LinearTap
 from natgrad.metric import Vector
 from natgrad.residuals import CHUNK_BYTES, Residuals
-from natgrad.taylor_kfac import LinearTap
 
 BAND = 64  # rows of JJᵀ that are formed at once, so that their products stay in the cache
 LayerName = tuple[str, str | None]  # of the weight and the bias

@@ -64,10 +64,6 @@ class RootMetric(Metric):
     # the two verbs -------------------------------------------------------------------------------------
 
     def flat(self, v: Mapping[str, Tensor]) -> Vector:
-        return self.exact_flat(v)
-
-    def exact_flat(self, v: Mapping[str, Tensor]) -> Vector:
-        """JᵀJ v, also where `flat` is an approximation of it."""
         rows = self.linearised()
         return self.flat_to_vector(rows.vjp(rows.jvp(self.vector_to_flat(self.check(v, "v")))))
 

@@ -25,7 +25,7 @@ SAVE_EVERY = 30.0  # wall seconds between checkpoints
 
 def solve(
     problem: Annotated[str, typer.Argument(help="One of: " + ", ".join(PROBLEMS))],
-    solver: Annotated[str, typer.Option(help="auto, dense, kernel, cg, kfac or kfac-only")] = "auto",
+    solver: Annotated[str, typer.Option(help="auto, dense, kernel or cg")] = "auto",
     network: Annotated[
         str, typer.Option(help='A name of the problem ("small", "large") or widths such as 2-64-64-1')
     ] = "",
