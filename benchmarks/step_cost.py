@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import natgrad as ng
 from benchmarks import rivals
 from benchmarks.workloads import CharTransformer, Pinn, RowReader, pinn
-from natgrad import triangles
 
 
 def autoencoder() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -149,15 +148,11 @@ Optimizers = list[torch.optim.Optimizer]
 MATRIX_METHODS = {"SOAP": {"interval": 10.0}, "Shampoo": {"interval": 10.0}, "Muon": {"adam_share": 1.0}}
 
 
-HALF = "natgrad, bfloat16"
-
-
 def rivals_here() -> dict[str, Callable[[nn.Module, nn.Module], Optimizers]]:
     """natgrad, AdamW and the matrix methods that are installed."""
     found: dict[str, Callable[[nn.Module, nn.Module], Optimizers]] = {
         "AdamW": lambda model, criterion: [torch.optim.AdamW(model.parameters(), lr=1e-4)],
         "natgrad": lambda model, criterion: [ng.NaturalGradient(ng.Fisher(model, criterion))],
-        HALF: lambda model, criterion: [ng.NaturalGradient(ng.Fisher(model, criterion, storage=torch.bfloat16))],
     }
     builders = {"Muon": rivals.muon}
     if importlib.util.find_spec("pytorch_optimizer") is not None:
@@ -179,9 +174,7 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
     storages: dict[int, int] = {}
     todo: list[object] = []
     for opt in opts:
-        todo += (
-            [opt.rule, held_by(opt.metric), triangles._places] if isinstance(opt, ng.NaturalGradient) else [opt.state]
-        )
+        todo += [opt.rule, held_by(opt.metric)] if isinstance(opt, ng.NaturalGradient) else [opt.state]
     theirs = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, p.grad) if t is not None}
     while todo:
         item = todo.pop()
@@ -203,11 +196,8 @@ def state_bytes(opts: Optimizers, model: nn.Module) -> int:
 
 def compare(name: str, steps: int) -> Table:
     """A row for each optimizer."""
-    triangles._places.clear()  # what another workload left there
     loops: dict[str, tuple[Callable[[], object], Optimizers, nn.Module]] = {}
     for optimizer, build in rivals_here().items():
-        if name in PHYSICS and optimizer == HALF:
-            continue  # its metric keeps no average
         loops[optimizer] = loop_of(name, optimizer, build)
     times: dict[str, list[float]] = {optimizer: [] for optimizer in loops}
     failed: dict[str, str] = {}

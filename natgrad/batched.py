@@ -1,8 +1,7 @@
-"""Small layers of one shape together: their inverses in one batched factorisation, their directions in one product.
+"""Layers of one shape together: their inverses in one batched factorisation, their directions in one product.
 
-On a CPU that pays for small sides alone, where the calls cost more than the arithmetic: longer ones are multiplied
-faster one by one (`natgrad.products`, ``python -m benchmarks.kernels``). On other devices every call waits for a
-launch, so all sides that are kept whole go together.
+Where sides are small, the calls cost more than the arithmetic; on a GPU every call waits for a launch
+(``python -m benchmarks.kernels``).
 """
 
 from __future__ import annotations
@@ -17,12 +16,6 @@ from natgrad.blocks import Block, Inverse
 from natgrad.kronecker import FactorisationError, damped_inverse
 from natgrad.kronecker_inverse import KroneckerInverse
 from natgrad.sides import is_whole
-
-LONGEST = 97  # rows up to which a batch is faster on a CPU
-
-
-def pays(*sides: Tensor) -> bool:
-    return all(s.device.type != "cpu" or max(s.shape[-2:]) <= LONGEST for s in sides)
 
 
 def alike(keys: Iterable[Hashable]) -> list[list[int]]:
@@ -71,10 +64,10 @@ class Products:
 
 def stackable(inverse: Inverse) -> Hashable:
     """What inverses must share to be applied together; None for one that goes alone."""
-    if not isinstance(inverse, KroneckerInverse) or inverse.u_shape is not None or inverse.v_shape is not None:
+    if not isinstance(inverse, KroneckerInverse):
         return None
     sides = inverse.u, inverse.v
-    return kind_of(*sides) if all(map(is_whole, sides)) and pays(*sides) else None
+    return kind_of(*sides) if all(map(is_whole, sides)) else None
 
 
 def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Callable[[], Inverse] | None]:
@@ -82,7 +75,7 @@ def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Ca
     jobs = [block.relative_jobs(damping) for block, damping in zip(blocks, dampings)]
     flat = [(damping, job) for damping, mine in zip(dampings, jobs) for job in mine]
     done: dict[int, Tensor | None] = {}
-    for members in alike((d, kind_of(job.like)) if job.system and pays(job.like) else None for d, job in flat):
+    for members in alike((d, kind_of(job.like)) if job.system else None for d, job in flat):
         systems = [system() for m in members if (system := flat[m][1].system)]
         done.update(zip((id(flat[m][1]) for m in members), solved(systems)))
     return [

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from natgrad.averages import Average, Statistics
 from natgrad.kronecker import damped_inverse, safe_eigh
-from natgrad.layers import Layer, Use, Window
+from natgrad.layers import Layer, Use
 from natgrad.pieces import Piece
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
@@ -64,7 +64,6 @@ class Block:
         self.version = 0  # rises whenever the statistics change
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
         self.elsewhere = False  # the statistics are there, at the owner
-        self.storage: torch.dtype | None = None  # in which moving averages are held; None for that of computation
         self._cache: dict[str, tuple[int, Any]] = {}
         self._inverse: tuple[int, float, Inverse] | None = None
 
@@ -123,7 +122,7 @@ class Block:
             if decay is None:
                 mine.merge(average, plain and not self.is_mean(key))
             else:
-                mine.fold(average, decay, self.is_symmetric(key), self.storage)
+                mine.fold(average, decay)
         self.version += 1
 
     def is_mean(self, key: str) -> bool:
@@ -147,9 +146,8 @@ class Block:
         self.version += 1
 
     def release(self) -> None:
-        """Let go of statistics in the form to compute with, where they are held in a smaller one."""
-        if any(average.kept_small for average in self.statistics.values()):
-            self._cache = {k: v for k, v in self._cache.items() if not k.startswith(VALUE)}
+        """Let go of the values of the statistics, which are their size again."""
+        self._cache = {k: v for k, v in self._cache.items() if not k.startswith(VALUE)}
 
     def value(self, key: str) -> Tensor:
         return self.cached(VALUE + key, lambda: self.statistics[key].value())
@@ -174,24 +172,21 @@ class Block:
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
-    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        """Return coordinates as the matrix (…, groups, d_out, d_in) of each layer, without a copy."""
         raise NotImplementedError
+
+    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
+        for layer, m in zip(self.layers, self.matrices(x)):
+            layer.unpack(m, into)
 
     def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
-        if (windows := self.windows) is not None and x.dim() == 3 and x.is_contiguous():
-            start = x.storage_offset()
-            return {n: x.as_strided(size, strides, start + at) for n, (size, strides, at) in windows.items()}
         if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
-            return self.layers[0].views(x)
+            return self.layers[0].views(self.matrices(x)[0])
         out = {n: torch.zeros_like(parameters[n]) for n in self.names}
         self.unpack(x, out)
         return out
-
-    @property
-    def windows(self) -> dict[str, Window] | None:
-        """Where contiguous coordinates (groups, d_out, d_in) hold each parameter, if they are that."""
-        return None
 
     # verbs
 
@@ -266,9 +261,9 @@ class JointBlock(Block):
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([layer.pack(tensors).flatten(-3) for layer in self.layers], dim=-1)
 
-    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
-        for layer, part, shape in zip(self.layers, x.split(self.widths, dim=-1), self.shapes):
-            layer.unpack(part.reshape(*x.shape[:-1], *shape), into)
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        parts = zip(x.split(self.widths, dim=-1), self.shapes)
+        return [part.reshape(*x.shape[:-1], *shape) for part, shape in parts]
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -333,7 +328,6 @@ class DenseBlock(JointBlock):
         self.layers.append(layer)
         self.version += 1
         for average in self.statistics.values():
-            average.open()
             average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
 
     @property

@@ -22,8 +22,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.compiled import eager, go_on_in_python
-from natgrad.decomposed import REWRITES, lstm_layer
-from natgrad.ops import IN_PLACE, RULES, Parsed, linear, op_name
+from natgrad.decomposed import REWRITES
+from natgrad.ops import IN_PLACE, RULES, Parsed, op_name
 from natgrad.pieces import Piece, find, piece_of, weight_piece
 from natgrad.trees import leaves_of
 from natgrad.views import View
@@ -105,20 +105,6 @@ class Tape:
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
         self.calls.append(Call(op_name(func), weight, bias, view, parsed.x.detach(), edge))
-
-    def note_lstm(self, found: tuple[Tensor, Tensor, Tensor], x: Tensor, h0: Tensor, c0: Tensor, *weights: Any) -> None:
-        """Note the two products of an `lstm_layer` at their sum: the gradient there is the gradient of either."""
-        out, gates, states = found
-        if not gates.requires_grad:
-            return
-        others = (x, *(w for w in weights if not self.owns(w)))
-        for a, weight, bias in ((x, *weights[:2]), (states, *weights[2:])):
-            parsed = linear(self.owns, gates, a, weight, bias)
-            parsed.others = others
-            self.note(torch.nn.functional.linear, parsed, gates)
-        at_gates, at_out = edge_of(gates), edge_of(out)
-        if at_gates in self.behind and at_out is not None:  # else the walk goes through the graph itself
-            self.behind[at_out] = [e for t in (gates, h0, c0) if (e := edge_of(t)) is not None]
 
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, or a view or cast of one."""
@@ -213,11 +199,6 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         following = torch.is_grad_enabled() and not in_backward() and not in_transform()
-        if func is lstm_layer:
-            found = func(*args)
-            if following:
-                self.tape.note_lstm(found, *args)
-            return found
         if following and (decomposed := REWRITES.get(func)) is not None:
             with self:
                 return decomposed(*args, **kwargs)

@@ -29,8 +29,6 @@ def notes_of(metric: Fisher) -> list[str]:
     if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in metric.blocks):
         limit = kronecker_blocks.TRAINING_SIDE
         notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")
-    if metric.curvature.storage is not None:
-        notes.append(f"moving averages are held in {metric.curvature.storage}")
     return notes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +18,11 @@ from natgrad.kronecker_blocks import InputBlock, KroneckerBlock
 from natgrad.layers import Layer, Layers, Use, key_of, use_of
 from natgrad.layouts import element_layout, flat_layout
 from natgrad.likelihoods import Reading
-from natgrad.ops import op_name
 from natgrad.passes import MAX_PASSES, axes_that_fit, cotangents, count_data, data_axes, of_data
 from natgrad.pieces import Piece
 from natgrad.trees import Tensors, replace_tensors
 from natgrad.views import GradientView
 
-LINEAR = op_name(torch.nn.functional.linear)
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
 TRAINING_ROWS = 1024  # rows of a call that enter a factor while an optimizer drives a sampled metric: at least these,
 # or as many as the larger side has, so that the moving average of a few refreshes has full rank
@@ -93,7 +90,6 @@ class Curvature:
     sharing_of: Callable[[str], str]
     max_side_of: Callable[[str], int | None]
     max_positions: int | None = None
-    storage: torch.dtype | None = None  # of moving averages
     trains: bool = False  # an optimizer drives the metric
     blocks: list[Block] = field(default_factory=list)
     uncovered: dict[str, Uncaptured] = field(default_factory=dict)
@@ -265,8 +261,6 @@ class Curvature:
         for i, call in enumerate(calls):
             if grads[i] is not None:
                 of_layer.setdefault(key_of(call), []).append(i)
-        seen = Counter(id(g) for g in grads if g is not None)
-        shared: dict[int, dict[int, tuple[Tensor, Any]]] = {i: {} for i, times in seen.items() if times > 1}
         like = part.outputs[0].new_zeros((), dtype=dtype)
         for block in blocks:
             if not any(self.parameters[n].requires_grad for n in block.names):
@@ -280,8 +274,6 @@ class Curvature:
                     assert g is not None
                     use = use_of(calls[i], layer, g, part.axes[i], part.data, aligned, dtype)
                     use.first = i not in counted
-                    if calls[i].op == LINEAR:
-                        use.moments = shared.get(id(g))
                     here.append(use)
                 uses.append(here)
             yield block, uses, like
@@ -374,8 +366,7 @@ class Curvature:
                 del self.layers.found[layer.key]
 
     def set_up(self, block: Block) -> None:
-        """Say how a block is to hold its averages, and how many rows of one call may enter a factor, drawn by what."""
-        block.storage = self.storage
+        """Say how many rows of one call may enter a factor, drawn by what."""
         if not isinstance(block, KroneckerBlock):
             return
         block.generator = self.row_generator

@@ -349,6 +349,5 @@ def described(metric: Fisher) -> dict[str, Any]:
         "sharing": {n: metric.curvature.sharing_of(n) for n in metric.parameters},
         "max_side": {n: metric.curvature.max_side_of(n) for n in metric.parameters},
         "max_positions": metric.curvature.max_positions,
-        "storage": str(metric.curvature.storage),
     }
     return found if metric._driver is None else {**found, "optimizer": metric._driver.schedule}

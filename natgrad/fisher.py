@@ -33,7 +33,6 @@ from natgrad.options import (
     arguments,
     by_pattern,
     check_curvature_batch,
-    check_storage,
     choose,
     chosen_parameters,
     max_side_by_pattern,
@@ -79,9 +78,6 @@ class Fisher(BlockMetric):
             most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 250 for blocks first
             seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
             vocabulary) the diagonal. Or ``{name pattern: either}``.
-        storage: the dtype that moving averages are held in while an optimizer drives the metric: ``torch.bfloat16``
-            takes half the memory, and an average no longer moves where it is less than about 1% off. None is the dtype
-            that they are computed in.
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
@@ -109,7 +105,6 @@ class Fisher(BlockMetric):
         seed: int = 0,
         max_positions: int | None = None,
         max_side: int | Mapping[str, int | None] | None = None,
-        storage: torch.dtype | None = None,
         process_group: Any = None,
         exchange: str = "auto",
     ) -> None:
@@ -118,7 +113,6 @@ class Fisher(BlockMetric):
         choose("kind", kind, KINDS)
         self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
         check_curvature_batch(kind, max_positions)
-        check_storage(storage)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
         for what, given in (("output", output), ("targets", targets)):
@@ -148,7 +142,6 @@ class Fisher(BlockMetric):
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             max_side_by_pattern(max_side, self.parameters),
             max_positions,
-            storage,
         )
         if self._live is not None:
             self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name

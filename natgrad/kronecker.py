@@ -22,13 +22,10 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from natgrad.products import is_wide, product
 from natgrad.sides import diagonal_of, is_diagonal, left_times, pieces_of, side_of, times
 
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
-LEAF = 256  # side below which an inverse is not split into quarters
-WELL_DAMPED = 0.1  # damping, relative to the mean eigenvalue, from which on splitting loses no digit that counts
 
 
 class FactorisationError(RuntimeError):
@@ -146,14 +143,6 @@ def damped_by(side: Tensor, own: int) -> Tensor:
 
 def relative_inverse_of_piece(side: Tensor, number: int, damping: float, own: int = 0) -> Tensor:
     """One piece of `relative_inverse` of a side that is not diagonal: (…, w, w)."""
-    piece = pieces_of(side)[number]
-    if damping**0.5 >= WELL_DAMPED and is_wide(piece):
-        mean = float(diagonal_of(side).mean())  # on the CPU, where it costs less than to compute with it there
-        m = (piece * (1 / mean if mean > 0 else 0.0)).reshape(piece.shape[-2:])
-        m.diagonal().add_(damping**0.5 * of_piece(damped_by(side, own), side, number).flatten())
-        found = inverse_by_quarters(m)
-        if found is not None and isfinite(float(torch.linalg.vector_norm(found))):
-            return found.reshape(piece.shape)
     return damped_inverse(*relative_system(side, number, damping, own))
 
 
@@ -176,33 +165,6 @@ def of_piece(diagonal: Tensor, side: Tensor, number: int) -> Tensor:
 def per(size: Tensor) -> Tensor:
     """1 / size, a scalar; 0 where that is."""
     return torch.where(size > 0, 1 / size, torch.zeros_like(size))
-
-
-def inverse_by_quarters(m: Tensor) -> Tensor | None:
-    """The inverse of a positive definite matrix by that of its Schur complement, almost all of it matrix products; None
-    where a part is not positive definite.
-
-    Only the lower triangle is read. With M = [[A, Bᵀ], [B, C]], T = B A⁻¹ and S = (C − T Bᵀ)⁻¹:
-    M⁻¹ = [[A⁻¹ + Tᵀ S T, −(S T)ᵀ], [−S T, S]].
-    """
-    size = len(m)
-    if size <= LEAF:
-        lower, info = torch.linalg.cholesky_ex(m)
-        return None if bool(info) else torch.cholesky_inverse(lower)
-    h = size // 2
-    b = m[h:, :h].contiguous()
-    a = inverse_by_quarters(m[:h, :h])
-    if a is None:
-        return None
-    t = product(b, a)
-    s = inverse_by_quarters(m[h:, h:] - product(t, b.mT))
-    if s is None:
-        return None
-    st = product(s, t)
-    out = torch.empty_like(m, memory_format=torch.contiguous_format)
-    out[h:, h:], out[h:, :h], out[:h, h:] = s, -st, -st.mT
-    torch.add(a, product(t.mT, st), out=out[:h, :h])
-    return out
 
 
 def finite(m: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from torch import Tensor
 from natgrad.averages import Average, Statistics
 from natgrad.blocks import VALUE, Block, Inverse, Job
 from natgrad.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
-from natgrad.kronecker_inverse import EigenInverse, HeldSide, KroneckerInverse, into_basis, out_of_basis
-from natgrad.layers import Layer, Use, Window
+from natgrad.kronecker_inverse import EigenInverse, KroneckerInverse, into_basis, out_of_basis
+from natgrad.layers import Layer, Use
 from natgrad.rows import Rows, count, mean_position, of_data, second_moment, thinned
 from natgrad.sides import (
     diagonal_of,
@@ -58,8 +58,6 @@ class KroneckerBlock(Block):
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
-        self.twin: KroneckerBlock | None = None  # an earlier block that had the same gradients in the last pass
-        self._u_inverse: tuple[int, float, HeldSide | None] = (-1, 0.0, None)
         _, out, into = self.matrix_shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
@@ -77,7 +75,7 @@ class KroneckerBlock(Block):
         for use in uses[0]:
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
             gradients, inputs, scale = self._rows(use)
-            moment = self._moment(use, gradients)
+            moment = second_moment(gradients, self.kept[use.swapped])
             new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
             if use.first and inputs is not None:
                 total = second_moment(inputs, self.kept[not use.swapped])
@@ -90,16 +88,6 @@ class KroneckerBlock(Block):
             if not self.is_mean(key):
                 average.weigh(mass, source)
         return new
-
-    def _moment(self, use: Use, gradients: Rows) -> Tensor:
-        kept = self.kept[use.swapped]
-        if use.moments is None or gradients is not use.gradients:
-            return second_moment(gradients, kept)
-        if kept not in use.moments:
-            use.moments[kept] = second_moment(gradients, kept), self
-        moment, first = use.moments[kept]
-        self.twin = None if first is self else first
-        return moment
 
     def _shape(self, key: str) -> tuple[int, ...]:
         groups, out, into = self.matrix_shape
@@ -140,12 +128,8 @@ class KroneckerBlock(Block):
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layer.pack(tensors)
 
-    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
-        self.layer.unpack(x, into)
-
-    @property
-    def windows(self) -> dict[str, Window] | None:
-        return self.layer.windows
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        return [x]
 
     @property
     def matrix_shape(self) -> torch.Size:
@@ -200,19 +184,10 @@ class KroneckerBlock(Block):
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         of_u = 0 if results is None or is_diagonal(self.u) else len(pieces_of(self.u))
         done = list(results or ())
-        if any(r is not None for r in done[:of_u]):
-            u = HeldSide.of(relative_inverse(self.u, damping, done[:of_u]))
-        else:
-            u = self._inverse_of_twin(damping) or HeldSide.of(relative_inverse(self.u, damping))
-            self._u_inverse = self.version, damping, u
-        return KroneckerInverse.of(u, HeldSide.of(relative_inverse(self.v, damping, done[of_u:], self.own_columns)))
-
-    def _inverse_of_twin(self, damping: float) -> HeldSide | None:
-        """The inverse of U, where a block that meets the same gradients has the same U and has inverted it."""
-        twin = self.twin
-        if twin is None or twin._u_inverse[:2] != (twin.version, damping) or not torch.equal(twin.u, self.u):
-            return None
-        return twin._u_inverse[2]
+        return KroneckerInverse(
+            relative_inverse(self.u, damping, done[:of_u]),
+            relative_inverse(self.v, damping, done[of_u:], self.own_columns),
+        )
 
     def relative_jobs(self, damping: float) -> list[Job]:
         return [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from natgrad.rows import OneHot, Rows, narrow, outer, project, regroup, with_col
 from natgrad.views import GradientView, IndexView, canonical
 
 Turn = tuple["Tensor | None", "Tensor | None"]
-Window = tuple[tuple[int, ...], tuple[int, ...], int]  # size, strides and offset inside a matrix
 
 
 @dataclass
@@ -31,10 +29,6 @@ class Layer:
     one_hot: bool = False  # every input row is a unit vector
     swapped: bool = False  # there are calls in the transposed layout too
     fan_in: int = 1  # inputs that are not zero at once
-    _shape_of: Any = None  # the pieces that `_shape` belongs to
-    _shape: torch.Size = field(default_factory=torch.Size)
-    _windows_of: Any = None  # the pieces that `_windows` belongs to
-    _windows: dict[str, Window] | None = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -51,11 +45,7 @@ class Layer:
     @property
     def matrix_shape(self) -> torch.Size:
         """(groups, d_out, d_in)"""
-        known = (self.weight, *self.biases)
-        if self._shape_of != known:
-            held = {n: torch.empty(self.shapes[n], device="meta") for n in self.names}
-            self._shape_of, self._shape = known, self.pack(held).shape
-        return self._shape
+        return self.pack({n: torch.empty(self.shapes[n], device="meta") for n in self.names}).shape
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """{name: (…, *shape)} → (…, groups, d_out, d_in)"""
@@ -76,32 +66,11 @@ class Layer:
 
     def views(self, m: Tensor) -> dict[str, Tensor]:
         """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
-        shape = self.matrix_shape
-        m = m.reshape(*m.shape[: m.dim() - 3], *shape) if m.shape[-3:] != shape else m
         width = m.shape[-1] - len(self.biases)
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):
             out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
         return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
-
-    @property
-    def windows(self) -> dict[str, Window] | None:
-        """Where a contiguous (groups, d_out, d_in) holds each parameter; None where it holds a part of one, or its
-        entries in an order that no strides give.
-        """
-        known = (self.weight, *self.biases)
-        if self._windows_of != known:
-            self._windows_of, self._windows = known, self._find_windows()
-        return self._windows
-
-    def _find_windows(self) -> dict[str, Window] | None:
-        if any(p.rows is not None for p in self.pieces) or len(self.names) < len(self.pieces):
-            return None
-        m = torch.empty(self.matrix_shape, device="meta")
-        views = self.views(m)
-        if any(t.untyped_storage()._cdata != m.untyped_storage()._cdata for t in views.values()):
-            return None
-        return {n: (tuple(t.shape), t.stride(), int(t.storage_offset())) for n, t in views.items()}
 
     def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
@@ -122,8 +91,6 @@ class Use:
     region: tuple[int, int] | None = None  # groups that the call uses; None for all
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
-    moments: dict[int, tuple[Tensor, Any]] | None = None  # of the gradients, by what is kept, and who took them; calls
-    # with the same gradients share it
     _inputs: Rows | None = None
 
     @property

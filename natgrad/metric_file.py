@@ -26,9 +26,7 @@ from natgrad.pieces import Piece
 if TYPE_CHECKING:
     from natgrad.fisher import Fisher
 
-FORMAT = 9
-DTYPES = {None: None, "float32": torch.float32, "float64": torch.float64}  # that statistics are computed in
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT = 10
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
@@ -37,17 +35,11 @@ def state_of(metric: Fisher) -> dict[str, Any]:
     for i, block in enumerate(metric.blocks):
         for key, average in block.statistics.items():
             for source, total in average.sums.items():
-                tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # moving averages are updated in place
+                tensors[f"{i}.{key}.{source}.sum"] = total.clone()  # a state is its own
                 tensors[f"{i}.{key}.{source}.mass"] = average.masses[source].clone()
     generators = {str(d): g.get_state() for d, g in metric.curvature.generators.items()}
     generators[ROWS] = metric.curvature.row_generator.get_state()
-    small = {
-        f"{i}.{key}": {"sides": average.sides, "dtype_of_value": DTYPE_NAMES[average.dtype_of_value]}
-        for i, block in enumerate(metric.blocks)
-        for key, average in block.statistics.items()
-        if average.kept_small
-    }
-    said = {**about(metric), "tensors": sorted(tensors), "kept_small": small}
+    said = {**about(metric), "tensors": sorted(tensors)}
     return {"about": json.dumps(said), "tensors": tensors, "generators": generators}
 
 
@@ -160,10 +152,6 @@ def blocks_from(
             if int(number) == i:
                 average = block.statistics.setdefault(key, Average())
                 (average.sums if part == "sum" else average.masses)[source] = tensor.to(device, copy=True)
-        for key, average in block.statistics.items():
-            if (form := there["kept_small"].get(f"{i}.{key}")) is not None:
-                average.settled, average.sides = True, tuples(form["sides"])
-                average.dtype_of_value = DTYPES[form["dtype_of_value"]]
         blocks.append(block)
     return blocks
 

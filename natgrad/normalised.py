@@ -72,26 +72,13 @@ class BlockState:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the inverse, which the statistics give again, unless an older one is in force."""
+        """Without the inverse, which the statistics give again."""
         kept = ("velocity", "coherence", "age", "size", "excess")
         state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
-        if self.failures and self.inverse is not None:
-            fields = vars(self.inverse).items()
-            alone = {
-                k: t.clone() if isinstance(t, Tensor) else t for k, t in fields
-            }  # not with the stack it is part of
-            older = {"type": type(self.inverse).__name__, "damping": self.inverse_of[1], "tensors": alone}
-            state.update(failures=self.failures, kept=older)
         return state
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> BlockState:
-        state = dict(state)
-        kept = state.pop("kept", None)
-        if kept is not None:
-            types = {c.__name__: c for c in Inverse.__subclasses__()}
-            state["inverse"] = types[kept["type"]](**kept["tensors"])
-            state["inverse_of"] = (0, kept["damping"])  # restored statistics have version 0
         return cls(**state)
 
     def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
@@ -170,7 +157,7 @@ class NormalisedStep(StepRule):
         self.rescale(blocks, metric.gradient_share)
         moved: dict[str, Tensor] = {}
         if active:
-            grads = packed_gradients(active, df, metric.parameters)
+            grads = [packed_gradient(b, df, metric.parameters) for b in active]
             states = [self.state_of(b, g) for b, g in zip(active, grads)]
             mine = [shared_options(b, options) for b in active]
             directions = self._directions(active, states, mine, grads, blocks, options)
@@ -403,26 +390,6 @@ def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[
     """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
     held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
     return block.pack(held).to(block.dtype)
-
-
-def packed_gradients(
-    blocks: Sequence[Block], df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """`packed_gradient` of each block, with one call for all copies."""
-    found, parts, sources = [], [], []
-    for block in blocks:
-        windows = block.windows
-        if windows is None or any(n not in df for n in windows):
-            found.append(packed_gradient(block, df, parameters))
-            continue
-        g = df[block.names[0]].new_empty(block.layers[0].matrix_shape, dtype=block.dtype)
-        found.append(g)
-        for n, (size, strides, at) in windows.items():
-            parts.append(g.as_strided(size, strides, at))
-            sources.append(df[n])
-    if parts:
-        torch._foreach_copy_(parts, sources)
-    return found
 
 
 def key_of(block: Block) -> str:

@@ -6,12 +6,10 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from natgrad.trees import describe
 
-STORAGES = (torch.bfloat16, torch.float32, torch.float64)
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # attribute names that wrappers add to parameter names
 
 
@@ -36,13 +34,6 @@ def check_max_side(max_side: Any) -> None:
             "max_side must be a whole number of at least 1 (the longest block kept of a Kronecker side), None, or "
             f"{{name pattern: either}}, got {max_side!r}"
         )
-
-
-def check_storage(storage: Any) -> None:
-    """Raise a ValueError unless it is a dtype that statistics can be held in, or None."""
-    if storage is not None and storage not in STORAGES:
-        known = ", ".join(map(str, STORAGES))
-        raise ValueError(f"storage must be one of {known} or None, got {storage!r}; the range of float16 is too small")
 
 
 def refuse_modules(root: nn.Module) -> None:

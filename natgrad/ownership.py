@@ -27,7 +27,6 @@ from torch import Tensor
 
 from natgrad.blocks import Block, Inverse, Job
 from natgrad.kronecker import FactorisationError
-from natgrad.kronecker_inverse import numbers_kept
 from natgrad.sides import spans
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def cost_of_side(shape: Sequence[int]) -> int:
 
 def footprint(block: Block) -> float:
     """Numbers that the owner of a block keeps: statistics, inverse and velocity."""
-    return float(sum(map(numbers_kept, block.sides())) + block.dimension)
+    return float(2 * sum(map(prod, block.sides())) + block.dimension)
 
 
 def settle(blocks: Sequence[Block], ranks: int) -> None:

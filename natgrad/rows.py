@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.products import product
 from natgrad.sides import is_whole, pieces_of, side_of, spans
 
 
@@ -92,7 +91,7 @@ def gram(rows: Tensor) -> Tensor:
     """Σ r rᵀ, (groups, d, d)"""
     if rows.shape[2] == 1:  # gemm is faster than a batch of one
         flat = rows.reshape(-1, rows.shape[3])
-        return product(flat.mT, flat)[None]
+        return (flat.mT @ flat)[None]
     stacked = rows.permute(2, 0, 1, 3).reshape(rows.shape[2], -1, rows.shape[3])
     return stacked.mT @ stacked
 

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natgrad.products import product
-
 
 def rows_of_pieces(d: int, longest: int) -> int:
     """p, for the fewest pieces of at most `longest` rows, as even as they come.
@@ -66,9 +64,9 @@ def left_times(side: Tensor, x: Tensor) -> Tensor:
     if is_diagonal(side):
         return side.mT * x
     if is_whole(side):
-        return product(side, x)
+        return side @ x
     parts = zip(pieces_of(side), spans(*side.shape[-2:]))
-    return torch.cat([product(m, x[..., start:stop, :]) for m, (start, stop) in parts], dim=-2)
+    return torch.cat([m @ x[..., start:stop, :] for m, (start, stop) in parts], dim=-2)
 
 
 def times(x: Tensor, side: Tensor) -> Tensor:
@@ -76,9 +74,9 @@ def times(x: Tensor, side: Tensor) -> Tensor:
     if is_diagonal(side):
         return x * side
     if is_whole(side):
-        return product(x, side)
+        return x @ side
     parts = zip(pieces_of(side), spans(*side.shape[-2:]))
-    return torch.cat([product(x[..., start:stop], m) for m, (start, stop) in parts], dim=-1)
+    return torch.cat([x[..., start:stop] @ m for m, (start, stop) in parts], dim=-1)
 
 
 def transposed(side: Tensor) -> Tensor:

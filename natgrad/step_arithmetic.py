@@ -6,8 +6,7 @@ For a block with gradient g, direction d = ĝ⁻¹g, weights of size r and veloc
     v ← v − β α d,   θ ← θ − (1 − β) α d + c v,   v ← (1 − c) v,   c = k / (k + τ)
 
 c̄ is the running cosine between −d and v, and τ the age of the block's mean, which is halved where the block turns back.
-``torch.compile`` makes these functions slower: its checks before a call cost more than fusing saves
-(``python -m benchmarks.kernels``).
+``torch.compile`` makes these functions slower: its checks before a call cost more than fusing saves.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ LEVELS = {
     "likelihoods": 0,
     "heads": 0,
     "layouts": 0,
-    "products": 0,
     "rows": 0,
     "views": 0,
     "pieces": 0,

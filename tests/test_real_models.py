@@ -196,36 +196,6 @@ def test_recurrent_nets_decomposed_equal_the_fused_op(name, packed):
     assert {c.weight.name for c in tape.calls} == {n for n in dict(layer.named_parameters()) if n.startswith("weight")}
 
 
-@pytest.mark.parametrize("parts", ["all", "no input product", "no recurrence"])
-@pytest.mark.parametrize("both", [False, True])
-def test_an_lstm_layer_by_hand_gives_the_statistics_of_its_steps(both, parts, monkeypatch):
-    from natgrad import decomposed
-    from tests.op_cases import Act
-
-    def run(m, x):
-        out, (h, c) = m.r(m.below(x))
-        return m.head(out[:, -1] * c.sum() + h[0, :, :1])
-
-    model = Act(run, r=nn.LSTM(3, 4, 2, bidirectional=both, batch_first=True), below=nn.Linear(3, 3))
-    model.head = nn.Linear(8 if both else 4, 3)
-    left_out = {"all": "none", "no input product": "_ih_", "no recurrence": "_hh_"}[parts]
-    params = [n for n, _ in model.named_parameters() if left_out not in n]
-    x, y, loss = torch.randn(7, 5, 3), torch.randint(0, 3, (7,)), nn.CrossEntropyLoss()
-    found = []
-    for by_hand in (True, False):
-        monkeypatch.setattr(decomposed, "is_plain", decomposed.is_plain if by_hand else lambda *given: False)
-        trained = copy.deepcopy(model)
-        metric = ng.Fisher(trained, loss, params=params)
-        opt = ng.NaturalGradient(metric)
-        loss(trained(x), y).backward()
-        grads = [p.grad for p in trained.parameters()]
-        opt.step()
-        assert all(not row.why for row in metric.coverage())
-        found.append([*grads, *(side for b in metric.blocks for side in (b.u, b.v))])
-    for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
-
-
 def test_packed_recurrent_net_meets_the_oracle():
     from tests.layer_oracle import gauss_newton, relative
     from tests.op_cases import Act

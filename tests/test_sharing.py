@@ -10,7 +10,6 @@ from torch.nn.utils import parametrizations
 
 import natgrad as ng
 from natgrad.capture import CaptureError
-from natgrad.kronecker import relative_inverse
 from tests.layer_oracle import block_mask, gauss_newton, relative
 from tests.op_cases import Act, p
 
@@ -314,31 +313,3 @@ def test_a_layer_first_used_late_counts_the_data_before():
         only = gauss_newton(model.b, loss, x2, y) * 6 / 10
         n = sum(t.numel() for t in model.a.parameters())
         assert relative(found.dense()[n:, n:], only) < EXACT
-
-
-def test_layers_that_meet_the_same_gradients_share_an_inverse_only_where_their_factors_are_one():
-    """U of two layers that are summed is the same; of one that was frozen for a batch it is not."""
-
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(3, 4).double()
-
-        def forward(self, x):
-            return self.a(x) + self.b(x)
-
-    x, y = data(8, 3), torch.randint(0, 4, (8,))
-    for frozen in (False, True):
-        model = Sum()
-        metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact")
-        metric.update(x, y)
-        model.b.requires_grad_(not frozen)
-        metric.update(3 * x.flip(0), y)
-        model.b.requires_grad_(True)
-        metric.update(2 * x, y)
-        first, second = metric.blocks
-        assert second.twin is first
-        inverses = [block.relative_inverse(0.1) for block in (first, second)]
-        for block, inverse in zip(metric.blocks, inverses):
-            torch.testing.assert_close(inverse.u, relative_inverse(block.u, 0.1), rtol=1e-12, atol=1e-14)
-        assert (inverses[0].u is inverses[1].u) != frozen

@@ -193,29 +193,3 @@ def test_the_metric_goes_through_safetensors(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no safetensors file"):
         other.load(tmp_path / "other.safetensors")
-
-
-def test_a_kept_inverse_survives_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a factorisation failed and the last good one is in force, the statistics alone do not rebuild it."""
-    from natgrad.kronecker import FactorisationError
-
-    def fail(*_: Any) -> Any:
-        raise FactorisationError("does not converge")
-
-    data = list(batches(40))
-    model = classifier()
-    opt = natural(model)
-    train(model, opt, data[:10])
-    while not opt.refresh_due:
-        train(model, opt, data[10:11])
-    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="last good factor is kept"):  # noqa: PT031
-        patched.setattr(type(opt.metric.blocks[0]), "relative_inverse", fail)
-        train(model, opt, data[11:12])
-    assert not opt.refresh_due
-    state = saved(tmp_path / "checkpoint.pt", model, opt)
-    again = classifier()
-    other = natural(again)
-    again.load_state_dict(state["model"])
-    other.load_state_dict(state["opt"])
-    assert train(model, opt, data[12:]) == train(again, other, data[12:])
-    assert other.info["kept_factors"] == opt.info["kept_factors"]
