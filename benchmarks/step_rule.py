@@ -105,8 +105,8 @@ VARIANTS: dict[str, Make] = {
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
     "no weight decay": decayed(0.0),
-    "half the weight decay": decayed(0.025),
-    "twice the weight decay": decayed(0.1),
+    "half the weight decay": decayed(0.06),
+    "twice the weight decay": decayed(0.24),
 }
 CONSTANTS = (
     (optimizer, "GAP_GROWTH"),

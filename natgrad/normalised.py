@@ -135,7 +135,7 @@ class NormalisedStep(StepRule):
     least_lr = 0.01  # a tenth of the default: a smaller one trains that much slower
 
     def __init__(
-        self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1, weight_decay: float = 0.05
+        self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1, weight_decay: float = 0.12
     ) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping, self.weight_decay = lr, momentum, damping, weight_decay
@@ -170,7 +170,7 @@ class NormalisedStep(StepRule):
             for block, step in zip(active, directions):
                 for n, delta in block.named(step, metric.parameters).items():
                     moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
-            moved = self.decayed(moved, metric.parameters, active, found.shares, options)
+            moved = self.decayed(moved, metric.parameters, active, (1.0 if metric.nats is None else (128.0/metric.nats[1]).clamp(max=1).to(found.decay))*found.decay, options)
             self.told = {"at_newton_step": found.at_newton, "predicted_nats": in_nats(found.nats, metric.nat)}
         out: Increments = dict(moved)
         covered = {n for b in blocks for n in b.names}

@@ -42,7 +42,7 @@ def update_on_shards(
         weights = {n: local_of(p) for n, p in metric.parameters.items()}
         sizes = rule.weight_sizes(active, weights) if rule.refreshed else {}
         moved, ways = _covered(rule, shards, metric, active, df, sizes, options)
-        moved = rule.decayed(moved, weights, active, ways, options)
+        moved = rule.decayed(moved, weights, active, (1.0 if metric.nats is None else (128.0/metric.nats[1]).clamp(max=1).to(ways))*ways, options)
     out: Increments = dict(moved)
     covered = {n for b in blocks for n in b.names}
     for n, g in df.items():
@@ -115,7 +115,7 @@ def _told(
     told[3 + shards.mine] = float(failed)
     if found is not None:
         told[0], told[2] = found.nats, found.promise
-        told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = found.shares.to(told)
+        told[[first + i for i, b in enumerate(active) if b.owner == shards.mine]] = found.decay.to(told)
     return shards.ranks.total(told)
 
 

@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
     """One entry a block; the last three are scalars."""
 
     alpha: Tensor  # α before the bound on the predictions
-    shares: Tensor  # min(η, ν size(d) / s r): the way that it goes without stretching, as a share of the weights' size
+    decay: Tensor  # ρ²/η, ρ = min(η, ν size(d) / s r): the way without stretching, as a share of the weights' size
     coherence: Tensor  # c̄ with the new direction in it
     nats: Tensor  # ½ Σ α² s ⟨g, d⟩, how far the predictions move, in units of the loss
     promise: Tensor  # Σ α ⟨g, d⟩, what the slope says the loss will fall by
@@ -68,12 +68,13 @@ def lengths(
         plain = torch.minimum(full, NEWTON_SHARE / excess)
     alpha = (STRETCH * now).exp() * plain
     shares = plain * sizes / weights
+    decay = torch.where(rates > 0, shares.square() / rates, 0.0)
     if excess is None:
         nothing = alpha.new_zeros(())
-        return Lengths(alpha, shares, now, nothing, nothing, nothing)
+        return Lengths(alpha, decay, now, nothing, nothing, nothing)
     slopes = torch.stack([dot(g, d) for g, d in zip(gradients, directions)])
     nats = 0.5 * (alpha.square() * excess * slopes).sum()
-    return Lengths(alpha, shares, now, nats, (alpha * slopes).sum(), (plain < full).to(alpha).mean())
+    return Lengths(alpha, decay, now, nats, (alpha * slopes).sum(), (plain < full).to(alpha).mean())
 
 
 def bound(nats: Tensor, promise: Tensor, nat: Tensor | None) -> Tensor:
