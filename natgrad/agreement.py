@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from natgrad.batch_statistics import BatchStatistics
 from natgrad.blocks import Block
-from natgrad.curvature import Curvature, Draw
-from natgrad.metric_file import block_from_json, block_to_json
+from natgrad.collection import BlockCollection
+from natgrad.structures import block_from_json, block_to_json
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,18 @@ class Entry:
         return self.block, self.key, self.source
 
 
-def entries_of(blocks: Sequence[Block], draw: Draw) -> list[Entry]:
+def entries_of(blocks: Sequence[Block], batch: BatchStatistics) -> list[Entry]:
     place = {b: i for i, b in enumerate(blocks)}
     found = [
         Entry(place[b], key, source, tuple(s.shape), tuple(a.masses[source].shape) if b.is_mean(key) else None)
-        for b, new in draw.statistics
+        for b, new in batch.statistics
         for key, a in new.items()
         for source, s in a.sums.items()
     ]
     return sorted(found, key=lambda e: e.name)
 
 
-def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], list[str]]:
+def reconcile(collection: BlockCollection, texts: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], list[str]]:
     """Give every rank the same blocks in the same order, and the entries that any rank has.
 
     Ranks differ where a batch of one does not use a layer, or where it has no data.
@@ -63,16 +64,16 @@ def reconcile(curvature: Curvature, texts: Sequence[Mapping[str, Any]]) -> tuple
                     f"{list(entries[e.name].shape)} on another: its layers are used in different ways. Let every "
                     "rank run the same forward pass, or leave them out with `params=`"
                 )
-    mine = {name_of(block_to_json(b)): b for b in curvature.blocks}
-    shapes = curvature.layers.shapes
+    mine = {name_of(block_to_json(b)): b for b in collection.blocks}
+    shapes = collection.layers.shapes
     for name, data in every.items():
         if name not in mine:
             mine[name] = block = block_from_json(data, shapes)
-            curvature.set_up(block)
-            curvature.layers.found.update({layer.key: layer for layer in block.layers})
+            collection.set_up(block)
+            collection.layers.found.update({layer.key: layer for layer in block.layers})
         for layer, d in zip(mine[name].layers, data["layers"]):
             layer.fan_in = d["fan_in"]
-    curvature.blocks[:] = [mine[name] for name in order]
+    collection.blocks[:] = [mine[name] for name in order]
     ordered = sorted(entries.values(), key=lambda e: e.name)
     return ordered, sorted({s for text in texts for s in text["masses"]})
 

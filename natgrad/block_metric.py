@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +19,15 @@ from natgrad.blocks import Block
 from natgrad.kronecker_blocks import FULL_SIDE, KroneckerBlock
 from natgrad.metric import Metric, Vector
 from natgrad.ownership import settle
-from natgrad.sharded import local_of
 from natgrad.sides import dense_of, diagonal_of, is_diagonal
-
-if TYPE_CHECKING:
-    from natgrad.distributed import Ranks
+from natgrad.strategy import Strategy
 
 
 class BlockMetric(Metric):
     """The verbs of a metric whose `blocks` are known once it has seen data."""
 
     seen: int  # data
-    ranks: Ranks | None  # that share the work
+    strategy: Strategy
     _driver: Any  # the optimizer, if one drives
 
     @property
@@ -142,11 +139,11 @@ class BlockMetric(Metric):
         For looking at the metric (`dense`, `sharp`, `factors`, …), not for training steps. Where the model is not
         sharded there is nothing to do.
         """
-        if self.shards is None:
+        if not self.strategy.sharded:
             yield self
             return
         held = {str(i): statistics_to_plain(b.statistics) for i, b in enumerate(self.blocks) if b.statistics}
-        gathered = self.shards.union(held)
+        gathered = self.strategy.union(held)
         away = [b for b in self.blocks if b.elsewhere]
         try:
             for i, block in enumerate(self.blocks):
@@ -161,16 +158,16 @@ class BlockMetric(Metric):
 
     def share_out(self) -> None:
         """Let go of the statistics that other ranks own, where this rank holds them all."""
-        if self.shards is None or self.ranks is None:
+        if not self.strategy.sharded:
             return
-        settle(self.blocks, self.ranks.size)
+        settle(self.blocks, self.strategy.size)
         for block in self.blocks:
-            if block.statistics and block.owner != self.ranks.rank:
+            if block.statistics and block.owner != self.strategy.rank:
                 block.statistics, block.elsewhere = {}, True
                 block.forget()
 
     def _like(self) -> Tensor:
-        return local_of(next(iter(self.parameters.values()))).detach()
+        return self.strategy.local(next(iter(self.parameters.values()))).detach()
 
     def _index(self) -> dict[str, Tensor]:
         """Position in `dense` of every entry of every parameter."""

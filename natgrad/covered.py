@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from natgrad import curvature, kronecker_blocks
+from torch import Tensor
+
+from natgrad import collection as limits
+from natgrad import kronecker_blocks
+from natgrad.backward_pass import PER_DATUM
+from natgrad.collection import BlockCollection
 from natgrad.coverage import Coverage, CoverageRow
-from natgrad.curvature import PER_DATUM
-
-if TYPE_CHECKING:
-    from natgrad.fisher import Fisher
 
 
-def coverage_of(metric: Fisher) -> Coverage:
-    return Coverage(tuple(row_of(metric, n) for n in metric.parameters), "; ".join(notes_of(metric)))
+def coverage_of(parameters: Mapping[str, Tensor], collection: BlockCollection, seen: int) -> Coverage:
+    """Return a row for each parameter. `seen`: data counted so far."""
+    rows = tuple(row_of(n, tuple(p.shape), collection, seen) for n, p in parameters.items())
+    return Coverage(rows, "; ".join(notes_of(collection)))
 
 
-def notes_of(metric: Fisher) -> list[str]:
+def notes_of(collection: BlockCollection) -> list[str]:
     """How data are subsampled and what is kept of large sides."""
     notes = []
-    if metric.curvature.max_positions is not None:
-        notes.append(f"at most {metric.curvature.max_positions} rows of a call enter a Kronecker factor")
-    elif metric.curvature.trains and metric.kind == "sampled":
+    if collection.max_positions is not None:
+        notes.append(f"at most {collection.max_positions} rows of a call enter a Kronecker factor")
+    elif collection.trains and collection.sampled:
         notes.append(
-            f"while an optimizer trains, at most {curvature.TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
+            f"while an optimizer trains, at most {limits.TRAINING_ROWS} rows of a call enter a Kronecker factor, or "
             "as many as its larger side has"
         )
-    if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in metric.blocks):
+    if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in collection.blocks):
         limit = kronecker_blocks.TRAINING_SIDE
         notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")
     return notes
 
 
-def row_of(metric: Fisher, name: str) -> CoverageRow:
-    shape = tuple(metric.parameters[name].shape)
-    held = [(b, layer) for b in metric.blocks for layer in b.layers if name in layer.names]
-    use = metric.curvature.uncovered.get(name)
+def row_of(name: str, shape: tuple[int, ...], collection: BlockCollection, seen: int) -> CoverageRow:
+    held = [(b, layer) for b in collection.blocks for layer in b.layers if name in layer.names]
+    use = collection.uncovered.get(name)
     if held:
         blocks = list(dict.fromkeys(b for b, _ in held))
         memory = sum(b.memory() for b in blocks)
@@ -46,5 +48,5 @@ def row_of(metric: Fisher, name: str) -> CoverageRow:
     if use is not None:
         why = f"no op rule covers its use (reached through {use.used_by}); optimizers train it by an Adam-like rule"
         return CoverageRow(name, shape, "", "no curvature", "", 0, why)
-    why = "no forward pass has used it yet" if not metric.seen else "unused"
+    why = "no forward pass has used it yet" if not seen else "unused"
     return CoverageRow(name, shape, "", "not seen", "", 0, why)

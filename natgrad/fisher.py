@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import metric_file
+from natgrad.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.block_metric import BlockMetric
 from natgrad.blocks import Block
-from natgrad.capture import Tape
+from natgrad.capture import CaptureError, Tape
+from natgrad.collection import BlockCollection, statistics_dtype
 from natgrad.coverage import Coverage
 from natgrad.covered import coverage_of
-from natgrad.curvature import STRUCTURES, Curvature, Draw, go_on, statistics_dtype
-from natgrad.distributed import described, ranks_of
+from natgrad.estimator import Estimator, usable
+from natgrad.fsdp import kept_open, sharded_modules
 from natgrad.heads import Heads
 from natgrad.likelihoods import read
 from natgrad.options import (
@@ -40,17 +42,16 @@ from natgrad.options import (
     refuse_modules,
     unwrapped,
 )
-from natgrad.own_pass import draw_aside, together
-from natgrad.sharded import LiveNames, Shards, kept_open, sharded_modules
+from natgrad.own_pass import aside, check_output, noted
+from natgrad.setup import strategy_of
+from natgrad.structures import STRUCTURES
 from natgrad.trees import describe
 from natgrad.watch import Called, Watcher
-from natgrad.wrappers import refuse_join, refuse_rule, refuse_structures, undisturbed
-
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
+from natgrad.wrappers import refuse_rule, refuse_structures, undisturbed
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
+ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
 class Fisher(BlockMetric):
@@ -123,42 +124,37 @@ class Fisher(BlockMetric):
         self.module = unwrapped(model)
         refuse_modules(self.module)
         device = next(iter(model.parameters()), torch.empty(0)).device
-        self.ranks = ranks_of(model, process_group, device, exchange)  # before names are read: it has shards in place
+        # before names are read: it has shards in place
+        self.strategy = strategy_of(model, process_group, device, exchange)
         super().__init__(chosen_parameters(self.module, params))
-        self._live: LiveNames | None = None
-        if self.ranks is not None and sharded_modules(model):
-            self.shards = Shards(self.ranks, self.parameters)
-            self._live = LiveNames(model, self.parameters)
+        self.strategy.take(model, self.parameters)
         self.structure, self.sharing, self.samples = structure, sharing, samples
         self._output, self._targets = output, targets
-        self.curvature = Curvature(
-            self.module,
-            self.reading,
-            kind,
-            samples,
-            seed if self.ranks is None else self.ranks.seed(seed),
+        seed = self.strategy.seed(seed)
+        self.collection = BlockCollection(
             self.parameters,
             by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             max_side_by_pattern(max_side, self.parameters),
+            kind == "sampled",
+            torch.Generator().manual_seed(seed),
             max_positions,
         )
-        if self._live is not None:
-            self.curvature.meeting, self.curvature.live = self._meet, self._live.by_name
-        if self.ranks is not None:
-            refuse_structures({n: self.curvature.structure_of(n) for n in self.parameters})
+        self.estimator = Estimator(self.module, self.reading, kind, samples, seed, self.collection, self.strategy)
+        if self.strategy.size > 1:
+            refuse_structures({n: self.collection.structure_of(n) for n in self.parameters})
         self.nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats` at the last refresh
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
-        self._pending: list[Draw] = []
+        self._pending: list[BatchStatistics] = []
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
     @property
     def blocks(self) -> list[Block]:
         """The blocks found so far, each over one layer or several."""
-        return self.curvature.blocks
+        return self.collection.blocks
 
     # adding data ---------------------------------------------------------------------------------------
 
@@ -174,7 +170,7 @@ class Fisher(BlockMetric):
         """
         self._commit([self._new_draw(inputs, targets)], decay=None)
 
-    def _new_draw(self, inputs: Any, targets: Any) -> Draw:
+    def _new_draw(self, inputs: Any, targets: Any) -> BatchStatistics:
         if self._driver is not None:
             raise RuntimeError(
                 "this metric is driven by an optimizer, which adds the batches that are trained on; calling "
@@ -184,7 +180,24 @@ class Fisher(BlockMetric):
         args, kwargs = arguments(inputs)
         if targets is None and self._targets is not None:
             targets = self._targets(received(args, kwargs))
-        return draw_aside(self, args, kwargs, targets)
+        with aside(self.module, self.parameters.values()):
+            result, tape = noted(self.module, self.parameter_names(), args, kwargs)
+            output = self.output_of(result)
+            check_output(self.reading, output, targets)
+            self.estimator.warn_of_batch_norm()
+            if not self.strategy.everywhere(usable(self.reading.outputs(output))):
+                raise ValueError(
+                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
+                    "metric of; nothing was added. Look at the inputs and the parameters"
+                )
+            batch = self.estimator.draw(output, targets, [tape], per_datum=True)
+        if batch is None:
+            raise CaptureError(
+                "the output does not depend on any parameter of the metric: it is detached, or the model was run under "
+                "no_grad or ignores its parameters"
+            )
+        go_on(batch.streams)
+        return batch
 
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
         """Add every batch of a loader: ``inputs`` or ``(inputs, targets)`` each. Returns the metric.
@@ -199,15 +212,15 @@ class Fisher(BlockMetric):
         size = len(loader) if isinstance(loader, Sized) else None
         batches = track(loader, description="metric", total=size, transient=True) if progress else loader
         count = 0
-        mine = Draw([], 0)
+        mine = BatchStatistics([], 0)
         for batch in batches:
             inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-            if self.ranks is None:
+            if self.strategy.size == 1:
                 self.update(inputs, targets)
             else:
-                mine = together(self.blocks, [mine, self._new_draw(inputs, targets)], self._plain)
+                mine = merge(self.blocks, [mine, self._new_draw(inputs, targets)], self._plain)
             count += 1
-        if self.ranks is not None and self._commit([mine], decay=None):
+        if self.strategy.size > 1 and self._commit([mine], decay=None):
             return self
         if count == 0:
             raise ValueError("the loader is empty: the metric is a mean over data and needs at least one batch")
@@ -225,18 +238,16 @@ class Fisher(BlockMetric):
         """Whether sums are never divided."""
         return self.reading.reduction == "sum"
 
-    def _commit(self, draws: list[Draw], decay: float | None) -> bool:
+    def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
         """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
-        draw: Draw | None = together(self.blocks, draws, self._plain)
-        if self.ranks is not None and draw is not None:
-            draw = self.ranks.share(self.curvature, draw, described(self), self._plain, self.shards is not None)
-            if draw is None or not self._usable_everywhere(draw):
-                return False
-            for block in draw.elsewhere:
-                block.elsewhere = True
-                block.version += 1
-        if draw is None:
+        draw = self.strategy.merge(
+            self.collection, merge(self.blocks, draws, self._plain), self._described, self._plain
+        )
+        if draw is None or (self.strategy.size > 1 and not self._usable_everywhere(draw)):
             return False
+        for block in draw.elsewhere:
+            block.elsewhere = True
+            block.version += 1
         for block, new in draw.statistics:
             if decay is None and not block.statistics:
                 block.backdate(new, self._masses)
@@ -251,16 +262,19 @@ class Fisher(BlockMetric):
     # what the watcher asks -----------------------------------------------------------------------------
 
     def wants_statistics(self) -> bool:
-        waiting = self._live is not None and self._live.hold_gradients
-        if self._pending and not waiting and all(p.grad is None for p in self.parameters.values()):
+        if (
+            self._pending
+            and not self.strategy.holds_gradients
+            and all(p.grad is None for p in self.parameters.values())
+        ):
             # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
         return self._driver is not None and self._driver.refresh_due
 
     def parameter_names(self) -> Mapping[int, str]:
-        return self._live if self._live is not None else {id(p): n for n, p in self.parameters.items()}
+        return self.strategy.parameter_names(self.parameters)
 
-    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None:
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None:
         if isinstance(self.reading, Heads):
             split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
             output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
@@ -269,7 +283,7 @@ class Fisher(BlockMetric):
             output, targets = self.reading.split(*args, **kwargs)
         return self._draw_training(output, targets, tapes)
 
-    def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> Draw | None:
+    def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
         args, kwargs = given
         targets = None if self._targets is None else self._targets(received(args, kwargs))
         return self._draw_training(self.output_of(output), targets, tapes)
@@ -278,11 +292,11 @@ class Fisher(BlockMetric):
         """What `output=` makes of what the model returned."""
         return result if self._output is None else self._output(result)
 
-    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> Draw | None:
+    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
         with undisturbed(self.model), kept_open(self.model):
-            return self.curvature.draw(output, targets, tapes, per_datum=False)
+            return self.estimator.draw(output, targets, tapes, per_datum=False)
 
-    def count(self, draw: Draw) -> None:
+    def count(self, draw: BatchStatistics) -> None:
         go_on(draw.streams)
         self._pending.append(draw)
 
@@ -294,13 +308,11 @@ class Fisher(BlockMetric):
                 self.parameters[name] = p
                 order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
                 ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
-                self.parameters.clear()  # in place: the curvature holds this dictionary too
+                self.parameters.clear()  # in place: the blocks' collection holds this dictionary too
                 self.parameters.update(ordered)
-                self.curvature.layers.shapes = {n: q.shape for n, q in ordered}
-                self.curvature.forget_layer_of(name)
-                if self._live is not None:
-                    self._live = LiveNames(self.module, self.parameters)
-                    self.curvature.live = self._live.by_name
+                self.collection.take(self.parameters)
+                self.collection.forget_layer_of(name)
+                self.strategy.take(self.module, self.parameters)
                 return name
         return None
 
@@ -308,7 +320,7 @@ class Fisher(BlockMetric):
         """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
         now = {id(p) for p in self.module.parameters()}
         if (
-            self.shards is None
+            not self.strategy.sharded
             and sharded_modules(self.module)
             and any(id(p) not in now for p in self.parameters.values())
         ):
@@ -317,19 +329,17 @@ class Fisher(BlockMetric):
                 "fully_shard first, then make the metric"
             )
         self._driver = driver
-        if self.ranks is not None:
-            refuse_rule(driver.rule, self.shards is not None)
-            driver.rule.shards = self.shards
-            self.ranks.check_same(described(self))
-            self.ranks.refresh = driver.refresh
-        self.curvature.train()
+        if self.strategy.size > 1:
+            refuse_rule(driver.rule, self.strategy.sharded)
+            self.strategy.check_same(self._described())
+            self.strategy.refresh = driver.refresh
+        self.collection.train()
 
     def without_curvature(self) -> set[str]:
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))
 
     def expect(self, due: bool) -> None:
-        if self.ranks is not None:
-            self.ranks.attendance.moment = f"step {self._driver.steps}"
+        self.strategy.at_step(self._driver.steps)
         for block in self.blocks:
             block.release()
         self._watcher.expect(due)
@@ -345,54 +355,28 @@ class Fisher(BlockMetric):
         dtype = statistics_dtype(self.parameters.values())
         for block in self.blocks:
             block.move(self.parameters[block.names[0]].device, dtype)
-        if self.ranks is not None:  # ranks meet where all know that they do; what comes late is not waited for
+        if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
             return bool(self._driver.refresh_due) and self._commit(draws, decay)
         draws = [d for d in draws if self._usable(d)]
         return bool(draws) and self._commit(draws, decay)
 
     def agree(self, fine: Tensor) -> Tensor:
-        if self.ranks is None:
-            return fine
-        refuse_join(self.model)
-        return self.ranks.all_fine(fine)
+        return self.strategy.all_fine(self.model, fine)
 
-    def _meet(self, fine: bool, data: int) -> bool:
-        """Whether all ranks take statistics of a forward pass; each backward pass of a sharded model is collective.
-
-        Raises:
-            RuntimeError: a rank has one datum and others more, so that ranks would take different backward passes.
-        """
-        assert self.ranks is not None
-        told = self.ranks.gather([int(fine), data])
-        counts = [d for _, d in told]
-        self.curvature.uneven = len(set(counts)) > 1
-        if self.curvature.uneven and min(counts) == 1:
-            raise RuntimeError(
-                f"the ranks of a sharded model have {counts} data; with one datum the metric takes other backward "
-                "passes than with several, and ranks would wait for each other. Give each rank two or more"
-            )
-        return all(f for f, _ in told)
-
-    def everywhere(self, fine: bool) -> bool:
-        """Whether it is so on all ranks of a sharded model; elsewhere each rank goes by itself."""
-        if self.shards is None or self.ranks is None:
-            return fine
-        return bool(self.ranks.all_fine(torch.tensor(fine, device=self.ranks.device)))
-
-    def _usable_everywhere(self, draw: Draw) -> bool:
+    def _usable_everywhere(self, draw: BatchStatistics) -> bool:
         """Whether the statistics that ranks hold after sharing them are finite on all."""
         here = self._usable(draw)
-        if self.shards is None:
+        if not self.strategy.sharded:
             return here  # all hold the same
-        everywhere = self.everywhere(here)
+        everywhere = self.strategy.everywhere(here)
         self.dropped += here and not everywhere
         return everywhere
 
-    def _usable(self, draw: Draw) -> bool:
+    def _usable(self, draw: BatchStatistics) -> bool:
         """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
         counted.
         """
-        sums = [s for _, new in draw.statistics for average in new.values() for s in average.sums.values()]
+        sums = draw.sums()
         if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
             return True
         if not self.dropped:
@@ -406,11 +390,10 @@ class Fisher(BlockMetric):
 
     @property
     def info(self) -> dict[str, Any]:
-        shared = {} if self.ranks is None else self.ranks.info
         return {
             "dropped_statistics": self.dropped,
             "data_seen": self.seen,
-            **shared,
+            **self.strategy.info,
         }
 
     def discard_pending(self) -> None:
@@ -424,7 +407,7 @@ class Fisher(BlockMetric):
         """
         if self.kind == "empirical":
             return None
-        return 1.0 if self.ranks is None or not self._plain else 1 / self.ranks.size
+        return 1 / self.strategy.size if self._plain else 1.0
 
     @property
     def nat(self) -> Tensor | None:
@@ -433,10 +416,11 @@ class Fisher(BlockMetric):
         total, mass = self.nats.unbind()
         return torch.where(mass > 0, self.gradient_share * total if self._plain else total / mass, torch.nan)
 
-    def default_step(self) -> StepRule:
-        from natgrad.normalised import NormalisedStep
+    @property
+    def loss_terms(self) -> Tensor | None:
+        return None if self.nats is None else self.nats[1]
 
-        return NormalisedStep()
+    default_step = "normalised"
 
     def precondition_(self, damping: float) -> None:
         """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
@@ -445,7 +429,7 @@ class Fisher(BlockMetric):
             ValueError: the damping is not positive and finite, or no gradient is there.
             RuntimeError: the model is sharded.
         """
-        if self.shards is not None:
+        if self.strategy.sharded:
             raise RuntimeError(
                 "precondition_ is not supported on a model that is sharded by fully_shard; train it with "
                 "ng.NaturalGradient(metric), or wrap the model in DistributedDataParallel"
@@ -462,7 +446,7 @@ class Fisher(BlockMetric):
 
     def coverage(self) -> Coverage:
         """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
-        return coverage_of(self)
+        return coverage_of(self.parameters, self.collection, self.seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics and what they belong to: tensors, strings and numbers only.
@@ -470,7 +454,42 @@ class Fisher(BlockMetric):
         Of a sharded model it is whole on every rank, and taking it is a call that all ranks make together.
         """
         with self.whole():
-            return metric_file.state_of(self)
+            return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        generators = {str(d): g for d, g in self.estimator.generators.items()}
+        return metric_file.state_of(self._about(), self.blocks, {**generators, ROWS: self.collection.rows})
+
+    def _about(self) -> dict[str, Any]:
+        """What a state says of the metric."""
+        return {
+            "format": metric_file.FORMAT,
+            "parameters": {n: list(p.shape) for n, p in self.parameters.items()},
+            "kind": self.kind,
+            "criterion": self.reading.name,
+            "reduction": self.reading.reduction,
+            "structure": {n: self.collection.structure_of(n) for n in self.parameters},
+            "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
+            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "seen": self.seen,
+            "rank": self.strategy.rank,
+            "masses": {source: float(mass) for source, mass in self._masses.items()},
+            "nats": None if self.nats is None else self.nats.tolist(),
+        }
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        found = {
+            "parameter": {n: [list(p.shape), str(p.dtype)] for n, p in self.parameters.items()},
+            "criterion": f"{self.reading.name}, reduction {self.reading.reduction}",
+            "kind": self.kind,
+            "samples": self.samples,
+            "structure": {n: self.collection.structure_of(n) for n in self.parameters},
+            "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
+            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "max_positions": self.collection.max_positions,
+        }
+        return found if self._driver is None else {**found, "optimizer": self._driver.schedule}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over statistics.
@@ -479,7 +498,21 @@ class Fisher(BlockMetric):
             ValueError: they belong to another model or another kind of metric; the message names the differences. The
                 metric stays as it was.
         """
-        metric_file.restore(self, state)
+        shapes = {n: p.shape for n, p in self.parameters.items()}
+        found = metric_file.restored(state, self._about(), shapes, self._like().device)
+        self.collection.restore(found.blocks)
+        like = torch.zeros((), dtype=statistics_dtype(self.parameters.values()), device=self._like().device)
+        nats = found.said["nats"]
+        self.seen, self.nats = found.said["seen"], None if nats is None else like.new_tensor(nats)
+        self._masses = {source: like.new_tensor(mass) for source, mass in found.said["masses"].items()}
+        self.estimator.generators.clear()  # one that had not drawn yet starts from its seed again
+        for which, saved in found.generators.items():
+            generator = self.collection.rows if which == ROWS else self.estimator.generator(torch.device(which))
+            generator.set_state(saved.cpu())
+            if self.strategy.rank != found.said["rank"]:
+                # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
+                start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+                generator.manual_seed(self.strategy.seed(start))
         self.share_out()
 
     def save(self, path: Any) -> None:
@@ -488,19 +521,19 @@ class Fisher(BlockMetric):
         Raises:
             OSError: the file cannot be written.
         """
-        if self.shards is None or self.ranks is None:
-            metric_file.save(self, path)
+        if not self.strategy.sharded:
+            metric_file.save(self._state(), path)
             return
         with self.whole():
             try:
-                if self.ranks.rank == 0:
-                    metric_file.save(self, path)
+                if self.strategy.rank == 0:
+                    metric_file.save(self._state(), path)
                 written = True
             except OSError:
                 written = False
                 raise
             finally:
-                everywhere = self.everywhere(written)
+                everywhere = self.strategy.everywhere(written)
         if not everywhere:
             raise OSError(f"rank 0 could not write the metric to {path}; it says why")
 
@@ -511,5 +544,4 @@ class Fisher(BlockMetric):
             FileNotFoundError: there is no such file.
             ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
         """
-        metric_file.load(self, path)
-        self.share_out()
+        self.load_state_dict(metric_file.load(path))

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.cholesky import ensure_fits
 from natgrad.iterative import conjugate_gradient
-from natgrad.metric import Metric, Vector, named
-from natgrad.solvers import DENSE_PARAMETERS, ensure_fits
-
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
+from natgrad.metric import DENSE_PARAMETERS, Metric, Vector, named
 
 Product = Callable[[Tensor], Tensor]
 
@@ -43,6 +40,9 @@ class Hessian(Metric):
         ValueError: at the first product, a loss that is not a scalar, is not finite or does not depend on the
             parameters.
     """
+
+    default_step = "fixed"
+    step_options: Mapping[str, float] = {"lr": 1.0, "damping": 1e-3}
 
     def __init__(
         self, loss_fn: Callable[..., Tensor], params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -195,11 +195,6 @@ class Hessian(Metric):
         if not self._df:
             raise RuntimeError("Hessian has seen no batch yet: call observe(batch), or opt.step(batch), first")
         return self._df
-
-    def default_step(self) -> StepRule:
-        from natgrad.steps import FixedStep
-
-        return FixedStep(lr=1.0, damping=1e-3)
 
 
 def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ follows from these two (override the ones you can do faster). For `natgrad.Natur
 have defaults that may be replaced:
 
 - `drive`, `advance` and `discard_pending`, for metrics that gather statistics while the model is trained;
-- `default_step` says which step rule serves the metric where the user names none;
+- `default_step` names the step rule that serves the metric where the user names none;
 - `observe` and `gradient`, for metrics that make their own gradient: ``opt.step(batch)`` calls
   ``observe(batch)``, which returns the loss, and then reads `gradient`; `direction` may then be computed in a
   better conditioned way than by ``sharp(gradient())``.
@@ -22,19 +22,20 @@ have defaults that may be replaced:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
+from natgrad.cholesky import damped_cholesky
+from natgrad.krylov import conjugate_gradient
+from natgrad.metric_protocols import OwnGradient, Trained, Vector
 
-Vector = dict[str, Tensor]
+DENSE_PARAMETERS = 5000  # up to here O(P³) is quicker than iterating
 
 
-class Metric:
+class Metric(Trained, OwnGradient):
     """ĝ: TM → T*M over named parameters. See the module docstring for the protocol.
 
     Args:
@@ -44,7 +45,6 @@ class Metric:
         ValueError: there is no parameter, or one that is complex or on the meta device.
     """
 
-    shards: Any = None  # where the parameters are sharded, a `natgrad.sharded.Shards`
     positive_definite = False  # whether `sharp` is defined without damping
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -63,18 +63,6 @@ class Metric:
                     f"parameter {name!r} is on the meta device and has no values; materialise the model first "
                     f"(`to_empty`, then initialise)"
                 )
-
-    @property
-    def gradient_share(self) -> float | None:
-        """What `backward` leaves of the gradient of the loss that the metric is the curvature of; None where the metric
-        is not that, so that ĝ⁻¹df has no length of its own.
-        """
-        return 1.0
-
-    @property
-    def nat(self) -> Tensor | None:
-        """How much of the loss one nat is, a scalar tensor; None where that is not known."""
-        return None
 
     @property
     def names(self) -> list[str]:
@@ -156,110 +144,15 @@ class Metric:
         return lower
 
     def __mul__(self, factor: float) -> Metric:
-        from natgrad.combination import Combination
-
-        return Combination([(factor, self)])
+        return Sum([(factor, self)])
 
     __rmul__ = __mul__
 
     def __add__(self, other: Metric) -> Metric:
-        from natgrad.combination import Combination
+        return Sum([(1.0, self), (1.0, other)])
 
-        return Combination([(1.0, self), (1.0, other)])
-
-    # what the optimizer asks for -----------------------------------------------------------------------
-
-    @property
-    def needs_refresh(self) -> bool:
-        """Whether the optimizer must have seen statistics before its first step."""
-        return False
-
-    def drive(self, driver: Any) -> None:
-        """Called once by the optimizer that will step along this metric."""
-
-    def expect(self, due: bool) -> None:
-        """Told by the optimizer, after each step, whether the next forward passes are to refresh the metric."""
-
-    def advance(self, decay: float) -> bool:
-        """Called by the optimizer once a step, before it asks for a direction; whether the metric changed.
-
-        `decay` is the weight of the past in a moving average of statistics.
-        """
-        return False
-
-    def agree(self, fine: Tensor) -> Tensor:
-        """Whether a step is fine on every rank that shares this metric. Called where a refresh is due."""
-        return fine
-
-    def discard_pending(self) -> None:
-        """Drop statistics gathered since the last `advance`."""
-
-    def without_curvature(self) -> set[str]:
-        """Names of parameters on which the metric is not defined; the optimizer trains them by an Adam-like rule."""
-        return set()
-
-    def include(self, parameter: Tensor) -> str | None:
-        """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""
-        return None
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Counters for ``opt.info``."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Statistics to continue from: tensors, strings and numbers only. Empty where the metric keeps none."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over `state_dict`.
-
-        Raises:
-            ValueError: the state is of another metric.
-        """
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but the state given has the keys {list(state)}")
-
-    def default_step(self) -> StepRule:
-        """The step rule used where the user names none."""
-        from natgrad.steps import FixedStep
-
-        return FixedStep()
-
-    def observe(self, batch: Any) -> Tensor:
-        """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own
-        gradient).
-
-        Raises:
-            TypeError: the metric takes its gradient from ``loss.backward()``.
-        """
-        raise TypeError(
-            f"{type(self).__name__} takes its gradient from loss.backward(); call opt.step() without a batch. "
-            "Metrics that make their own gradient are GaussNewton, Energy and QuantumGeometry"
-        )
-
-    def gradient(self) -> Vector:
-        """df of the last observed batch."""
-        raise TypeError(f"{type(self).__name__} takes its gradient from loss.backward()")
-
-    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
-        """(ĝ + damping·I)⁻¹ (df + damping·prior) of the last observed batch, in the metric's best conditioned way."""
-        df = self.gradient()
-        return self.sharp(df if prior is None else {n: g + damping * prior[n] for n, g in df.items()}, damping)
-
-    def loss_at(self, increments: Mapping[str, Tensor]) -> float:
-        """The loss of the last observed batch at θ + increments, for step rules that try points.
-
-        Raises:
-            TypeError: the metric does not know the loss.
-        """
-        raise TypeError(
-            f"{type(self).__name__} cannot evaluate the loss at trial points, which this step rule needs; "
-            "GaussNewton and Energy can. Take step=FixedStep() or TrustRegion()"
-        )
-
-    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
-        """a of the path θ + αv + ½α²a (geodesic acceleration), None where the metric has none."""
+    def stack(self, parts: Sequence[tuple[float, Metric]]) -> Metric | None:
+        """Return Σ cᵢ ĝᵢ as one metric of this kind; None where there is none. This metric is the first part."""
         return None
 
     # vectors -------------------------------------------------------------------------------------------
@@ -322,6 +215,7 @@ class Euclidean(Metric):
     """
 
     positive_definite = True
+    step_options: Mapping[str, float] = {"damping": 0.0}
 
     def __init__(self, params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
         super().__init__(named(params))
@@ -337,10 +231,105 @@ class Euclidean(Metric):
     def diagonal(self) -> Vector:
         return {n: torch.ones_like(p) for n, p in self.parameters.items()}
 
-    def default_step(self) -> StepRule:
-        from natgrad.steps import FixedStep
 
-        return FixedStep(damping=0.0)
+class Sum(Metric):
+    """Σ cᵢ ĝᵢ over metrics of the same parameters.
+
+    Where every part makes its own gradient, so does the sum: `observe` gives each part the same batch, and the loss is
+    Σ cᵢ lossᵢ.
+
+    Args:
+        parts: (cᵢ, metric) with cᵢ > 0.
+
+    Raises:
+        TypeError: a part is not a metric, or a factor not a number.
+        ValueError: a factor is not positive, or the metrics have different parameters.
+    """
+
+    def __init__(self, parts: list[tuple[float, Metric]]) -> None:
+        self.parts: list[tuple[float, Metric]] = []
+        for c, m in parts:
+            if not isinstance(m, Metric) or not isinstance(c, (int, float)):
+                raise TypeError(
+                    f"metrics add to metrics and are multiplied by numbers, got {type(c).__name__} times "
+                    f"{type(m).__name__}"
+                )
+            if not 0 < c < float("inf"):
+                raise ValueError(f"a metric is multiplied by a positive number, got {c}")
+            self.parts += [(c * inner, part) for inner, part in m.parts] if isinstance(m, Sum) else [(float(c), m)]
+        first = self.parts[0][1]
+        for _, m in self.parts:
+            if list(m.parameters) != list(first.parameters) or any(
+                m.parameters[n] is not p for n, p in first.parameters.items()
+            ):
+                raise ValueError(
+                    f"metrics add where they have the same parameters; {type(first).__name__} has {first.names}, "
+                    f"{type(m).__name__} has {m.names}"
+                )
+        super().__init__(first.parameters)
+        self.default_step, self.step_options = first.default_step, first.step_options
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        return self._sum([m.flat(v) for _, m in self.parts])
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        damping = self.check_damping(damping)
+        df = self.check(df, "df")
+        if (stacked := self._stacked()) is not None:
+            return stacked.sharp(df, damping)
+        g = self.vector_to_flat(df)
+        if g.numel() <= DENSE_PARAMETERS:
+            return self.flat_to_vector(torch.cholesky_solve(g[:, None], damped_cholesky(self.dense(), damping))[:, 0])
+        solution, _ = conjugate_gradient(
+            lambda v: self.vector_to_flat(self.flat(self.flat_to_vector(v))) + damping * v, g
+        )
+        return self.flat_to_vector(solution)
+
+    def dense(self) -> Tensor:
+        return torch.stack([c * m.dense() for c, m in self.parts]).sum(0)
+
+    def diagonal(self) -> Vector:
+        return self._sum([m.diagonal() for _, m in self.parts])
+
+    def logdet(self, damping: float) -> Tensor:
+        stacked = self._stacked()
+        return super().logdet(damping) if stacked is None else stacked.logdet(damping)
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        stacked = self._stacked()
+        return super().sample(damping, generator) if stacked is None else stacked.sample(damping, generator)
+
+    def drive(self, driver: Any) -> None:
+        for _, m in self.parts:
+            m.drive(driver)
+
+    def advance(self, decay: float) -> bool:
+        changed = [m.advance(decay) for _, m in self.parts]
+        return any(changed)
+
+    def discard_pending(self) -> None:
+        for _, m in self.parts:
+            m.discard_pending()
+
+    def observe(self, batch: Any) -> Tensor:
+        return torch.stack([c * m.observe(batch) for c, m in self.parts]).sum()
+
+    def gradient(self) -> Vector:
+        return self._sum([m.gradient() for _, m in self.parts])
+
+    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
+        stacked = self._stacked()
+        return super().direction(damping, prior) if stacked is None else stacked.direction(damping, prior)
+
+    def loss_at(self, increments: Mapping[str, Tensor]) -> float:
+        return sum(c * m.loss_at(increments) for c, m in self.parts)
+
+    def _sum(self, vectors: list[Vector]) -> Vector:
+        return {n: torch.stack([c * v[n] for (c, _), v in zip(self.parts, vectors)]).sum(0) for n in self.parameters}
+
+    def _stacked(self) -> Metric | None:
+        """The sum as one metric with rows, where every part has rows."""
+        return self.parts[0][1].stack(self.parts)
 
 
 def named(params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:

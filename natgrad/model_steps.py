@@ -20,7 +20,7 @@ from torch import Tensor
 
 from natgrad.metric import Metric, Vector
 from natgrad.searches import SearchRule, dot, finite_loss
-from natgrad.steps import Options
+from natgrad.steps import StepContext
 
 ROUNDING = 1e-12  # relative decreases of the loss below this say nothing about the model
 
@@ -47,7 +47,8 @@ class LevenbergMarquardt(SearchRule):
         self.factor, self.tries, self.smallest = factor, tries, smallest
         self._damping: float | None = None
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
+        options = context.options
         lr, _, first = self.options(options)
         damping = first if self._damping is None else self._damping
         start = metric.loss_at({})
@@ -109,7 +110,8 @@ class Spring(SearchRule):
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
         self._last: Vector = {}
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
+        options = context.options
         lr, mu, damping = self.options(options)
         prior = {n: mu * p for n, p in self._last.items()} or None
         self._last = metric.direction(damping, prior)
@@ -147,7 +149,8 @@ class TrustRegion(SearchRule):
         self._last: Vector = {}
         self._promise: tuple[float, float, bool] | None = None  # loss before the step, its decrease, bound met
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
+        options = context.options
         lr, _, damping = self.options(options)
         loss = getattr(metric, "loss", None)
         ratio = self._follow(loss)

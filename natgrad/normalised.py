@@ -6,7 +6,7 @@ For every block with weights W, gradient g and damped inverse factors G̃, Ã (`
     α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
     α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)           no step moves the predictions by more than ε nats
     v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
-    W ← W − w min(η, ν size(d) / s r) W                           decay in proportion to the way gone, without e^{κ c̄}
+    W ← W − w min(1, 128 / M) ρ²/η W,  ρ = min(η, ν size(d) / s r)  decay by the square of the way gone, M loss terms
 
 size(d) = rms(d) √(fan_in + 1), and r is the size of W over that which PyTorch's layers start with, 1 / √(3 (fan_in +
 1)); c̄ is the running cosine of −d and v, and τ, the age of the mean, is halved where c̄ falls below −0.3. Parameters
@@ -18,29 +18,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.adam import Adam
-from natgrad.batched import Products, made_together
 from natgrad.blocks import Block, Inverse, JointBlock
+from natgrad.collection import statistics_dtype
 from natgrad.kronecker import FactorisationError
 from natgrad.kronecker_blocks import KroneckerBlock
 from natgrad.metric import Metric
-from natgrad.ownership import Stale, shared_directions, shared_inverses, way_of
 from natgrad.step_arithmetic import Lengths, aged, bound, dot, in_nats, lengths, move_
-from natgrad.steps import Increments, Options, StepRule, one_value
-
-if TYPE_CHECKING:
-    from natgrad.distributed import Ranks
+from natgrad.steps import Increments, Options, StepContext, StepRule, one_value
+from natgrad.strategy import Preconditioning
 
 VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
 MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 # s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
 # of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
 SCALE_MEMORY = 0.97
+# loss terms in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is
+# more to go by than a prior (docs/step.md)
+DECAY_TERMS = 128.0
 AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
@@ -119,9 +119,10 @@ class NormalisedStep(StepRule):
             steps lead and x their mean.
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor, to a bias of its own.
         weight_decay: w. Each step takes lr · w of each matrix away (of no bias, norm or embedding table), as AdamW
-            does, and less where the Newton step is shorter than lr says: in the same proportion. So where gradients
-            vanish the decay does too: with full batches a minimum of the loss stays one, and with minibatches it is a
-            penalty in proportion to their noise. 0 switches it off.
+            does. Where the Newton step is shorter than lr says, it takes less, by the square of that share; and where
+            batches have more than 128 loss terms (labels, or numbers that are fitted), less in proportion. So it is a
+            penalty in proportion to the variance of the gradients' noise. Where gradients vanish it does too: with full
+            batches a minimum of the loss stays one. 0 switches it off.
 
     A schedule multiplies η. The mean over the last third of the steps anneals without one.
     """
@@ -141,66 +142,106 @@ class NormalisedStep(StepRule):
         self.lr, self.momentum, self.damping, self.weight_decay = lr, momentum, damping, weight_decay
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
-        self._products = Products()
-        self._ranks: Ranks | None = None  # that share the work, where there are several
-        self.told: dict[str, Any] = {}  # of the last step, for `info`
-        self._shared_at: list[tuple[list[str], int, float]] = []  # what the owners' inverses belong to
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
-        if metric.shards is not None:
-            from natgrad.sharded_step import update_on_shards  # which is built from the pieces below
-
-            return update_on_shards(self, metric, df, options)
-        blocks: list[Block] = [b for b in getattr(metric, "blocks", []) if b.statistics]
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options, place = context.options, self.strategy
+        blocks: list[Block] = [b for b in metric.blocks if b.known]
         active = [b for b in blocks if any(n in df for n in b.names)]
-        self._ranks = getattr(metric, "ranks", None)
-        self.rescale(blocks, metric.gradient_share)
+        owned = place.owned(blocks)
+        for key in {key_of(b) for b in blocks} - {key_of(b) for b in owned}:
+            self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
+        if context.refreshed and metric.gradient_share is not None:
+            for block in owned:  # of blocks without a gradient at this step too
+                if (state := self._blocks.get(key_of(block))) is not None:
+                    state.rescale(block)
         moved: dict[str, Tensor] = {}
+        told: dict[str, Any] = {}
         if active:
-            grads = [packed_gradient(b, df, metric.parameters) for b in active]
-            states = [self.state_of(b, g) for b, g in zip(active, grads)]
-            mine = [shared_options(b, options) for b in active]
-            directions = self._directions(active, states, mine, grads, blocks, options)
-            if self.refreshed:
-                look(states, grads, directions)
-                self.measure(active, states, self.weight_sizes(active, metric.parameters))
-            found = self.lengths(active, states, mine, directions, grads, metric.gradient_share)
-            factor = bound(found.nats, found.promise, metric.nat)
-            self.move(states, mine, directions, found, factor)
-            for block, step in zip(active, directions):
-                for n, delta in block.named(step, metric.parameters).items():
-                    moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
-            moved = self.decayed(moved, metric.parameters, active, (1.0 if metric.nats is None else (128.0/metric.nats[1]).clamp(max=1).to(found.decay))*found.decay, options)
-            self.told = {"at_newton_step": found.at_newton, "predicted_nats": in_nats(found.nats, metric.nat)}
-        out: Increments = dict(moved)
+            weights = {n: place.local(p) for n, p in metric.parameters.items()}
+            sizes = self.weight_sizes(active, weights) if context.refreshed else None
+            moved, decay, told = self._move(metric, df, options, owned, active, sizes)
+            terms = metric.loss_terms
+            few = 1.0 if terms is None else (DECAY_TERMS / terms).clamp(max=1).to(decay)
+            moved = self.decayed(moved, weights, active, few * decay, options)
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():
             if n not in covered:
-                out[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
-        self._tell(options)
-        return {n: d for n, d in out.items() if n in df}
+                moved[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
+        first = next(iter(options.values()))
+        self.info = {"damping": first.damping, "step_length": first.lr, "kept_factors": 0, **told}
+        return {n: d for n, d in moved.items() if n in df}
+
+    def _move(
+        self,
+        metric: Metric,
+        df: Mapping[str, Tensor],
+        options: Mapping[str, Options],
+        owned: Sequence[Block],
+        active: Sequence[Block],
+        sizes: Mapping[str, Tensor] | None,
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+        """Return increments of the parameters that blocks cover, `Lengths.decay` of each block, and what to tell.
+
+        Args:
+            owned: blocks whose directions are found here; `active`: blocks of all ranks that have a gradient.
+            sizes: rms(W) / W₀ of their matrices, where the metric was refreshed.
+        """
+        place = self.strategy
+        mine = place.owned(active)
+        whole, likes = place.to_owners(df, active), place.likes(metric.parameters, mine)
+        grads = [packed_gradient(b, whole, likes) for b in mine]
+        del whole
+        states = [self.state_of(b, g) for b, g in zip(mine, grads)]
+        chosen = [shared_options(b, options) for b in mine]
+        todo = [Preconditioning(b, s, o.damping, g) for b, s, o, g in zip(mine, states, chosen, grads)]
+        todo += [
+            Preconditioning(b, s, shared_options(b, options).damping, None)
+            for b in owned
+            if b not in mine and (s := self._blocks.get(key_of(b))) is not None
+        ]
+        directions = place.directions(todo)
+        scalars = torch.zeros(3, dtype=statistics_dtype(df.values()), device=next(iter(df.values())).device)
+        found = None
+        if mine:
+            if sizes is not None:
+                look(states, grads, directions)
+                self.measure(mine, states, sizes)
+            found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_share)
+            scalars = torch.stack([found.nats, found.promise, found.at_newton * len(mine)])
+        failures = sum(s.failures for s in self._blocks.values())
+        totals, decay, failures = place.totals(active, scalars, None if found is None else found.decay, failures)
+        nats, promise, at_newton = totals.unbind()
+        if found is not None:
+            self.move(states, chosen, directions, found, bound(nats, promise, metric.nat))
+        moved: dict[str, Tensor] = {}
+        for block, step in zip(mine, directions):
+            for n, delta in block.named(step, likes).items():
+                moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+        told = {
+            "at_newton_step": at_newton / len(active),
+            "predicted_nats": in_nats(nats, metric.nat),
+            "kept_factors": failures,
+        }
+        return place.from_owners(moved, active), decay, told
 
     def decayed(
         self,
         moved: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         blocks: Sequence[Block],
-        shares: Tensor,
+        decay: Tensor,
         options: Mapping[str, Options],
     ) -> dict[str, Tensor]:
-        """Return increments with the weight decay. `shares`: `Lengths.shares` of each block."""
+        """Return increments with the weight decay. `decay`: of each block, for w = 1."""
         out = dict(moved)
         rates: dict[str, Tensor] = {}
-        for block, share in zip(blocks, shares.unbind()):
+        for block, share in zip(blocks, decay.unbind()):
             for n in natural_sizes([block]):
                 if n in moved and (w := options[n].weight_decay):  # slices of one parameter: the one that moved least
                     rates[n] = torch.minimum(rates[n], w * share) if n in rates else w * share
         for n, rate in rates.items():
             out[n] = torch.addcmul(out[n], weights[n].detach(), rate.to(out[n]), value=-1)
         return out
-
-    def numel(self, weights: Mapping[str, Tensor], name: str) -> int:
-        return weights[name].numel() if self.shards is None else self.shards.parameters[name].numel()
 
     def weight_sizes(self, blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return rms(W) / W₀ of every matrix of the blocks, by name. Collective where there are shards."""
@@ -210,9 +251,8 @@ class NormalisedStep(StepRule):
         norms = torch._foreach_norm([weights[n].detach() for n in found])
         dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         squares = torch.stack([norm.to(dtype) for norm in norms]).square()
-        if self.shards is not None:
-            squares = self.shards.ranks.total(squares * self.shards.counted(list(found)).to(squares))
-        scale = squares.new_tensor([w * self.numel(weights, n) ** 0.5 for n, w in found.items()])
+        squares = self.strategy.sum_over_shards(squares, list(found))
+        scale = squares.new_tensor([w * self.strategy.numel(n, weights[n]) ** 0.5 for n, w in found.items()])
         return dict(zip(found, (squares.sqrt() / scale).unbind()))
 
     def measure(self, blocks: Sequence[Block], states: Sequence[BlockState], sizes: Mapping[str, Tensor]) -> None:
@@ -230,12 +270,6 @@ class NormalisedStep(StepRule):
                 grown = torch.where(state.coherence > AGREE, now, now.clamp(max=1))
                 state.size = torch.maximum(state.size, grown)
 
-    def rescale(self, blocks: Sequence[Block], share: float | None) -> None:
-        """Let the scales of the Newton steps follow new statistics, of blocks without a gradient at this step too."""
-        for block in blocks if self.refreshed and share is not None else ():
-            if (state := self._blocks.get(key_of(block))) is not None:
-                state.rescale(block)
-
     def state_of(self, block: Block, g: Tensor) -> BlockState:
         key = key_of(block)
         if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
@@ -244,37 +278,6 @@ class NormalisedStep(StepRule):
         if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
             state.velocity, state.coherence, state.age = (t.to(g) for t in (state.velocity, state.coherence, state.age))
         return state
-
-    def drop(self, block: Block) -> None:
-        """Forget a block that another rank owns."""
-        self._blocks.pop(key_of(block), None)
-
-    def _directions(
-        self,
-        blocks: Sequence[Block],
-        states: Sequence[BlockState],
-        options: Sequence[Options],
-        grads: list[Tensor],
-        known: Sequence[Block],
-        of: Mapping[str, Options],
-    ) -> list[Tensor]:
-        """Return d of each block. `known`: with those blocks that have no gradient at this step."""
-        if self._ranks is not None:
-            return self._shared(self._ranks, blocks, states, [o.damping for o in options], grads)
-        if any(s.is_stale(b, o.damping) for s, b, o in zip(states, blocks, options)):
-            self._make_inverses(known, of)
-        return self._products.apply([s.refresh(b, o.damping) for s, b, o in zip(states, blocks, options)], grads)
-
-    def _make_inverses(self, blocks: Sequence[Block], options: Mapping[str, Options]) -> None:
-        """Make those that are missing, also of blocks that have no gradient at this step but had one before: in a batch
-        the last bits depend on its members, and a run that goes on from a checkpoint makes all of them at once.
-        """
-        self._products = Products()  # lets go of the old inverses one by one, as new ones take their place
-        found = [(self._blocks[key], b) for b in blocks if (key := key_of(b)) in self._blocks]
-        stale = [(s, b, d) for s, b in found if s.is_stale(b, d := shared_options(b, options).damping)]
-        makes = made_together([b for _, b, _ in stale], [d for _, _, d in stale])
-        for (state, block, damping), make in zip(stale, makes):
-            state.refresh(block, damping, make)
 
     def lengths(
         self,
@@ -328,38 +331,6 @@ class NormalisedStep(StepRule):
         for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):
             s.coherence, s.age = c, age
 
-    def _shared(
-        self,
-        ranks: Ranks,
-        blocks: Sequence[Block],
-        states: Sequence[BlockState],
-        dampings: Sequence[float],
-        grads: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Directions with the inverses shared out among the ranks."""
-        if way_of(ranks, blocks) == "directions":
-            now = [(b.names, b.version, damping) for b, damping in zip(blocks, dampings)]
-            fresh, self._shared_at = now != self._shared_at, now
-            return shared_directions(
-                ranks, blocks, lambda i: states[i].refresh(blocks[i], dampings[i]).apply(grads[i]), grads, fresh
-            )
-        stale = [i for i, (s, b) in enumerate(zip(states, blocks)) if s.is_stale(b, dampings[i])]
-        made = shared_inverses(
-            ranks, [Stale(blocks[i], dampings[i], blocks[i].relative_jobs(dampings[i])) for i in stale]
-        )
-        for i, make in zip(stale, made):
-            states[i].refresh(blocks[i], dampings[i], make)
-        return [s.refresh(b, damping).apply(g) for s, b, damping, g in zip(states, blocks, dampings, grads)]
-
-    def _tell(self, options: Mapping[str, Options]) -> None:
-        first = next(iter(options.values()))
-        self.info = {
-            "damping": first.damping,
-            "step_length": first.lr,
-            **self.told,
-            "kept_factors": sum(s.failures for s in self._blocks.values()),
-        }
-
     def cosines(self) -> dict[str, Tensor]:
         found = {}
         for k, s in self._blocks.items():
@@ -370,20 +341,19 @@ class NormalisedStep(StepRule):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        blocks = {k: s.state_dict() for k, s in self._blocks.items()}
-        adam = self._adam.state_dict()
-        if self.shards is not None:
-            blocks = self.shards.union(blocks)
-            moments = {f: self.shards.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
-            adam = {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()}
-        return {"blocks": blocks, "adam": adam}
+        place, adam = self.strategy, self._adam.state_dict()
+        blocks = place.union({k: s.state_dict() for k, s in self._blocks.items()})
+        moments = {f: place.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
+        return {
+            "blocks": blocks,
+            "adam": {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
         adam = state["adam"]
-        if self.shards is not None:
-            adam = {n: {**m, **self.shards.named(n, m)} for n, m in adam.items()}
-        self._adam.load_state_dict(adam)
+        parts = {f: self.strategy.shard({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
+        self._adam.load_state_dict({n: {**m, **{f: parts[f][n] for f in parts}} for n, m in adam.items()})
 
 
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:

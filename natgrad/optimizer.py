@@ -22,8 +22,9 @@ from torch import Tensor
 from natgrad.compiled import go_on_in_python
 from natgrad.interrupts import uninterrupted
 from natgrad.metric import Metric, Vector
-from natgrad.sharded import local_of
-from natgrad.steps import Along, Options, StepRule
+from natgrad.step_rules import default_rule
+from natgrad.steps import Along, Options, StepContext, StepRule
+from natgrad.strategy import Strategy
 from natgrad.weight_average import WeightAverage
 from natgrad.wrappers import warn_alone
 
@@ -82,7 +83,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.metric = metric
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
-        self.rule = metric.default_step() if step is None else step
+        self.rule = default_rule(metric) if step is None else step
+        self.strategy = self.rule.strategy = metric.strategy or Strategy()
         self.refresh = refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
@@ -194,7 +196,7 @@ class NaturalGradient(torch.optim.Optimizer):
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )
         fine = all_finite(df)
-        if self.refresh_due or self.metric.shards is not None:  # ranks are about to meet: if one skips, so do all
+        if self.refresh_due or self.strategy.sharded:  # ranks are about to meet: if one skips, so do all
             fine = self.metric.agree(fine)
         skipped = self._skips.count(fine, self.refresh_due)
         if skipped:
@@ -205,7 +207,8 @@ class NaturalGradient(torch.optim.Optimizer):
         on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
-        self._apply(self.rule.update(self.metric, df, options), None if on_host else fine)
+        context = StepContext(options, self.refreshed)
+        self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
         if self._average is not None:
             self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
@@ -243,7 +246,7 @@ class NaturalGradient(torch.optim.Optimizer):
         # a plain mean at first, so that no start value lingers; then an exponential average
         decay = min(AVERAGE_LIMIT, 1 - 1 / (self.refreshes + 1))
         due = self.refresh_due
-        self.refreshed = self.rule.refreshed = self.metric.advance(decay)
+        self.refreshed = self.metric.advance(decay)
         if self.refreshed:
             self.refreshes += 1
         elif due and self.metric.needs_refresh and not self.refreshes:
@@ -291,7 +294,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _local(self, t: Tensor) -> Tensor:
         """What this rank holds of a parameter or gradient: all of it, or a shard."""
-        return t if self.metric.shards is None else local_of(t)
+        return self.strategy.local(t)
 
     def _options(self) -> dict[str, Options]:
         found: dict[str, Options] = {}
@@ -362,17 +365,14 @@ class NaturalGradient(torch.optim.Optimizer):
             "refreshes": self.refreshes,
             "next_refresh": self._next_refresh,
             "skipped": self._skips.total,
-            "average": None if average is None else {"steps": average.steps, "values": self._whole(average.values)},
+            "average": None
+            if average is None
+            else {"steps": average.steps, "values": self.strategy.whole(average.values)},
             "rule": type(self.rule).__name__,
             "rule_state": self.rule.state_dict(),
             "metric": self.metric.state_dict(),
         }
         return state
-
-    def _whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shards = self.metric.shards
-        whole: dict[str, Tensor] = dict(values) if shards is None else shards.whole(values)
-        return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit.
@@ -404,8 +404,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
             if self._average is not None:
                 self._average.steps = mine["average"]["steps"]
-                values, shards = mine["average"]["values"], self.metric.shards
-                self._average.values = {n: a.clone() for n, a in (shards.shard(values) if shards else values).items()}
+                values = self.strategy.shard(mine["average"]["values"])
+                self._average.values = {n: a.clone() for n, a in values.items()}
             self.steps, self.refreshes = mine["steps"], mine["refreshes"]
             self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
             self.metric.expect(self.refresh_due)

@@ -1,36 +1,17 @@
-"""Which rank computes which inverse, and what ranks send each other of it. Used on several ranks only.
-
-The expensive part of a refresh is the inverse of each factor, d³ multiplications for a side d. It is computed by one
-rank and sent to the others, in one of two ways:
-
-- inverses     each *factor* has an owner, or each piece of one that is kept in pieces, which broadcasts its inverse:
-               Σ (d_in² + d_out²) numbers a refresh, nothing on other steps; every rank applies every inverse.
-- directions   each *block* has an owner, which alone holds and applies its inverse and broadcasts the direction:
-               Σ d_in d_out numbers a step.
+"""Which rank computes what, a pure function of costs, so that all ranks find the same owners without a message.
 
 Owners are found by longest processing time first (Graham 1969, SIAM J. Appl. Math. 17(2), 416–429): the costliest job
-goes to the rank with the least to do so far. It is a pure function of the costs, so that all ranks find the same owners
-without a message; no rank does more than 4/3 of the work that the best assignment gives the busiest one.
-
-What costs nothing to invert (diagonals) has no owner: every rank does it.
+goes to the rank with the least to do so far. No rank does more than 4/3 of the work that the best assignment gives the
+busiest one. What costs nothing to invert (diagonals) has no owner: every rank does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from natgrad.blocks import Block, Inverse, Job
-from natgrad.kronecker import FactorisationError
+from natgrad.blocks import Block
 from natgrad.sides import spans
-
-if TYPE_CHECKING:
-    from natgrad.distributed import Ranks
 
 
 def owners(costs: Sequence[float], ranks: int) -> list[int]:
@@ -102,97 +83,9 @@ def settle(blocks: Sequence[Block], ranks: int) -> None:
         give(i, min(after)[2])
 
 
-@dataclass
-class Stale:
-    """A block whose inverse is out of date, and the jobs that make a new one."""
-
-    block: Block
-    damping: float
-    jobs: list[Job]
-
-
-def way_of(ranks: Ranks, blocks: Sequence[Block]) -> str:
-    """What ranks send each other, "inverses" or "directions": what was asked for, else the one with fewer bytes."""
-    if ranks.exchange != "auto":
-        return ranks.exchange
-    inverses = sum(numbers for b in blocks for _, numbers in work_on(b))
-    directions = sum(b.dimension for b in blocks if work_on(b))
-    return "directions" if directions * ranks.refresh < inverses else "inverses"
-
-
 def work_on(block: Block) -> list[tuple[float, int]]:
     """(multiplications, numbers in the result) of each of a block's jobs: kept, as jobs hold what they work on."""
     found: list[tuple[float, int]] = block.cached(
         "work", lambda: [(job.cost, job.like.numel()) for job in block.relative_jobs(1.0)]
     )
-    return found
-
-
-def shared_inverses(ranks: Ranks, stale: Sequence[Stale]) -> list[Callable[[], Inverse]]:
-    """The inverse of each block, computed by the owners of its factors and held by all ranks. Collective.
-
-    What comes back raises a `FactorisationError`, on every rank, where an owner's factorisation failed.
-    """
-    jobs = [job for s in stale for job in s.jobs]
-    whose = owners([job.cost for job in jobs], ranks.size)
-    results = [computed(job) if r == ranks.rank else torch.empty_like(job.like) for job, r in zip(jobs, whose)]
-    ranks.broadcast([[t for t, r in zip(results, whose) if r == rank] for rank in range(ranks.size)], "inverses")
-    left = iter(results)
-    return [_assembled(s, [next(left) for _ in s.jobs]) for s in stale]
-
-
-def computed(job: Job) -> Tensor:
-    """The result of a job; NaN stands for a factorisation that failed, for all ranks to see."""
-    try:
-        return job.compute().contiguous()
-    except FactorisationError:
-        return torch.full_like(job.like, torch.nan)
-
-
-def _assembled(stale: Stale, results: list[Tensor]) -> Callable[[], Inverse]:
-    def inverse() -> Inverse:
-        for r in results:
-            if not bool(torch.isfinite(r).all()):
-                raise FactorisationError(f"a factor of shape {tuple(r.shape)} could not be inverted by its owner")
-        return stale.block.relative_inverse(stale.damping, results)
-
-    return inverse
-
-
-def shared_directions(
-    ranks: Ranks, blocks: Sequence[Block], find: Callable[[int], Tensor], like: Sequence[Tensor], check: bool
-) -> list[Tensor]:
-    """The direction of each block from the rank that owns the block. Collective.
-
-    Args:
-        find: block number → its direction, called for the blocks that this rank owns and for those without an owner.
-        like: tensors of the shapes of the directions.
-        check: an inverse may have failed in this call: then every rank looks.
-
-    Raises:
-        FactorisationError: an owner had no inverse to apply; raised on every rank.
-    """
-    costs = [sum(cost for cost, _ in work_on(b)) for b in blocks]
-    owned = [i for i, cost in enumerate(costs) if cost]
-    whose = dict(zip(owned, owners([costs[i] for i in owned], ranks.size)))
-    found: list[Tensor] = []
-    failed: FactorisationError | None = None
-    for i, u in enumerate(like):
-        if whose.get(i, ranks.rank) != ranks.rank:
-            found.append(torch.empty_like(u))
-            continue
-        try:
-            found.append(find(i))
-        except FactorisationError as error:
-            failed = failed or error
-            found.append(torch.full_like(u, torch.nan))
-    ranks.broadcast([[found[i] for i in owned if whose[i] == r] for r in range(ranks.size)], "directions")
-    if failed is not None:
-        raise failed
-    if check:
-        for i in owned:
-            if not bool(torch.isfinite(found[i]).all()):
-                raise FactorisationError(
-                    f"block of {blocks[i].names}: its owner, rank {whose[i]}, has no inverse for it"
-                )
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from natgrad.fisher import Fisher
 from natgrad.metric import Metric, Vector
 from natgrad.options import arguments
-from natgrad.steps import Increments, Options, StepRule, one_value
+from natgrad.steps import Increments, StepContext, StepRule, one_value
 from natgrad.trees import describe
 
 INTERVAL = 5  # T
@@ -53,7 +53,8 @@ class ExactQuadratic(StepRule):
         self._factor = 1.0  # λ in force over λ of the options
         self._before: tuple[Tensor, Tensor] | None = None  # (loss, change that the model predicted) of the last step
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options = context.options
         if not isinstance(metric, Fisher):
             raise TypeError(
                 f"ExactQuadratic takes its products from the model of a Fisher, got {type(metric).__name__}"

@@ -13,7 +13,6 @@ https://arxiv.org/abs/2302.01941).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,6 @@ from torch.func import functional_call, jacrev, vmap
 from natgrad.jacobian import Rows
 from natgrad.metric import Vector, named
 from natgrad.root_metric import RootMetric
-
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
 
 
 class QuantumGeometry(RootMetric):
@@ -42,6 +38,8 @@ class QuantumGeometry(RootMetric):
         TypeError, ValueError: at `observe`, a batch that does not fit or is not finite, log ψ that is not a scalar or
             does not depend on the parameters.
     """
+
+    default_step = "trust region"
 
     def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
         super().__init__(named(log_psi), solver)
@@ -65,11 +63,6 @@ class QuantumGeometry(RootMetric):
         self.root = (2 * root[:, None] * covector).reshape(-1)
         self.loss = energy.real if energy.is_complex() else energy
         return self.loss
-
-    def default_step(self) -> StepRule:
-        from natgrad.model_steps import TrustRegion
-
-        return TrustRegion()
 
     def _derivatives(self, states: Tensor) -> Tensor:
         def at_state(params: Vector, s: Tensor) -> Tensor:

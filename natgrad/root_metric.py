@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from natgrad.cholesky import ensure_fits
 from natgrad.iterative import ConjugateGradient
 from natgrad.jacobian import Rows
 from natgrad.metric import Metric, Vector
-from natgrad.solvers import Dense, Kernel, Solver, choose, ensure_fits
-
-if TYPE_CHECKING:
-    from natgrad.steps import StepRule
+from natgrad.solvers import Dense, Kernel, Solver, choose
 
 log = logging.getLogger("natgrad")
 SOLVERS: dict[str, Callable[[Rows, float], Solver]] = {
@@ -47,6 +44,7 @@ class RootMetric(Metric):
     """
 
     solvers: tuple[str, ...] = ("auto", *SOLVERS)
+    default_step = "grid search"
 
     def __init__(self, parameters: Mapping[str, Tensor], solver: str = "auto") -> None:
         super().__init__(parameters)
@@ -183,10 +181,15 @@ class RootMetric(Metric):
         """The parameters at which the metric is linearised, plus increments."""
         return {n: p + increments[n] if n in increments else p for n, p in self.point.items()}
 
-    def default_step(self) -> StepRule:
-        from natgrad.searches import GridSearch
-
-        return GridSearch()
+    def stack(self, parts: Sequence[tuple[float, Metric]]) -> Metric | None:
+        roots = [(c, m) for c, m in parts if isinstance(m, RootMetric)]
+        if len(roots) != len(parts):
+            return None
+        out = RootMetric(self.parameters, self.solver)
+        out.rows = Rows.stack([(c, m.linearised()) for c, m in roots])
+        if all(m.root is not None for _, m in roots):
+            out.root = torch.cat([c**0.5 * m.root for c, m in roots if m.root is not None])
+        return out
 
     def _take_point(self) -> None:
         self.point = {n: p.detach().clone() for n, p in self.parameters.items()}

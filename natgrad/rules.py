@@ -19,7 +19,7 @@ from torch import Tensor
 
 from natgrad.adam import Adam
 from natgrad.metric import Metric, Vector
-from natgrad.steps import Descent, Increments, Options, StepRule
+from natgrad.steps import Descent, Increments, StepContext, StepRule
 
 
 class KLTrustRegion(StepRule):
@@ -43,7 +43,8 @@ class KLTrustRegion(StepRule):
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
         self._descent = Descent()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options = context.options
         d = self._descent.direction(metric, df, options)
         step: Vector = {n: t * -options[n].lr for n, t in d.items()}
         bare = metric.without_curvature()
@@ -86,7 +87,8 @@ class Grafted(StepRule):
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._descent, self._adam = Descent(), Adam()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options = context.options
         d = self._descent.direction(metric, df, options)
         lengths = {n: self._adam.direction(n, g) for n, g in df.items()}
         step = {n: lengths[n] * -options[n].lr for n in df}  # stays where there is no curvature

@@ -38,8 +38,7 @@ class Saved:
 
     @property
     def rank(self) -> int:
-        ranks = getattr(self.metric, "ranks", None)
-        return 0 if ranks is None else ranks.rank
+        return getattr(getattr(self.metric, "strategy", None), "rank", 0)  # other optimizers have no metric
 
     def state_dict(self) -> Pieces:
         state = self.what.state_dict()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from natgrad.metric import Metric, Vector
-from natgrad.steps import Options, StepRule, one_value
+from natgrad.steps import Options, StepContext, StepRule, one_value
 
 # how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
 FIXED = (10.0, 2**-8, 2**-3)
@@ -82,7 +82,8 @@ class GridSearch(SearchRule):
         self._growth = 1.0  # of the damping
         self._fresh = False  # whether the batch changes from step to step
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Vector:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
+        options = context.options
         lr, _, damping = self.options(options)
         damping = damping * self._growth
         start = metric.loss_at({})

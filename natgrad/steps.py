@@ -16,6 +16,7 @@ from torch import Tensor
 
 from natgrad.adam import HALF, Adam
 from natgrad.metric import Metric, Vector
+from natgrad.strategy import Strategy
 
 
 @dataclass
@@ -40,6 +41,14 @@ class Along(NamedTuple):
 Increments = dict[str, Tensor | Along]
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """What a step rule is told besides the metric and df."""
+
+    options: Mapping[str, Options]  # of each parameter
+    refreshed: bool = False  # whether the metric's statistics are new
+
+
 class StepRule:
     """What a step rule is.
 
@@ -55,17 +64,15 @@ class StepRule:
     damping_meaning = "absolute: (ĝ + λI)⁻¹"
     decays = False  # whether `update` sees to the weight decay; if not, the optimizer decays weights, decoupled
     least_lr = 0.0  # a smaller lr, other than 0, is worth a warning
-    on_shards = False  # whether it can do without whole parameters, see `natgrad.sharded`
-    shards: Any = None  # set by a metric whose parameters are sharded
-    refreshed = False  # set by the optimizer before each `update`: whether the metric's statistics are new
+    on_shards = False  # whether it can do without whole parameters, see `natgrad.fully_sharded`
+    strategy: Strategy  # how ranks share the work; set by the optimizer that takes the steps
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {}
+        self.strategy = Strategy()
 
-    def update(
-        self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]
-    ) -> Mapping[str, Tensor | Along]:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Mapping[str, Tensor | Along]:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 
@@ -137,7 +144,8 @@ class FixedStep(StepRule):
         self.lr, self.momentum, self.damping = lr, momentum, damping
         self._descent = Descent()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options]) -> Increments:
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options = context.options
         d = self._descent.direction(metric, df, options)
         self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
         return {n: Along(d[n], -options[n].lr) for n in df}

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from natgrad.batch_statistics import BatchStatistics
 from natgrad.capture import Hook, Tape, edge_of, in_backward, in_transform
-from natgrad.curvature import Draw
 from natgrad.trees import leaves_of
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
@@ -49,9 +49,9 @@ class Watched(Protocol):
 
     def wants_statistics(self) -> bool: ...
     def parameter_names(self) -> Mapping[int, str]: ...
-    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> Draw | None: ...
-    def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> Draw | None: ...
-    def count(self, draw: Draw) -> None: ...
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None: ...
+    def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None: ...
+    def count(self, draw: BatchStatistics) -> None: ...
 
 
 class Watcher:
@@ -157,7 +157,7 @@ class Watcher:
         if draw is not None:
             self._count_on_backward(draw, called)
 
-    def _count_on_backward(self, draw: Draw, called: Called) -> None:
+    def _count_on_backward(self, draw: BatchStatistics, called: Called) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
         watcher = weakref.ref(self)
 

@@ -8,12 +8,11 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from natgrad.steps import StepRule
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 SWITCH = "wrap it as torch.nn.parallel.DistributedDataParallel(model) instead"
@@ -34,7 +33,7 @@ def refuse_structures(structures: Mapping[str, str]) -> None:
             )
 
 
-def refuse_rule(rule: StepRule, sharded: bool) -> None:
+def refuse_rule(rule: Any, sharded: bool) -> None:
     """Raise a ValueError for a step rule whose steps would differ between ranks."""
     if not rule.on_ranks:
         raise ValueError(

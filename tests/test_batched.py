@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad import batched, normalised
+from natgrad import batched, normalised, strategy
 from natgrad.kronecker import FactorisationError
 from natgrad.kronecker_inverse import KroneckerInverse
 
@@ -161,13 +161,13 @@ def test_training_is_the_same_with_batches_and_without(monkeypatch, close):
         if not together:
             monkeypatch.setattr(batched, "alike", lambda keys: [])
         calls: list[list] = []
-        made = normalised.made_together
+        made = strategy.made_together
 
         def noted(*given, made=made, calls=calls):
             calls.append(made(*given))
             return calls[-1]
 
-        monkeypatch.setattr(normalised, "made_together", noted)
+        monkeypatch.setattr(strategy, "made_together", noted)
         opt = ng.NaturalGradient(ng.Fisher(model, criterion := nn.MSELoss(), kind="exact"))
         for _ in range(12):
             opt.zero_grad()

@@ -17,7 +17,7 @@ from cases import KINDS, STRUCTURES, mlp
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad import capture, curvature
+from natgrad import capture, estimator
 
 Close = Callable[[Tensor, Tensor, float], None]
 
@@ -122,9 +122,9 @@ def test_batch_norm_statistics_are_left_alone() -> None:
 
 def test_ordinary_steps_open_no_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     opened, walked = [], []
-    real_open, real_walk = capture.Tape.open, curvature.coverage_walk
+    real_open, real_walk = capture.Tape.open, estimator.coverage_walk
     monkeypatch.setattr(capture.Tape, "open", lambda *a: (opened.append(1), real_open(*a))[1])
-    monkeypatch.setattr(curvature, "coverage_walk", lambda *a: (walked.append(1), real_walk(*a))[1])
+    monkeypatch.setattr(estimator, "coverage_walk", lambda *a: (walked.append(1), real_walk(*a))[1])
     model, criterion = mlp(), nn.CrossEntropyLoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion))
     refreshed = 0

@@ -21,6 +21,7 @@ from natgrad.blocks import Block
 from natgrad.normalised import BlockState
 from natgrad.optimizer import AVERAGE_LIMIT
 from natgrad.step_arithmetic import bound
+from natgrad.step_rules import default_rule
 from natgrad.steps import FixedStep
 
 Close = Callable[[Tensor, Tensor, float], None]
@@ -435,7 +436,7 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         alpha *= factor
         delta, c = -alpha * d, 3 / (3 + age)
         v = v + 0.9 * delta
-        theta, v = theta + 0.1 * delta + c * v - 0.1 * min(0.1, 0.5 * size / s / r) * theta, (1 - c) * v
+        theta, v = theta + 0.1 * delta + c * v - 0.1 * min(0.1, 0.5 * size / s / r) ** 2 / 0.1 * theta, (1 - c) * v
         age = age / 2 if coherence < -0.3 else age + 1
         for key, is_so in (("newton", lengths[1] < lengths[0]), ("bounded", factor < 1), ("turned", coherence < -0.3)):
             seen[key].append(is_so)
@@ -556,7 +557,7 @@ def test_weight_decay_is_the_rules_own_unless_it_is_given() -> None:
         weight_decay = 0.3
 
     metric = ng.Fisher(mlp(hidden=8), nn.MSELoss())
-    own = metric.default_step().weight_decay
+    own = default_rule(metric).weight_decay
     assert own > 0
     for step, given, expected in ((None, None, own), (Decaying(), None, 0.3), (Decaying(), 0.0, 0.0), (None, 0.1, 0.1)):
         opt = ng.NaturalGradient(metric, step=step, weight_decay=given, groups=[{"params": "*.bias"}])

@@ -187,7 +187,7 @@ def test_the_metric_goes_through_safetensors(tmp_path: Path) -> None:
     other = ng.Fisher(classifier(), nn.CrossEntropyLoss(), kind="sampled")
     other.load(tmp_path / "metric.safetensors")
     assert torch.equal(other.dense(), opt.metric.dense())
-    generators = opt.metric.curvature.generators, other.curvature.generators
+    generators = opt.metric.estimator.generators, other.estimator.generators
     states = [{str(d): g.get_state().tolist() for d, g in found.items()} for found in generators]
     assert states[0] == states[1]
     torch.save({}, tmp_path / "other.safetensors")

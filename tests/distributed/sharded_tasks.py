@@ -150,7 +150,7 @@ def train_sharded(
         "losses": losses,
         "state": {"net": whole, "opt": saved},
         "bytes": held_bytes(opt),
-        "messages": {} if metric.ranks is None else dict(metric.ranks.messages),
+        "messages": {} if metric.strategy.size == 1 else dict(metric.strategy.ranks.messages),
     }
 
 

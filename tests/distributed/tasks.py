@@ -137,7 +137,7 @@ def train(
         "seen": metric.seen,
         "info": {k: v for k, v in opt.info.items() if k != "share_of_time"},
         "losses": losses,
-        "messages": {} if metric.ranks is None else dict(metric.ranks.messages),
+        "messages": {} if metric.strategy.size == 1 else dict(metric.strategy.ranks.messages),
     }
 
 

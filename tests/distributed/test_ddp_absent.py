@@ -74,7 +74,7 @@ def test_a_rank_that_does_not_come_is_named(fault: Callable[[], None], answers: 
 
 def timeouts(rank: int, size: int) -> list[float]:
     net = DistributedDataParallel(build("mlp"))
-    ranks = ng.Fisher(net, nn.CrossEntropyLoss()).ranks
+    ranks = ng.Fisher(net, nn.CrossEntropyLoss()).strategy.ranks
     found = [timeout_of(group, torch.device("cpu")) for group in (dist.group.WORLD, ranks.group)]
     return [t.total_seconds() for t in found]
 

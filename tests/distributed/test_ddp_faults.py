@@ -277,7 +277,7 @@ def test_unknown_exchange() -> None:
 def unwrapped(rank: int, size: int) -> list[str]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert ng.Fisher(build("mlp"), nn.CrossEntropyLoss()).ranks is None
+        assert ng.Fisher(build("mlp"), nn.CrossEntropyLoss()).strategy.size == 1
     return [str(w.message) for w in said]
 
 
@@ -319,7 +319,7 @@ def two_groups(rank: int, size: int) -> tuple[int, Result]:
     opt = ng.NaturalGradient(ng.Fisher(wrapped, criterion, kind="exact"))
     for step in range(4 + rank // 2):  # the groups do not wait for each other
         one_step(wrapped, criterion, opt, step + 100 * (rank // 2), mine, 2)
-    return opt.metric.ranks.size, {
+    return opt.metric.strategy.size, {
         "parameters": {n: p.detach().numpy() for n, p in net.named_parameters()},
         "metric": opt.metric.dense().numpy(),
     }

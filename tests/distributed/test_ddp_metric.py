@@ -109,7 +109,7 @@ def resumed(rank: int, size: int, folder: str, kind: str) -> tuple[Any, Any, Any
     other = ng.NaturalGradient(ng.Fisher(again, criterion, kind=kind))
     again.module.load_state_dict(saved["net"])
     other.load_state_dict(saved["opt"])
-    streams = [g.initial_seed() for g in other.metric.curvature.generators.values()]
+    streams = [g.initial_seed() for g in other.metric.estimator.generators.values()]
     steps(again, other, range(6, 12))
     return parameters(net), parameters(again), streams
 
