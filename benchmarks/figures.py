@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.analysis import OURS, Study
-from natgrad.inspect_figures import tidy
-from natgrad.report import FAINT, INK, PALETTE
+from natgrad.cli.inspect.figures import tidy
+from natgrad.cli.training.report import FAINT, INK, PALETTE
 
 # Beyond the first six, Paul Tol's muted colours (https://personal.sron.nl/~pault/), and a marker each.
 COLOURS = (*PALETTE[1:], "#882255", "#332288", "#117733", "#999933", "#777777")

@@ -1,7 +1,7 @@
 """Small layers of one shape, one by one and in a batch, in CPU µs of one thread, float32:
 ``python -m benchmarks.kernels``.
 
-The products Ũ X Ṽ and the inverses of as many factors (`natgrad.batched`).
+The products Ũ X Ṽ and the inverses of as many factors (`natgrad.blocks.batching`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from natgrad.kronecker import damped_inverse, kron_apply, relative_inverse
+from natgrad.linalg.kronecker import damped_inverse, kron_apply, relative_inverse
 
 ROUNDS, WARM = 300, 30
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from natgrad import NaturalGradient
-from natgrad.tasks.catalogue import PROBLEMS
+from natgrad.cli.problems.catalogue import PROBLEMS
 
 
 @dataclass

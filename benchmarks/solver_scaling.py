@@ -14,8 +14,8 @@ import time
 import torch
 
 from natgrad import GaussNewton
+from natgrad.cli.problems.problem import tanh_network
 from natgrad.operators import laplacian
-from natgrad.tasks.problem import tanh_network
 
 DAMPING = 1e-6
 TERMS = {"interior": lambda u, x, f: laplacian(u, x) + f, "boundary": lambda u, x: u(x)}

@@ -20,7 +20,8 @@ import natgrad as ng
 from benchmarks.against_tuned import ALL
 from benchmarks.soundness import SCHEDULES
 from benchmarks.workloads import Workload
-from natgrad import kronecker_blocks, normalised, optimizer, step_arithmetic
+from natgrad.blocks import kronecker as kronecker_blocks
+from natgrad.optim import normalised, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,

@@ -1,18 +1,18 @@
 """natgrad: natural-gradient descent for PyTorch."""
 
 from natgrad import operators
-from natgrad.capture import CaptureError
-from natgrad.fisher import Fisher
-from natgrad.function_space import GaussNewton
-from natgrad.hessian import Hessian
-from natgrad.likelihoods import Likelihood
-from natgrad.metric import Euclidean, Metric
-from natgrad.optimizer import NaturalGradient
-from natgrad.quadratic import ExactQuadratic
-from natgrad.quantum import QuantumGeometry
-from natgrad.rules import Grafted, KLTrustRegion
-from natgrad.steps import FixedStep
-from natgrad.variational import Energy
+from natgrad.capture.tape import CaptureError
+from natgrad.fisher.fisher import Fisher
+from natgrad.fisher.likelihoods.base import Likelihood
+from natgrad.function_space.energy import Energy
+from natgrad.function_space.gauss_newton import GaussNewton
+from natgrad.function_space.hessian import Hessian
+from natgrad.function_space.quantum import QuantumGeometry
+from natgrad.metric.metric import Euclidean, Metric
+from natgrad.optim.exact_quadratic import ExactQuadratic
+from natgrad.optim.optimizer import NaturalGradient
+from natgrad.optim.rules import Grafted, KLTrustRegion
+from natgrad.optim.step_rule import FixedStep
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from natgrad.cli import main
-from natgrad.tasks.launch import launched
+from natgrad.cli.app import main
+from natgrad.cli.training.launch import launched
 
 if __name__ == "__main__":
     if launched():

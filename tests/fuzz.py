@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import natgrad as ng
-from natgrad.capture import CaptureError
+from natgrad.capture.tape import CaptureError
 from tests.layer_oracle import empirical, gauss_newton, relative
 
 EXACT = 1e-8

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad import batched, normalised, strategy
-from natgrad.kronecker import FactorisationError
-from natgrad.kronecker_inverse import KroneckerInverse
+from natgrad.blocks import batching as batched
+from natgrad.distributed import strategy
+from natgrad.linalg.inverse import KroneckerInverse
+from natgrad.linalg.kronecker import FactorisationError
+from natgrad.optim import normalised
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
 

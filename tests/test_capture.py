@@ -17,7 +17,8 @@ from cases import KINDS, STRUCTURES, mlp
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad import capture, estimator
+from natgrad.capture import tape as capture
+from natgrad.fisher import estimator
 
 Close = Callable[[Tensor, Tensor, float], None]
 

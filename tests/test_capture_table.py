@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 import natgrad as ng
-from natgrad.capture import CaptureError
+from natgrad.capture.tape import CaptureError
 from tests.layer_oracle import gauss_newton, relative
 from tests.op_cases import Act
 

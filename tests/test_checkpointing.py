@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from training_cases import batches, classifier, distance, natural, train, weights
 
 import natgrad as ng
-from natgrad.capture import CaptureError
+from natgrad.capture.tape import CaptureError
 
 
 class Checkpointed(nn.Module):

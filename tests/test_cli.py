@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 import natgrad
-from natgrad.cli import main
-from natgrad.tasks import TASKS, CommandError
-from natgrad.tasks.contenders import CONTENDERS
-from natgrad.tasks.files import write_whole
+from natgrad.cli.app import main
+from natgrad.cli.tasks import TASKS, CommandError
+from natgrad.cli.training.contenders import CONTENDERS
+from natgrad.cli.training.files import write_whole
 
 RIVALS = [name for name, contender in CONTENDERS.items() if contender.swept]
 
@@ -129,7 +129,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_control_c_keeps_what_was_written(tmp_path: Path) -> None:
     # a background job starts with SIGINT ignored, and its children too: CI may be one
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listen}; import sys; from natgrad.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"{listen}; import sys; from natgrad.cli.app import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["train", "digits-classifier", "--optimizers", "adamw", "--seconds", "2", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(natgrad.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 import natgrad as ng
-from natgrad.capture import CaptureError
+from natgrad.capture.tape import CaptureError
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 Y = torch.tensor([0, 2, 1, 2])
@@ -491,7 +491,7 @@ def test_a_failed_save_keeps_the_file_before(tmp_path: Any, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("natgrad.metric_file.save_file", full)
+    monkeypatch.setattr("natgrad.fisher.state.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         m.save(path)
     assert path.read_bytes() == before

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import batches, classifier, distance, finite, natural, same, train, weights
 
 import natgrad as ng
-from natgrad import metric_file
-from natgrad.kronecker import damped_inverse, safe_eigh
+from natgrad.fisher import state as metric_file
+from natgrad.linalg.kronecker import damped_inverse, safe_eigh
 
 RULES: dict[str, Any] = {
     "default": lambda: None,
@@ -74,7 +74,7 @@ def test_a_bad_batch_every_seventh_step(rule: str, where: str, value: float) -> 
 
 
 def test_bad_steps_that_do_not_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.optimizer.PATIENCE", 4)
+    monkeypatch.setattr("natgrad.optim.optimizer.PATIENCE", 4)
     model = classifier()
     opt = natural(model)
     before = weights(model)
@@ -221,7 +221,7 @@ def test_the_ladder_of_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_factor_that_fails_keeps_the_last_good_one_and_errs_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    from natgrad.kronecker import FactorisationError
+    from natgrad.linalg.kronecker import FactorisationError
 
     def fail(*_: Any) -> Any:
         raise FactorisationError("eigh of a (3, 3) factor does not converge")
@@ -335,7 +335,7 @@ def test_ctrl_c_in_the_middle_of_a_save_keeps_the_old_file(
 def test_ctrl_c_is_left_alone_in_other_threads_and_under_other_handlers() -> None:
     import threading
 
-    from natgrad.interrupts import uninterrupted
+    from natgrad.optim.interrupts import uninterrupted
 
     with uninterrupted():
         inside = signal.getsignal(signal.SIGINT)

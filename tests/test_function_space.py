@@ -10,10 +10,10 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.jacobian import Rows, gram
+from natgrad.function_space.jacobian import Rows, gram
+from natgrad.function_space.jacobian_metric import RootMetric
+from natgrad.function_space.solvers import Dense, Kernel, free_bytes
 from natgrad.operators import laplacian
-from natgrad.root_metric import RootMetric
-from natgrad.solvers import Dense, Kernel, free_bytes
 
 torch.set_num_threads(1)
 
@@ -474,7 +474,7 @@ def test_construction_errors(make, error, words):
 def test_matrices_that_do_not_fit_are_refused_with_their_bytes(monkeypatch):
     net = tanh_net(2, 6, 4, 1)
     metric, _ = metric_of(net, batch(), solver="dense")
-    monkeypatch.setattr("natgrad.cholesky.free_bytes", lambda device: 10_000)
+    monkeypatch.setattr("natgrad.linalg.cholesky.free_bytes", lambda device: 10_000)
     with pytest.raises(MemoryError, match=r'51×51 factor .* needs 41,616 bytes .* take solver="cg"'):
         metric.direction(1e-3)
     metric, _ = metric_of(net, batch(40, 20), solver="kernel")
@@ -486,7 +486,7 @@ def test_matrices_that_do_not_fit_are_refused_with_their_bytes(monkeypatch):
 
 
 def _dense_with(metric, monkeypatch):
-    monkeypatch.setattr("natgrad.cholesky.free_bytes", lambda device: 1_000)
+    monkeypatch.setattr("natgrad.linalg.cholesky.free_bytes", lambda device: 1_000)
     return metric.dense()
 
 

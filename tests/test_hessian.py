@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 import natgrad as ng
-from natgrad.hessian import lanczos, tridiagonal
+from natgrad.function_space.hessian import lanczos, tridiagonal
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,7 @@ def test_products_dense_and_solves(problem):
 
 def test_conjugate_gradients_serve_many_parameters(problem, monkeypatch):
     net, loss_fn, full, _ = problem
-    monkeypatch.setattr("natgrad.hessian.DENSE_PARAMETERS", 0)
+    monkeypatch.setattr("natgrad.function_space.hessian.DENSE_PARAMETERS", 0)
     h = ng.Hessian(loss_fn, net)
     v = h.flat_to_vector(torch.linspace(-1, 1, 21, dtype=torch.float64))
     damping = 1.0 - float(torch.linalg.eigvalsh(full)[0])

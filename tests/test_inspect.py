@@ -16,8 +16,10 @@ from torch import nn
 from training_cases import Scaled, batches, classifier, natural, train
 
 import natgrad as ng
-from natgrad import inspect_report, journal, spectra
-from natgrad.cli import main
+from natgrad.cli.app import main
+from natgrad.cli.inspect import report as inspect_report
+from natgrad.cli.inspect import spectra
+from natgrad.optim import journal
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natgrad import kronecker as kr
+from natgrad.linalg import kronecker as kr
 
 Close = Callable[[Tensor, Tensor, float], None]
 

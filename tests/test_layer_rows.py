@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import jacrev, jvp
 
 import natgrad as ng
-from natgrad import layer_rows
+from natgrad.function_space import layer_jacobian as layer_rows
 from natgrad.operators import derivatives, laplacian
 
 torch.set_num_threads(1)

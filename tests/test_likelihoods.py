@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 import natgrad as ng
-from natgrad.closed_forms import CLOSED_FORMS
+from natgrad.fisher.likelihoods.closed_forms import CLOSED_FORMS
 
 Close = Callable[[Tensor, Tensor, float], None]
 Nodes = tuple[Tensor, Tensor]

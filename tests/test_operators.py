@@ -8,9 +8,9 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn import functional as F
 
-from natgrad.jet import Jet, NoRule
+from natgrad.function_space.forward_laplacian import Jet, NoRule
+from natgrad.function_space.operators import _nested
 from natgrad.operators import (
-    _nested,
     derivatives,
     divergence,
     gradient,

@@ -17,12 +17,12 @@ from cases import STRUCTURES, mlp
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad.blocks import Block
-from natgrad.normalised import BlockState
-from natgrad.optimizer import AVERAGE_LIMIT
-from natgrad.step_arithmetic import bound
-from natgrad.step_rules import default_rule
-from natgrad.steps import FixedStep
+from natgrad.blocks.base import Block
+from natgrad.optim.normalised import BlockState
+from natgrad.optim.optimizer import AVERAGE_LIMIT
+from natgrad.optim.registry import default_rule
+from natgrad.optim.step_arithmetic import bound
+from natgrad.optim.step_rule import FixedStep
 
 Close = Callable[[Tensor, Tensor, float], None]
 

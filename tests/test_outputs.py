@@ -203,7 +203,7 @@ def test_language_model_with_shifted_labels_and_padding():
 
 
 def test_exact_with_many_outputs_is_refused_beyond_its_cost(monkeypatch):
-    monkeypatch.setattr("natgrad.passes.MAX_PASSES", 50)
+    monkeypatch.setattr("natgrad.fisher.pseudo_gradients.MAX_PASSES", 50)
     model = nn.Linear(3, 60).double()
     with pytest.raises(ValueError, match="sampled"):
         ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact").update(data(4, 3), torch.randint(0, 60, (4,)))

@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.model_steps import TrustRegion
-from natgrad.tasks.ising import Boltzmann, all_states, exact_probability, local_energy, prepare
+from natgrad.cli.problems.ising import Boltzmann, all_states, exact_probability, local_energy, prepare
+from natgrad.optim.model_steps import TrustRegion
 
 torch.set_num_threads(1)
 

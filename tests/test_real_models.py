@@ -179,7 +179,7 @@ def test_recurrent_nets_decomposed_equal_the_fused_op(name, packed):
 
     fused, state, noise = run()
     grads = torch.autograd.grad(fused.square().sum(), list(layer.parameters()))
-    from natgrad.capture import Tape
+    from natgrad.capture.tape import Tape
 
     tape = Tape({id(p): n for n, p in layer.named_parameters()})
     tape.open((), {})

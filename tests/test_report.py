@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from natgrad.report import comparison_table, draw_curves
-from natgrad.runs import Point, Run, best, first_at, race
+from natgrad.cli.training.report import comparison_table, draw_curves
+from natgrad.cli.training.runs import Point, Run, best, first_at, race
 
 
 def run(name: str, rate: float | None, losses: list[float]) -> Run:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from training_cases import Scaled, batches, classifier, natural, train, weights
 
 import natgrad as ng
-from natgrad import normalised, step_arithmetic
-from natgrad.quadratic import Linearised
-from natgrad.steps import Descent
+from natgrad.optim import normalised, step_arithmetic
+from natgrad.optim.exact_quadratic import Linearised
+from natgrad.optim.step_rule import Descent
 
 # raised inside torch where forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -8,9 +8,9 @@ from torch import nn
 from torch.func import functional_call
 
 import natgrad as ng
-from natgrad.model_steps import LevenbergMarquardt, Spring, TrustRegion
-from natgrad.searches import GridSearch, along, lowest
-from natgrad.steps import Options
+from natgrad.optim.line_search import GridSearch, along, lowest
+from natgrad.optim.model_steps import LevenbergMarquardt, Spring, TrustRegion
+from natgrad.optim.step_rule import Options
 
 torch.set_num_threads(1)
 

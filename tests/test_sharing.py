@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import natgrad as ng
-from natgrad.capture import CaptureError
+from natgrad.capture.tape import CaptureError
 from tests.layer_oracle import block_mask, gauss_newton, relative
 from tests.op_cases import Act, p
 
@@ -209,7 +209,7 @@ def test_tied_embedding_and_head(transposed, bias):
 
 
 def test_large_sides_become_diagonal(monkeypatch):
-    monkeypatch.setattr("natgrad.kronecker_blocks.FULL_SIDE", 4)
+    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_SIDE", 4)
     model = Tied(6, False, False).double()
     ids, y, loss = torch.randint(0, 6, (4, 3)), torch.randint(0, 6, (12,)), nn.CrossEntropyLoss()
     found = fisher(model, ids, y, loss, structure="kfac")

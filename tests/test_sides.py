@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from training_cases import batches, classifier, distance, train, weights
 
 import natgrad as ng
-from natgrad import kronecker, sides, triangles
-from natgrad.kronecker_blocks import size_text
+from natgrad.blocks.kronecker import size_text
+from natgrad.linalg import block_diagonal as sides
+from natgrad.linalg import kronecker
+from natgrad.linalg import packed as triangles
 from tests import oracle
 
 Close = Callable[[Tensor, Tensor, float], None]
@@ -235,7 +237,7 @@ def test_factors_are_matrices_with_zeros(close: Close, monkeypatch: pytest.Monke
             close(found, full * mask(len(full), 4), 1e-14)
     sizes = {n: split.coverage()[f"{n}.weight"].sizes for n in ("conv", "hidden", "head")}
     assert sizes == {"conv": "(2·4² + 2²) ⊗ 3·3²", "hidden": "(4² + 3²) ⊗ (2·4² + 3²)", "head": "(3² + 2²) ⊗ 2·4²"}
-    monkeypatch.setattr("natgrad.block_metric.FULL_SIDE", 8)  # longer ones are shown as they are kept
+    monkeypatch.setattr("natgrad.fisher.block_metric.FULL_SIDE", 8)  # longer ones are shown as they are kept
     u, v = split.factors("hidden.weight")
     assert (u.shape, v.shape) == ((7, 7), (4, 11))
     assert metric_of("kfac", 1).factors("hidden.weight")[1].shape == (11,)
@@ -261,7 +263,7 @@ def test_a_limit_that_no_side_reaches_changes_nothing() -> None:
 
 
 def test_a_limit_rules_over_the_diagonal_of_long_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.kronecker_blocks.FULL_SIDE", 6)
+    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_SIDE", 6)
     assert metric_of("kfac", None).coverage()["hidden.weight"].sizes == "diag 7 ⊗ diag 11"
     assert metric_of("kfac", 11).coverage()["hidden.weight"].sizes == "7² ⊗ 11²"
 
@@ -378,7 +380,7 @@ def test_files_give_the_metric_back(structure: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input"])
 def test_spectra_are_read_from_files(structure: str, tmp_path: Path, close: Close) -> None:
-    from natgrad.spectra import load
+    from natgrad.cli.inspect.spectra import load
 
     metric = metric_of(structure, 4)
     metric.save(tmp_path / "metric.safetensors")
@@ -437,7 +439,7 @@ def driven(max_side: int | None = None, structure: str = "kfac") -> tuple[nn.Mod
 
 def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by `max_side`, where the user gave none; a metric by itself keeps them whole."""
-    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
     data = list(batches(5))
     (found, opt), (expected, limited), (whole, unlimited) = driven(), driven(3), driven(4096)
     for model, o in ((found, opt), (expected, limited), (whole, unlimited)):
@@ -454,7 +456,7 @@ def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.Monkey
 
 def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By a metric that no optimizer drives, too."""
-    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
     model, opt = driven()
     train(model, opt, list(batches(3)))
     opt.metric.save(tmp_path / "metric.safetensors")
@@ -465,7 +467,7 @@ def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input"])
 def test_training_goes_on_with_what_was_cut(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.kronecker_blocks.TRAINING_SIDE", 3)
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
     data = list(batches(8))
     (model, opt), (again, resumed) = (driven(structure=structure) for _ in range(2))
     train(model, opt, data[:4])

@@ -8,11 +8,11 @@ import typer
 from typer.testing import CliRunner
 
 import natgrad as ng
-from natgrad.cli import main
-from natgrad.solve_cli import pick_network, solve
-from natgrad.tasks.burgers import VISCOSITY, exact_solution
-from natgrad.tasks.catalogue import PROBLEMS
-from natgrad.tasks.poisson import pair_products, sine_product
+from natgrad.cli.app import main
+from natgrad.cli.problems.burgers import VISCOSITY, exact_solution
+from natgrad.cli.problems.catalogue import PROBLEMS
+from natgrad.cli.problems.poisson import pair_products, sine_product
+from natgrad.cli.solve import pick_network, solve
 
 app = typer.Typer()
 app.command()(solve)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.runs import Run
-from natgrad.tasks import TASKS, CommandError, idx
-from natgrad.tasks.contenders import CONTENDERS
-from natgrad.tasks.training import Budget, Clock, batches, evaluate, train
+from natgrad.cli.tasks import TASKS, CommandError, idx
+from natgrad.cli.training.contenders import CONTENDERS
+from natgrad.cli.training.runs import Run
+from natgrad.cli.training.training import Budget, Clock, batches, evaluate, train
 
 MNIST = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 HERE = [name for name in TASKS if name != "mnist-autoencoder"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
-from natgrad import kronecker
-from natgrad.kronecker import FactorisationError
+from natgrad.linalg import kronecker
+from natgrad.linalg.kronecker import FactorisationError
 
 BATCH = 16
 Result = dict[str, Any]

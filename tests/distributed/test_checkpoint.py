@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
 from natgrad import checkpoint
-from natgrad.checkpoint_files import Reader, Writer
-from natgrad.packing import Pieces, pack, unpack
+from natgrad.distributed.checkpoint.files import Reader, Writer
+from natgrad.distributed.checkpoint.packing import Pieces, pack, unpack
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import build, data, shard
 

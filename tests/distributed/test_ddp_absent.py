@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
-from natgrad.attendance import timeout_of
+from natgrad.distributed.monitor import timeout_of
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import build, data, shard
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
-from natgrad.quadratic import ExactQuadratic
+from natgrad.optim.exact_quadratic import ExactQuadratic
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, data, shard
 from tests.distributed.test_ddp import same

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from natgrad.cli import main
+from natgrad.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["train", "digits-classifier", "--quiet", "--optimizers"]
@@ -94,7 +94,7 @@ def began(pid: int) -> bool:
 BROKEN = """
 import os
 if os.environ.get("RANK") == "1":
-    from natgrad.tasks.crew import Crew
+    from natgrad.cli.training.crew import Crew
 
     def part(self, batch):
         raise ZeroDivisionError("of the second rank")

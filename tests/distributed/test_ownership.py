@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from natgrad import kronecker
-from natgrad.blocks import Block
-from natgrad.kronecker_blocks import kept_rows
-from natgrad.ownership import cost_of, footprint, owners, settle, work_of
-from natgrad.sides import spans
+from natgrad.blocks.base import Block
+from natgrad.blocks.kronecker import kept_rows
+from natgrad.distributed.assignment import cost_of, footprint, owners, settle, work_of
+from natgrad.linalg import kronecker
+from natgrad.linalg.block_diagonal import spans
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, steps_with_failures, train
 from tests.distributed.test_ddp import call, compare

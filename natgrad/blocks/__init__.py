@@ -1,0 +1,1 @@
+"""Curvature of layers, in each structure: dense, diagonal and Kronecker blocks, and the statistics that they keep."""

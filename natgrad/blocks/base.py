@@ -1,0 +1,289 @@
+"""Blocks: the curvature of one layer (or of several together) in one structure.
+
+With G_n the gradient matrix of datum n (d_out, d_in), the block of the Fisher matrix is (1/m) Σ_n vec(G_n) vec(G_n)ᵀ
+over all cotangents drawn. The structures keep
+
+- dense      all of it, over one layer or several (`DenseBlock`);
+- diagonal   its diagonal, (1/m) Σ_n G_n∘G_n (`DiagonalBlock`);
+- kfac, ekfac, input: products of two small matrices, see `natgrad.blocks.kronecker`.
+
+A block works in its own *coordinates*, a tensor with any leading dimensions; `pack` and `unpack` convert from and to
+named tensors. Statistics, damping and inverse are three things: damping is never written into the statistics, and an
+`Inverse` is factorised once and applied many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.average import Average, Statistics
+from natgrad.capture.layers import Layer, Use
+from natgrad.capture.parameters import Piece
+from natgrad.linalg.inverse import Inverse
+
+VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
+CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
+
+
+@dataclass
+class Job:
+    """One expensive part of an inverse that another rank may do."""
+
+    cost: float  # multiplications
+    like: Tensor  # of the shape, dtype and device of the result
+    compute: Callable[[], Tensor]
+    # (M, a) where the result is (M + aI)⁻¹ by whatever means, so that several can be found at once
+    system: Callable[[], tuple[Tensor, float]] | None = None
+
+
+class Block:
+    """The protocol of a structure. Subclasses name their statistics and define the verbs in coordinates.
+
+    ``damping`` is absolute and exact: (curvature + damping·I).
+    """
+
+    structure: str
+    needs_data = True  # whether statistics need the rows of each datum apart
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = list(layers)
+        self.statistics: Statistics = {}
+        self.version = 0  # rises whenever the statistics change
+        self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
+        self.elsewhere = False  # the statistics are there, at the owner
+        self._cache: dict[str, tuple[int, Any]] = {}
+        self._inverse: tuple[int, float, Inverse] | None = None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [p for layer in self.layers for p in layer.pieces]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics, as they are computed with."""
+        return next(a.dtype for a in self.statistics.values())
+
+    @property
+    def known(self) -> bool:
+        """Whether there are statistics, here or at the owner."""
+        return bool(self.statistics) or self.elsewhere
+
+    @property
+    def names(self) -> list[str]:
+        found: list[str] = self.cached("names", lambda: list(dict.fromkeys(p.name for p in self.pieces)))
+        return found
+
+    # statistics
+
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i, none where it was not used.
+
+        `like`: a tensor of the dtype and device of the statistics.
+        """
+        raise NotImplementedError
+
+    # structures whose statistics need a basis that depends on the other statistics look at the data twice
+
+    looks_twice = False
+
+    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
+        """Between the two looks. `settled`: what is new will be added to the statistics as they are now."""
+
+    def observe_again(
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    ) -> None:
+        """The second look at one set of cotangents."""
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        """Statistics of several batches together; sources with a mass are weighed by it."""
+        out: Statistics = {}
+        for part in parts:
+            for key, average in part.items():
+                out.setdefault(key, Average()).merge(average, plain and not self.is_mean(key))
+        return out
+
+    def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
+        """Add statistics to the average (`decay` None) or fold them into a moving one."""
+        for key, average in new.items():
+            mine = self.statistics.setdefault(key, Average())
+            if decay is None:
+                mine.merge(average, plain and not self.is_mean(key))
+            else:
+                mine.fold(average, decay)
+        self.version += 1
+
+    def is_mean(self, key: str) -> bool:
+        """Whether a statistic does not scale with the loss, whatever its reduction."""
+        return False
+
+    def is_symmetric(self, key: str) -> bool:
+        """Whether a statistic is a stack of symmetric matrices, or of blocks along their diagonals."""
+        return False
+
+    def backdate(self, new: Statistics, masses: Mapping[str, Tensor]) -> None:
+        """Over the data seen before this block was first used, its gradient was zero."""
+        for key, average in new.items():
+            for source, mass in masses.items():
+                if source in average.masses and not self.is_mean(key):
+                    average.masses[source] = average.masses[source] + mass.to(average.masses[source])
+
+    def forget(self) -> None:
+        """Let go of what was computed from the statistics."""
+        self._cache, self._inverse = {}, None
+        self.version += 1
+
+    def release(self) -> None:
+        """Let go of the values of the statistics, which are their size again."""
+        self._cache = {k: v for k, v in self._cache.items() if not k.startswith(VALUE)}
+
+    def value(self, key: str) -> Tensor:
+        return self.cached(VALUE + key, lambda: self.statistics[key].value())
+
+    def cached(self, key: str, compute: Any) -> Any:
+        """`compute()`, kept until the statistics change."""
+        version, value = self._cache.get(key, (-1, None))
+        if version != self.version:
+            value = compute()
+            self._cache[key] = (self.version, value)
+        return value
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Follow parameters that were moved or cast."""
+        moved = [average.move(device, dtype) for average in self.statistics.values()]
+        if any(moved):
+            self._cache = {}
+            self.version += 1
+
+    # coordinates
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        """Return coordinates as the matrix (…, groups, d_out, d_in) of each layer, without a copy."""
+        raise NotImplementedError
+
+    def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
+        for layer, m in zip(self.layers, self.matrices(x)):
+            layer.unpack(m, into)
+
+    def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
+        if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
+            return self.layers[0].views(self.matrices(x)[0])
+        out = {n: torch.zeros_like(parameters[n]) for n in self.names}
+        self.unpack(x, out)
+        return out
+
+    # verbs
+
+    def flat(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def inverse(self, damping: float) -> Inverse:
+        raise NotImplementedError
+
+    def kept_inverse(self, damping: float) -> Inverse:
+        """`inverse`, kept for as long as neither the statistics nor the damping change."""
+        if self._inverse is None or self._inverse[:2] != (self.version, damping):
+            self._inverse = (self.version, damping, self.inverse(damping))
+        return self._inverse[2]
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
+
+        `results`: of the `relative_jobs`, where they have been done elsewhere; None for one that is to be done here,
+        which only those may be that have a `Job.system`.
+        """
+        return self.inverse(self.relative_to_mean(damping))
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        """The expensive parts of `relative_inverse`; none where it is cheap."""
+        return []
+
+    def excess(self) -> Tensor:
+        """How many times the inverse of the curvature, scale and all, `relative_inverse` is, damping aside: a scalar, 1
+        unless that inverts factors divided by their mean eigenvalues. 0 where the curvature is, which has no inverse.
+        """
+        trace = self.trace()
+        return (trace > 0).to(trace)
+
+    def sides(self) -> list[tuple[int, ...]]:
+        """Shapes of the statistics, known before there are any; of (…, p, d) with p > 1 each piece is inverted."""
+        raise NotImplementedError
+
+    def relative_to_mean(self, damping: float) -> float:
+        mean = float(self.trace()) / self.dimension
+        return damping * mean if mean > 0 else 1.0
+
+    def diagonal(self) -> Tensor:
+        raise NotImplementedError
+
+    def logdet(self, damping: float) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, z: Tensor, damping: float) -> Tensor:
+        """(curvature + damping·I)^{-1/2} z, by any root."""
+        raise NotImplementedError
+
+    def trace(self) -> Tensor:
+        return self.diagonal().sum()
+
+    @property
+    def dimension(self) -> int:
+        raise NotImplementedError
+
+    def sizes(self) -> str:
+        """Sizes of what is stored, for the coverage table."""
+        raise NotImplementedError
+
+    def memory(self) -> int:
+        """Bytes of the statistics."""
+        return sum(s.numel() * s.element_size() for a in self.statistics.values() for s in a.sums.values())
+
+
+class JointBlock(Block):
+    """Blocks whose coordinates are one flat vector over all their layers."""
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([layer.pack(tensors).flatten(-3) for layer in self.layers], dim=-1)
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        parts = zip(x.split(self.widths, dim=-1), self.shapes)
+        return [part.reshape(*x.shape[:-1], *shape) for part, shape in parts]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return self.cached("shapes", lambda: [layer.matrix_shape for layer in self.layers])
+
+    @property
+    def widths(self) -> list[int]:
+        return [s.numel() for s in self.shapes]
+
+    @property
+    def dimension(self) -> int:
+        return sum(self.widths)
+
+    def per_datum(self, uses: Sequence[Sequence[Use]], like: Tensor) -> Iterator[Tensor]:
+        """Chunks (data, P) of per-datum gradients."""
+        data = next((u.data for calls in uses for u in calls), 0)
+        if data == 0:  # no layer was used: the gradient is zero
+            yield like.new_zeros(1, self.dimension)
+        step = max(1, CHUNK // max(1, self.dimension))
+        for start in range(0, data, step):
+            length = min(step, data - start)
+            parts = []
+            for calls, width in zip(uses, self.widths):
+                if not calls:
+                    parts.append(like.new_zeros(length, width))
+                    continue
+                total = calls[0].products(start, length)
+                for use in calls[1:]:
+                    total = total + use.products(start, length)
+                parts.append(total.flatten(1))
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,0 +1,56 @@
+"""What one batch says of every block, before it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.average import Statistics
+from natgrad.blocks.base import Block
+
+Streams = list[tuple[torch.Generator, Tensor]]  # random generators and their states
+
+
+@dataclass
+class BatchStatistics:
+    """What one output says of every block; counts once the loss is backpropagated."""
+
+    statistics: list[tuple[Block, Statistics]]
+    data: int
+    masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
+    elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats`, over all loss terms
+    streams: Streams = field(default_factory=list)  # where its random numbers end
+
+    def sums(self) -> list[Tensor]:
+        return [s for _, new in self.statistics for average in new.values() for s in average.sums.values()]
+
+
+def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bool) -> BatchStatistics:
+    """Return several batches as one. `plain`: sums are never divided."""
+    statistics: list[tuple[Block, Statistics]] = []
+    masses: dict[str, Tensor] = {}
+    for block in blocks:
+        parts = [new for batch in batches for held, new in batch.statistics if held is block]
+        if parts:
+            statistics.append((block, block.merged(parts, plain)))
+    for batch in batches:
+        for source, mass in batch.masses.items():
+            masses[source] = masses[source] + mass if source in masses else mass
+    for block, new in statistics:
+        for key, average in new.items():
+            for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
+                average.weigh(masses[source], source)  # a block's gradient is zero in batches that do not know it
+    nats = [batch.nats for batch in batches if batch.nats is not None]
+    return BatchStatistics(
+        statistics, sum(batch.data for batch in batches), masses, nats=torch.stack(nats).sum(0) if nats else None
+    )
+
+
+def go_on(streams: Streams) -> None:
+    """Let random generators go on from these states."""
+    for generator, state in streams:
+        generator.set_state(state)

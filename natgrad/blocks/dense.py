@@ -1,0 +1,88 @@
+"""The full matrix of one layer, or of several together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.average import Average, Statistics
+from natgrad.blocks.base import Job, JointBlock
+from natgrad.capture.layers import Layer, Use
+from natgrad.linalg.inverse import DenseInverse, Inverse
+from natgrad.linalg.kronecker import damped_inverse, safe_eigh
+
+
+class DenseBlock(JointBlock):
+    """The full matrix of one layer or of several."""
+
+    structure = "dense"
+
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        average = Average()
+        for rows in self.per_datum(uses, like):
+            average.add(rows.mT @ rows, None, source)
+        average.weigh(mass, source)
+        return {"matrix": average}
+
+    def is_symmetric(self, key: str) -> bool:
+        return True
+
+    def sides(self) -> list[tuple[int, ...]]:
+        return [(self.dimension, self.dimension)]
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        grown = []
+        for part in parts:  # batches from before a layer was first used
+            average = part["matrix"].copy()
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
+            grown.append({"matrix": average})
+        return super().merged(grown, plain)
+
+    def extend(self, layer: Layer) -> None:
+        """Take in a layer first used now; over the data seen before, its gradient was zero."""
+        self.layers.append(layer)
+        self.version += 1
+        for average in self.statistics.values():
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.value("matrix")
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+    def inverse(self, damping: float) -> Inverse:
+        return DenseInverse(damped_inverse(self.matrix, damping))
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        (done,) = [None] if results is None else results
+        return super().relative_inverse(damping) if done is None else DenseInverse(done)
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        m = self.matrix
+        return [Job(len(m) ** 3, m, lambda: damped_inverse(m, self.relative_to_mean(damping)))]
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal()
+
+    def logdet(self, damping: float) -> Tensor:
+        return (self.eigen()[0] + damping).log().sum()
+
+    def sample(self, z: Tensor, damping: float) -> Tensor:
+        values, vectors = self.eigen()
+        return (z @ vectors * (values + damping).rsqrt()) @ vectors.mT
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        return self.cached("eigen", lambda: safe_eigh(self.matrix))
+
+    def sizes(self) -> str:
+        return f"{self.dimension}²"
+
+
+def grow_to(matrix: Tensor, size: int) -> Tensor:
+    """Zero rows and columns for coordinates that came later."""
+    grow = size - matrix.shape[-1]
+    return matrix if grow == 0 else torch.nn.functional.pad(matrix, (0, grow, 0, grow))

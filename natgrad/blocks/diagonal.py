@@ -1,0 +1,46 @@
+"""The diagonal of the curvature of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from natgrad.blocks.average import Average, Statistics
+from natgrad.blocks.base import JointBlock
+from natgrad.capture.layers import Use
+from natgrad.linalg.inverse import DiagonalInverse, Inverse
+
+
+class DiagonalBlock(JointBlock):
+    """The diagonal alone."""
+
+    structure = "diagonal"
+
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        average = Average()
+        for rows in self.per_datum(uses, like):
+            average.add(rows.square().sum(0), None, source)
+        average.weigh(mass, source)
+        return {"diagonal": average}
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x * self.diagonal()
+
+    def sides(self) -> list[tuple[int, ...]]:
+        return [(self.dimension,)]
+
+    def inverse(self, damping: float) -> Inverse:
+        return DiagonalInverse(1 / (self.diagonal() + damping))
+
+    def diagonal(self) -> Tensor:
+        return self.value("diagonal")
+
+    def logdet(self, damping: float) -> Tensor:
+        return (self.diagonal() + damping).log().sum()
+
+    def sample(self, z: Tensor, damping: float) -> Tensor:
+        return z * (self.diagonal() + damping).rsqrt()
+
+    def sizes(self) -> str:
+        return f"{self.dimension}"

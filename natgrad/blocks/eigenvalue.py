@@ -1,0 +1,150 @@
+"""ekfac: the eigenbases of the Kronecker factors with eigenvalues of their own.
+
+Q_U, Q_V are the eigenvectors of U and V, S = (1/m) Σ_n (Q_Uᵀ G_n Q_V)², G_n the gradient of datum n summed over
+positions and calls: the diagonal of the block in that basis (George et al. 2018, arXiv:1806.03884). When the basis
+moves, Q → Q', S follows by squared overlaps, S' = (R_U∘R_U) S (R_V∘R_V)ᵀ with R = Q'ᵀ Q, which keeps the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.average import Average, Statistics
+from natgrad.blocks.base import CHUNK, Job
+from natgrad.blocks.kronecker import KroneckerBlock
+from natgrad.capture.layers import Layer, Use
+from natgrad.linalg.block_diagonal import across, left_times, times, transposed
+from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
+from natgrad.linalg.kronecker import eigen_of
+
+
+class EigenvalueBlock(KroneckerBlock):
+    """S in the eigenbases of U and V."""
+
+    structure = "ekfac"
+    looks_twice = True
+
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
+        super().__init__(layers, sharing, max_side, trains)
+        self.needs_data = True
+
+    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
+        """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
+        if not new:
+            return
+        if settled or not self.statistics:
+            twin = EigenvalueBlock(self.layers, self.sharing, self.max_side, self.trains)
+            factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
+            twin.statistics = self.merged([s for s in factors if s], plain)
+            bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
+        else:
+            bases = [self.basis("Q_U"), self.basis("Q_V")]
+        for key, q in zip(("Q_U", "Q_V"), bases):
+            if q is not None:
+                new[key] = Average({"": q}, {"": q.new_ones(())})
+
+    def observe_again(
+        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    ) -> None:
+        if not new:
+            return
+        average = Average()
+        qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
+        average.add(like.new_zeros(self.matrix_shape), None, source)
+        data = uses[0][0].data if uses[0] else 0
+        step = max(1, CHUNK // max(1, self.dimension))
+        for start in range(0, data, step):
+            length = min(step, data - start)
+            total = uses[0][0].products(start, length, (qu, qv))
+            for use in uses[0][1:]:
+                total = total + use.products(start, length, (qu, qv))
+            average.add(total.square().sum(0), None, source)
+        average.weigh(mass, source)
+        if "S" in new:
+            new["S"].merge(average, plain=source in new["S"].sums)
+        else:
+            new["S"] = average
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        if len(parts) == 1:
+            return parts[0]
+        bases = {k: a for k, a in parts[-1].items() if k in ("Q_U", "Q_V")}
+        rest = [turned(p, bases) for p in parts]
+        return {**super().merged(rest, plain), **bases}
+
+    def commit(self, new: Statistics, decay: float | None, plain: bool) -> None:
+        bases = {k: a for k, a in new.items() if k in ("Q_U", "Q_V")}
+        old = self.statistics
+        self.statistics = {k: a for k, a in old.items() if k not in ("Q_U", "Q_V")}
+        super().commit({k: a for k, a in new.items() if k not in ("Q_U", "Q_V", "S")}, decay, plain)
+        if decay is not None and old:  # the factors moved between the second look and now
+            for key, side in (("Q_U", self.u), ("Q_V", self.v)):
+                if (q := eigen_of(side)[1]) is not None:
+                    bases[key] = Average({"": q}, {"": q.new_ones(())})
+        if "S" in old:
+            self.statistics["S"] = turned(old, bases)["S"]
+        super().commit({"S": turned(new, bases)["S"]}, decay, plain)
+        self.statistics.update(bases)
+        self.version += 1
+
+    def basis(self, key: str) -> Tensor | None:
+        return basis_of(self.statistics, key)
+
+    def _eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.value("S"), self.basis("Q_U"), self.basis("Q_V")
+
+    def flat(self, x: Tensor) -> Tensor:
+        values, qu, qv = self.eigen()
+        return out_of_basis(into_basis(x, qu, qv) * values, qu, qv)
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        return []  # the basis is found where the statistics are taken
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        values, qu, qv = self.eigen()
+        mean = values.mean()
+        scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
+        return EigenInverse(1 / (scaled + damping), qu, qv)
+
+    def excess(self) -> Tensor:
+        mean: Tensor = self.value("S").mean()
+        return mean
+
+    def diagonal(self) -> Tensor:
+        values, qu, qv = self.eigen()
+        return overlapped(values, qu, qv)
+
+    def trace(self) -> Tensor:
+        return self.value("S").sum()
+
+    def sizes(self) -> str:
+        groups, out, into = self.matrix_shape
+        return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
+
+
+def basis_of(statistics: Statistics, key: str) -> Tensor | None:
+    return statistics[key].sums[""] if key in statistics else None
+
+
+def turned(statistics: Statistics, bases: Statistics) -> Statistics:
+    """Statistics with S brought to other bases by squared overlaps."""
+    overlaps = []
+    for key in ("Q_U", "Q_V"):
+        q, to = basis_of(statistics, key), basis_of(bases, key)
+        overlaps.append(None if q is to or q is None or to is None else across(to, q))
+    if all(r is None for r in overlaps):
+        return statistics
+    moved = statistics["S"].copy()
+    moved.sums = {h: overlapped(s, *overlaps) for h, s in moved.sums.items()}
+    return {**statistics, "S": moved}
+
+
+def overlapped(s: Tensor, ru: Tensor | None, rv: Tensor | None) -> Tensor:
+    """(R_U∘R_U) S (R_V∘R_V)ᵀ"""
+    s = s if ru is None else left_times(ru.square(), s)
+    return s if rv is None else times(s, transposed(rv.square()))

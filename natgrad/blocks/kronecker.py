@@ -1,0 +1,307 @@
+"""Blocks that are products of two small matrices.
+
+- kfac    U ⊗ V with U = (1/m) Σ g gᵀ and V = mean a aᵀ over rows (`KroneckerBlock`; Martens & Grosse 2015,
+          arXiv:1503.05671). "expand" takes every position as a row of its own; "reduce" first sums g and averages a
+          over the positions of a datum (Eschenhagen et al. 2023, arXiv:2311.00636, eqs. 21 and 22). U carries the
+          scale of the loss; V is a mean.
+- ekfac   their eigenbases with eigenvalues of their own: `natgrad.blocks.eigenvalue`.
+- input   c·I ⊗ V, c the mean of the diagonal of U (`InputBlock`): the input factor alone, at the trace of K-FAC
+          (FOOF, Benzing 2022, arXiv:2201.12250).
+
+A side longer than `max_side` is kept as equal blocks along its diagonal of at most that many rows
+(`natgrad.linalg.block_diagonal`).
+Where no limit is given it is `TRAINING_SIDE` while an optimizer drives the metric, as inverses cost the third power of
+their side, and none otherwise; but a side longer than `FULL_SIDE` is kept as its diagonal. So is the input side of a
+table, which is exact: the rows are unit vectors.
+
+A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
+U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁ + tr V₂·U₂) ⊗ (tr U₁·V₁ + tr U₂·V₂) / Σ tr U_i tr V_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.average import Average, Statistics
+from natgrad.blocks.base import VALUE, Block, Job
+from natgrad.capture.layers import Layer, Use
+from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
+from natgrad.linalg.block_diagonal import (
+    diagonal_of,
+    is_diagonal,
+    pieces_of,
+    rows_of_pieces,
+    trace_of,
+)
+from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into_basis, out_of_basis
+from natgrad.linalg.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
+
+FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
+FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
+TRAINING_SIDE = 250  # longest block kept of a side while an optimizer drives, likewise
+
+
+class KroneckerBlock(Block):
+    """U ⊗ V of one layer, a pair for each group. Coordinates: (…, groups, d_out, d_in)."""
+
+    structure = "kfac"
+
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
+        super().__init__(layers)
+        (self.layer,) = self.layers
+        self.sharing, self.max_side, self.trains = sharing, max_side, trains
+        self.needs_data = sharing == "reduce"
+        self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
+        self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
+        _, out, into = self.matrix_shape
+        exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
+        # rows p of the pieces that each side is kept in
+        self.kept = (
+            kept_rows(out, max_side, trains),
+            1 if exactly_diagonal else kept_rows(into, max_side, trains),
+        )
+
+    # U′, V′: the second product of a layer that is used in the transposed layout too
+
+    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+        new: Statistics = {}
+        if not uses[0] and not self.statistics:
+            return new  # nothing is known of its inputs yet
+        for use in uses[0]:
+            u, v = ("V′", "U′") if use.swapped else ("U", "V")
+            gradients, inputs, scale = self._rows(use)
+            moment = second_moment(gradients, self.kept[use.swapped])
+            new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
+            if use.first and inputs is not None:
+                total = second_moment(inputs, self.kept[not use.swapped])
+                new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
+        # a product that this batch does not use has zero gradient there
+        for key in {"U"} | {k for k in self.statistics if k == "V′"}:
+            if key not in new:
+                new[key] = Average({source: like.new_zeros(self._shape(key))}, {source: like.new_ones(())})
+        for key, average in new.items():
+            if not self.is_mean(key):
+                average.weigh(mass, source)
+        return new
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        groups, out, into = self.matrix_shape
+        side = int(key[0] == "V")
+        return groups, self.kept[side], (out, into)[side]
+
+    @property
+    def cut_in_training(self) -> bool:
+        """Whether a side is in pieces that would be whole if no optimizer drove."""
+        return self.trains and self.max_side is None and any(1 < p < d for _, p, d in self.sides())
+
+    def sides(self) -> list[tuple[int, ...]]:
+        return [self._shape("U"), self._shape("V")]
+
+    def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
+        """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
+        if self.sharing == "reduce":
+            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+        data, positions = use.gradients.shape[:2]
+        rows = data * positions
+        if self.max_rows is None or rows <= self.max_rows:
+            return use.gradients, use.inputs if use.first else None, 1.0
+        chosen = torch.randperm(data, generator=self.generator)[: max(FEWEST_DATA, -(-self.max_rows // positions))]
+        chosen = chosen.to(use.gradients.device)
+        keep = torch.randperm(len(chosen) * positions, generator=self.generator)[: self.max_rows].to(chosen.device)
+        inputs = None
+        if use.first:  # patches are unfolded for the chosen data alone
+            inputs = use.make_inputs(chosen) if use.by_datum else of_data(use.inputs, chosen)
+            inputs = thinned(inputs, keep)
+        return thinned(use.gradients[chosen], keep), inputs, rows / len(keep)
+
+    def is_mean(self, key: str) -> bool:
+        return key in ("V", "U′", "Q_U", "Q_V")
+
+    def is_symmetric(self, key: str) -> bool:
+        return key[0] in "UV" and self.kept[key[0] == "V"] > 1
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.layer.pack(tensors)
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """(groups, d_out, d_in)"""
+        shape: torch.Size = self.cached("shape", lambda: self.layer.matrix_shape)
+        return shape
+
+    @property
+    def u(self) -> Tensor:
+        """(groups, d_out, d_out), or (groups, p, d_out) in pieces of p rows"""
+        u: Tensor = self.cached(VALUE + "sides", self._sides)[0]
+        return u
+
+    @property
+    def v(self) -> Tensor:
+        """(groups, d_in, d_in), or (groups, p, d_in) in pieces of p rows"""
+        v: Tensor = self.cached(VALUE + "sides", self._sides)[1]
+        return v
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        pairs = [
+            (self.value(u), self.value(v))
+            for u, v in (("U", "V"), ("U′", "V′"))
+            if u in self.statistics and v in self.statistics
+        ]
+        if len(pairs) == 1:
+            return pairs[0]
+        (u1, v1), (u2, v2) = pairs
+        share1, share2 = trace_of(u1) * trace_of(v1), trace_of(u2) * trace_of(v2)
+        total = share1 + share2
+        per = torch.where(total > 0, 1 / total, torch.zeros_like(total))
+        u = beside(trace_of(v1)) * u1 + beside(trace_of(v2)) * u2
+        v = beside(per * trace_of(u1)) * v1 + beside(per * trace_of(u2)) * v2
+        return u, v
+
+    def eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Eigenvalues (groups, d_out, d_in) and eigenvectors of both sides, None for the axes."""
+        found: tuple[Tensor, Tensor | None, Tensor | None] = self.cached("eigen", self._eigen)
+        return found
+
+    def _eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (lu, qu), (lv, qv) = eigen_of(self.u), eigen_of(self.v)
+        return lu[..., :, None] * lv[..., None, :], qu, qv
+
+    def flat(self, x: Tensor) -> Tensor:
+        return kron_apply(self.u, x, self.v)
+
+    def inverse(self, damping: float) -> Inverse:
+        values, qu, qv = self.eigen()
+        return EigenInverse(1 / (values + damping), qu, qv)
+
+    def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
+        of_u = 0 if results is None or is_diagonal(self.u) else len(pieces_of(self.u))
+        done = list(results or ())
+        return KroneckerInverse(
+            relative_inverse(self.u, damping, done[:of_u]),
+            relative_inverse(self.v, damping, done[of_u:], self.own_columns),
+        )
+
+    def relative_jobs(self, damping: float) -> list[Job]:
+        return [
+            Job(
+                len(m) * m.shape[-1] ** 3,
+                m,
+                partial(relative_inverse_of_piece, side, i, damping, own),
+                partial(relative_system, side, i, damping, own),
+            )
+            for side, own in ((self.u, 0), (self.v, self.own_columns))
+            if not is_diagonal(side)
+            for i, m in enumerate(pieces_of(side))
+        ]
+
+    @property
+    def own_columns(self) -> int:
+        """How many columns, the last ones, are biases beside a weight."""
+        return len(self.layer.biases) if self.layer.weight is not None else 0
+
+    def bias_scale(self) -> Tensor:
+        """Return the second moment of a bias's input over the mean of the others, 1 at most, a scalar."""
+        found: Tensor = self.cached("bias scale", self._bias_scale)
+        return found
+
+    def _bias_scale(self) -> Tensor:
+        diagonal, width = diagonal_of(self.v), self.matrix_shape[2] - self.own_columns
+        inputs, biases = diagonal[..., :width].mean(), diagonal[..., width:].mean()
+        return torch.where((inputs > 0) & (biases > 0), biases / inputs, 1.0).clamp(max=1)
+
+    def excess(self) -> Tensor:
+        return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()
+
+    def diagonal(self) -> Tensor:
+        return diagonal_of(self.u)[..., :, None] * diagonal_of(self.v)[..., None, :]
+
+    def trace(self) -> Tensor:
+        return (trace_of(self.u) * trace_of(self.v)).sum()
+
+    def logdet(self, damping: float) -> Tensor:
+        return (self.eigen()[0] + damping).log().sum()
+
+    def sample(self, z: Tensor, damping: float) -> Tensor:
+        values, qu, qv = self.eigen()
+        return out_of_basis(into_basis(z, qu, qv) * (values + damping).rsqrt(), qu, qv)
+
+    @property
+    def dimension(self) -> int:
+        return self.matrix_shape.numel()
+
+    def sizes(self) -> str:
+        groups, out, into = self.matrix_shape
+        sides = " ⊗ ".join(size_text(p, d) for p, d in zip(self.kept, (out, into)))
+        return sides + (f" × {groups}" if groups > 1 else "")
+
+
+class InputBlock(KroneckerBlock):
+    """c·I ⊗ V."""
+
+    structure = "input"
+
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+    ) -> None:
+        super().__init__(layers, sharing, max_side, trains)
+        self.kept = (1, self.kept[1])
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        u, v = super()._sides()
+        return u.mean(-1, keepdim=True).expand_as(u), v
+
+
+def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
+    """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal.
+
+    >>> [kept_rows(d, None, trains=True) for d in (250, 785, 5000)], kept_rows(785, None)
+    ([250, 197, 1], 785)
+    """
+    if max_side is not None:
+        return rows_of_pieces(d, max_side)
+    if d > FULL_SIDE:
+        return 1
+    return rows_of_pieces(d, TRAINING_SIDE if trains else FULL_SIDE)
+
+
+def size_text(p: int, d: int) -> str:
+    """What a side takes.
+
+    >>> size_text(9, 9), size_text(1, 9), size_text(3, 9), size_text(4, 9)
+    ('9²', 'diag 9', '3·3²', '(2·4² + 1²)')
+    """
+    if d == 1:
+        return "1"
+    if p == 1:
+        return f"diag {d}"
+    pieces, rest = divmod(d, p)
+    equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
+    return f"({equal} + {rest}²)" if rest else equal
+
+
+def summed_positions(rows: Rows) -> Rows:
+    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
+
+
+def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Tensor:
+    """How many rows a second moment was summed over; by group, where the call uses a region of them."""
+    rows = count(inputs)
+    if region is None:
+        return rows
+    seen = total.new_zeros(total.shape[0])
+    seen[region[0] : region[1]] = 1
+    return rows * beside(seen)
+
+
+def beside(share: Tensor) -> Tensor:
+    """(groups,) beside (groups, ·, ·)"""
+    return share[:, None, None]

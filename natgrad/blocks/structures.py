@@ -1,0 +1,73 @@
+"""The structures of a block by name, and blocks as JSON: what they are over, without their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from natgrad.blocks.base import Block
+from natgrad.blocks.dense import DenseBlock
+from natgrad.blocks.diagonal import DiagonalBlock
+from natgrad.blocks.eigenvalue import EigenvalueBlock
+from natgrad.blocks.kronecker import InputBlock, KroneckerBlock
+from natgrad.capture.layers import Layer
+from natgrad.capture.layouts import LAYOUTS
+from natgrad.capture.parameters import Piece
+
+KRONECKER: dict[str, type[KroneckerBlock]] = {"kfac": KroneckerBlock, "ekfac": EigenvalueBlock, "input": InputBlock}
+STRUCTURES = ("dense", "block", "diagonal", *KRONECKER)
+
+
+def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: int | None, trains: bool) -> Block:
+    """Return an empty block. `sharing`, `max_side` and `trains` are of the Kronecker structures."""
+    if structure in KRONECKER:
+        return KRONECKER[structure](layers, sharing, max_side, trains)
+    block = DiagonalBlock(layers) if structure == "diagonal" else DenseBlock(layers)
+    block.structure = structure
+    return block
+
+
+def block_to_json(block: Block) -> dict[str, Any]:
+    return {
+        "structure": block.structure,
+        "sharing": getattr(block, "sharing", "expand"),
+        "max_side": getattr(block, "max_side", None),
+        "trains": getattr(block, "trains", False),
+        "layers": [layer_to_json(layer) for layer in block.layers],
+    }
+
+
+def block_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Block:
+    """Return an empty block. `shapes`: of the parameters."""
+    layers = [layer_from_json(d, shapes) for d in data["layers"]]
+    return block_of(data["structure"], layers, data["sharing"], data["max_side"], data["trains"])
+
+
+def layer_to_json(layer: Layer) -> dict[str, Any]:
+    return {
+        "op": layer.op,
+        "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
+        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
+        "biases": [[b.name, b.rows] for b in layer.biases],
+        "one_hot": layer.one_hot,
+        "swapped": layer.swapped,
+        "fan_in": layer.fan_in,
+    }
+
+
+def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Layer:
+    name, fields = data["layout"]
+    layout = LAYOUTS[name](**{k: tuples(v) for k, v in fields.items()})
+    weight = None if data["weight"] is None else piece(data["weight"])
+    rest = {k: data[k] for k in ("one_hot", "swapped", "fan_in")}
+    return Layer(data["op"], layout, weight, [piece(b) for b in data["biases"]], shapes, **rest)
+
+
+def piece(data: Sequence[Any]) -> Piece:
+    return Piece(data[0], None if data[1] is None else tuple(data[1]))
+
+
+def tuples(value: Any) -> Any:
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,220 @@
+"""From noted calls to layers, and to the rows their blocks read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.layouts import Layout
+from natgrad.capture.parameters import Piece, overlap
+from natgrad.capture.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
+from natgrad.capture.tape import Call, CaptureError
+from natgrad.capture.views import GradientView, IndexView, canonical
+
+Turn = tuple["Tensor | None", "Tensor | None"]
+
+
+@dataclass
+class Layer:
+    """A weight and its biases, or one of them, as a stack of matrices (groups, d_out, d_in), a column a bias."""
+
+    op: str
+    layout: Layout
+    weight: Piece | None
+    biases: list[Piece]
+    shapes: Mapping[str, torch.Size]
+    one_hot: bool = False  # every input row is a unit vector
+    swapped: bool = False  # there are calls in the transposed layout too
+    fan_in: int = 1  # inputs that are not zero at once
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [p for p in (self.weight, *self.biases) if p is not None]
+
+    @property
+    def names(self) -> set[str]:
+        return {p.name for p in self.pieces}
+
+    @property
+    def key(self) -> Piece:
+        return self.pieces[0]
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """(groups, d_out, d_in)"""
+        return self.pack({n: torch.empty(self.shapes[n], device="meta") for n in self.names}).shape
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """{name: (…, *shape)} → (…, groups, d_out, d_in)"""
+        columns = [self.layout.bias(self._slice(b, tensors), len(self.shapes[b.name])) for b in self.biases]
+        if self.weight is not None:
+            columns.insert(0, self.layout.matrix(self._slice(self.weight, tensors)))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+    def unpack(self, m: Tensor, into: Mapping[str, Tensor]) -> None:
+        """(…, groups, d_out, d_in) → written into {name: (…, *shape)}"""
+        width = m.shape[-1] - len(self.biases)
+        if self.weight is not None:
+            target = self._slice(self.weight, into)
+            target.copy_(self.layout.weight(m[..., :width]).reshape(target.shape))
+        for i, b in enumerate(self.biases):
+            target = self._slice(b, into)
+            target.copy_(m[..., width + i].reshape(target.shape))
+
+    def views(self, m: Tensor) -> dict[str, Tensor]:
+        """(…, groups, d_out, d_in) → {name: (…, *shape)} without a copy where the layout allows it."""
+        width = m.shape[-1] - len(self.biases)
+        out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
+        for i, b in enumerate(self.biases):
+            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
+        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+
+    def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+        return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
+
+
+@dataclass
+class Use:
+    """One call of a layer as rows, with the gradient of one cotangent. The gradient of a datum is Σ_p left_p right_pᵀ.
+
+    ``left`` are the output gradients and ``right`` the inputs; where the call has the transposed layout (`swapped`),
+    ``left`` are the inputs and ``right`` the gradients. Inputs are made when they are asked for: unfolded patches are
+    large, and most passes of K-FAC need gradients alone.
+    """
+
+    gradients: Tensor  # (data, positions, groups, d)
+    make_inputs: Callable[[Tensor | None], Rows]  # of all data, or of those chosen
+    swapped: bool = False
+    region: tuple[int, int] | None = None  # groups that the call uses; None for all
+    first: bool = True  # the inputs of this call have not been counted yet
+    by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
+    _inputs: Rows | None = None
+
+    @property
+    def data(self) -> int:
+        return self.gradients.shape[0]
+
+    @property
+    def inputs(self) -> Rows:
+        """(data, positions, groups, d), bias columns included"""
+        if self._inputs is None:
+            self._inputs = self.make_inputs(None)
+        return self._inputs
+
+    @property
+    def left(self) -> Rows:
+        return self.inputs if self.swapped else self.gradients
+
+    @property
+    def right(self) -> Rows:
+        return self.gradients if self.swapped else self.inputs
+
+    def products(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
+        """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
+        left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        if turn is not None:
+            left, right = project(left, turn[0]), project(right, turn[1])
+        return outer(left, right)
+
+
+class Layers:
+    """The layers found so far: calls that use the same weight, in the same layout or its transpose, share one."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = shapes
+        self.found: dict[Piece, Layer] = {}
+
+    def learn(self, calls: Sequence[Call]) -> tuple[list[Layer], list[Call]]:
+        """Layers that these calls are the first to use; and the calls, those apart whose bias no layer can hold.
+
+        Raises:
+            CaptureError: a parameter is used in two ways that do not fit one block.
+        """
+        fresh: dict[Piece, Layer] = {}
+        sorted_calls: list[Call] = []
+        for call in calls:
+            sorted_calls += self._place(call, fresh)
+        self._refuse_shared_pieces(fresh)
+        self.found.update(fresh)
+        return list(fresh.values()), sorted_calls
+
+    def _place(self, call: Call, fresh: dict[Piece, Layer]) -> list[Call]:
+        key = key_of(call)
+        layer = self.found.get(key) or fresh.get(key)
+        layout = call.view.layout
+        if layer is None:
+            biases = [call.bias] if call.bias is not None and call.weight is None else []
+            layer = fresh[key] = Layer(call.op, layout, call.weight, biases, self.shapes, call.view.one_hot)
+        same = layer.layout == layout or call.weight is None
+        if not same and layer.layout.transposed() != layout:
+            raise CaptureError(
+                f"parameter {key} is used by {layer.op} and by {call.op}, in two matrix forms that share no block; "
+                "leave it out with `params=`"
+            )
+        layer.one_hot = layer.one_hot and same and call.view.one_hot
+        layer.swapped = layer.swapped or not same
+        layer.fan_in = max(layer.fan_in, call.view.fan_in or fan_in_of(call, layer))
+        if call.bias is None or call.bias in layer.biases:
+            return [call]
+        if same and key not in self.found:
+            layer.biases.append(call.bias)
+            return [call]
+        # the bias would be a row, or a column that came late: it gets a layer of its own
+        return [replace(call, bias=None), *self._place(replace(call, weight=None), fresh)]
+
+    def _refuse_shared_pieces(self, fresh: Mapping[Piece, Layer]) -> None:
+        owner: dict[str, list[tuple[Piece, Layer]]] = {}
+        for layer in (*self.found.values(), *fresh.values()):
+            for piece in layer.pieces:
+                for other, held in owner.get(piece.name, []):
+                    if held is not layer and overlap(piece, other):
+                        raise CaptureError(
+                            f"parameter {piece} is shared by the layers of {held.key} and {layer.key}, which "
+                            "share no block; leave it out with `params=`"
+                        )
+                owner.setdefault(piece.name, []).append((piece, layer))
+
+    def of(self, call: Call) -> Layer:
+        return self.found[key_of(call)]
+
+    def captured_names(self) -> set[str]:
+        return {p.name for layer in self.found.values() for p in layer.pieces}
+
+
+def key_of(call: Call) -> Piece:
+    key = call.weight or call.bias
+    assert key is not None
+    return key
+
+
+def fan_in_of(call: Call, layer: Layer) -> int:
+    width = layer.matrix_shape[-1] - len(layer.biases) if call.weight is not None else 1
+    return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
+
+
+def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype) -> Use:
+    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
+    swapped = call.weight is not None and layer.layout != call.view.layout
+    x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
+
+    def inputs(keep: Tensor | None) -> Rows:
+        some = x if keep is None else call.view.take(x, keep)
+        a = canonical(call.view.input_rows(some, dtype), axis, data)
+        if layer.weight is None and isinstance(a, Tensor):
+            a = a[..., :0]
+        if not swapped:
+            a = with_columns(a, [float(b == call.bias) for b in layer.biases])
+        return a if keep is not None else regroup(a, aligned)
+
+    gradients = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
+    if swapped:
+        gradients = with_columns(gradients, [0.0] * len(layer.biases))
+    assert isinstance(gradients, Tensor)
+    use = Use(gradients, inputs, swapped, call.view.region)
+    use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
+    if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
+        use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on
+    return use

@@ -1,0 +1,268 @@
+"""Which parameter was used by which op on what: the calls of one forward pass.
+
+While a `Tape` is open, a `TorchFunctionMode` sees every torch function that runs. Ops that `natgrad.capture.ops` has a
+rule for and whose weight or bias is a parameter of interest are noted: the detached input, and the *gradient edge* of
+the output, which later serves as an input of ``torch.autograd.grad``; in-place changes after the op do not move it.
+
+A coverage walk from the loss's side back through the graph, jumping over the noted ops, finds the uses that no rule
+has seen: it is how a parameter used by other means is found instead of silently missed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from natgrad._tree import leaves_of
+from natgrad.capture.compile import eager, go_on_in_python
+from natgrad.capture.decompose import REWRITES
+from natgrad.capture.ops import IN_PLACE, RULES, Parsed, op_name
+from natgrad.capture.parameters import Piece, find, piece_of, weight_piece
+from natgrad.capture.views import View
+
+Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
+
+
+class CaptureError(RuntimeError):
+    """A parameter is used in a way that the metric cannot follow; the message names it."""
+
+
+@dataclass
+class Call:
+    """One use of one layer's parameters: out = op(x; weight, bias)."""
+
+    op: str
+    weight: Piece | None
+    bias: Piece | None
+    view: View
+    x: Tensor
+    out: Edge
+
+
+@dataclass
+class Uncaptured:
+    """A use of a parameter that no op rule has seen."""
+
+    name: str
+    used_by: str  # the graph node that used it
+
+
+@dataclass(eq=False)
+class Tape:
+    """The calls of one forward pass of the root module."""
+
+    names: Mapping[int, str]  # id of parameter → name
+    calls: list[Call] = field(default_factory=list)
+    behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
+    inputs: set[Edge] = field(default_factory=set)
+    data: int | None = None  # first dimension of the first tensor input
+    sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
+    outputs: set[Edge] = field(default_factory=set)
+    drawn: bool = False
+    differentiated: bool = False  # the forward pass took a derivative
+    at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
+    _stack: ExitStack | None = None
+
+    def open(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Start noting calls."""
+        tensors = leaves_of((args, kwargs))
+        self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
+        self.sizes = {n for t in tensors for n in t.shape[:2]}
+        self.data = next((t.shape[0] for t in tensors if t.dim()), None)
+        self._stack = ExitStack()
+        self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
+        self._stack.enter_context(_Watch(self))
+
+    def close(self) -> None:
+        """Stop noting calls; harmless when not open."""
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    def note(self, func: Any, parsed: Parsed, out: Tensor, before: Sequence[Edge] = ()) -> None:
+        """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
+        refuse_selective_checkpointing()
+        held = weight_piece(parsed.weight, parsed.view, self.names)
+        weight, view = (None, parsed.view) if held is None else held
+        bias = piece_of(parsed.bias, self.names)
+        edge = edge_of(out)
+        if edge is None or (weight is None and bias is None):
+            return
+        if parsed.needs_data and self.sizes and all(n % s for n in view.leading(parsed.x) for s in self.sizes):
+            return
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
+        if not any(t.requires_grad for t in claimed):
+            return
+        rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
+        edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
+        self.behind.setdefault(edge, []).extend([*edges, *before])
+        self.calls.append(Call(op_name(func), weight, bias, view, parsed.x.detach(), edge))
+
+    def owns(self, t: Any) -> bool:
+        """Whether a tensor is a parameter of interest, or a view or cast of one."""
+        return find(t, self.names) is not None
+
+
+def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
+    """Walk back from `outputs`, jumping over noted ops.
+
+    Raises:
+        CaptureError: the graph holds a region that cannot be seen into (reentrant checkpointing, a compiled region).
+    """
+    behind = {e: b for tape in tapes for e, b in tape.behind.items()}
+    names = {i: n for tape in tapes for i, n in tape.names.items()}
+    reached: set[Edge] = set()
+    missed: dict[str, Uncaptured] = {}
+    # what made the input is none of ours, unless it is another watched pass: m(m(x))
+    seen: set[Edge] = set(tapes[0].inputs) if len(tapes) == 1 else set()
+    entered: set[Any] = set()
+    todo = [(e, "the output itself") for t in outputs if (e := edge_of(t)) is not None]
+    while todo:
+        edge, user = todo.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        if edge in behind:
+            reached.add(edge)
+            todo += [(e, user) for e in behind[edge]]
+            continue
+        node = edge[0]
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            missed.setdefault(name, Uncaptured(name, user))
+        refuse_opaque(node.name())
+        if node not in entered:
+            entered.add(node)
+            todo += [((n, i), node.name()) for n, i in node.next_functions if n is not None]
+    return reached, list(missed.values())
+
+
+def tapes_behind(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> Sequence[Tape]:
+    """Those of the forward passes that `outputs` come from: others, as of a validation, are none of theirs.
+
+    Where none is known to be, as inside of a forward pass, whose outputs are to come, it is the last one.
+    """
+    if len(tapes) == 1:
+        return tapes
+    left: dict[Edge, list[Tape]] = {}
+    for tape in tapes:
+        for edge in {*tape.outputs, *tape.behind}:
+            left.setdefault(edge, []).append(tape)
+    found: set[Tape] = set()
+    todo = [e for t in outputs if (e := edge_of(t)) is not None]
+    entered: set[Any] = set()
+    while todo:
+        node, number = todo.pop()
+        found.update(left.pop((node, number), ()))
+        if node not in entered:
+            entered.add(node)
+            todo += [e for e in node.next_functions if e[0] is not None]
+    return [tape for tape in tapes if tape in found] or tapes[-1:]
+
+
+def refuse_selective_checkpointing() -> None:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(type(m).__name__ == "_CachingTorchDispatchMode" for m in modes):
+        raise CaptureError(
+            "the model uses selective activation checkpointing, whose regions can be backpropagated once only, and the "
+            "metric needs a backward pass of its own; use checkpoint(…, use_reentrant=False) without context_fn"
+        )
+
+
+def refuse_opaque(node: str) -> None:
+    if node.startswith("CheckpointFunction"):
+        raise CaptureError(
+            "the model uses reentrant activation checkpointing, which hides the graph inside it; "
+            "use torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
+        )
+    if node.startswith("CompiledFunction"):
+        raise CaptureError(
+            "the model holds a compiled region that ran compiled while its calls were to be noted; "
+            "compile the whole model (torch.compile(model)) and pass that to Fisher"
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Hands every call of an op with a rule to the tape, and runs opaque ops as the ops they are made of."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        following = torch.is_grad_enabled() and not in_backward() and not in_transform()
+        if following and (decomposed := REWRITES.get(func)) is not None:
+            with self:
+                return decomposed(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.tape.differentiated = True
+        rule = RULES.get(func) if following else None
+        if rule is None:
+            return func(*args, **kwargs)
+        before: list[Edge] = []
+        if func in IN_PLACE and self.tape.owns(args[1]):
+            before = [e for e in [edge_of(args[0])] if e is not None]
+            args, given = (args[0].detach().clone(), *args[1:]), args
+        else:
+            given = args
+        out = func(*given, **kwargs)
+        if out.requires_grad:
+            parsed = rule(self.tape.owns, out, *args, **kwargs)
+            if parsed is not None:
+                self.tape.note(func, parsed, out, before)
+        return out
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    if not t.requires_grad:
+        return None
+    e = get_gradient_edge(t)
+    return e.node, e.output_nr
+
+
+def as_gradient_edge(e: Edge) -> GradientEdge:
+    return GradientEdge(*e)
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_transform() -> bool:
+    """Inside torch.func (vmap, grad, functional_call under a transform) there is no graph of ours to follow."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+class Hook:
+    """A module hook that calls a bound method through a weak reference, and does nothing in copies and pickles.
+
+    A hook that held its metric strongly would make models that cannot be copied, pickled or freed.
+    """
+
+    def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
+        self.due = False  # whether the coming forward passes are to be watched
+        self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)
+        self._module = weakref.ref(module) if module is not None else (lambda: None)
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            if not self.due:  # compiled code guards on it
+                return
+            go_on_in_python()
+        method = self._method()
+        if method is not None and self._module() is module:
+            method(*args)
+
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()

@@ -1,0 +1,5 @@
+"""The command line: train, solve and inspect."""
+
+from natgrad.cli.app import main
+
+__all__ = ["main"]

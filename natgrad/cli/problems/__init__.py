@@ -1,0 +1,1 @@
+"""The problems that `natgrad solve` ships."""

@@ -1,0 +1,1 @@
+"""What runs the tasks, and what is shown of the runs."""

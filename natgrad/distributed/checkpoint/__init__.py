@@ -1,0 +1,1 @@
+"""Checkpoints of many processes; the public names are those of `natgrad.checkpoint`."""

@@ -1,0 +1,78 @@
+"""Backward passes from the outputs of one forward pass, to every place where a layer was used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad._tree import Tensors
+from natgrad.capture.tape import Call, CaptureError, as_gradient_edge
+from natgrad.fisher.pseudo_gradients import MAX_PASSES, of_data
+
+PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
+
+
+@dataclass
+class BackwardPass:
+    """Backward passes from the outputs of one forward pass."""
+
+    live: Sequence[Tensor]  # outputs that carry a graph
+    carries: Sequence[bool]  # which of all outputs those are
+    calls: Sequence[Call]  # those without an op rule last
+    parameters: Mapping[str, Tensor]
+
+    def backward(self, v: Tensors, data: int) -> list[Tensor | None]:
+        """Gradients at all calls; where there is no op rule, the gradients (data, P) of the parameter itself."""
+        return [*self.at_calls(v), *self.per_datum(v, data)]
+
+    def at_calls(self, v: Tensors) -> list[Tensor | None]:
+        """Gradients at the noted calls."""
+        edges = [c.out for c in self.calls if c.op != PER_DATUM]
+        once = list(dict.fromkeys(edges))
+        if not once:
+            return []
+        found = dict(zip(once, self._grad([as_gradient_edge(e) for e in once], v)))
+        return [found[e] for e in edges]
+
+    def per_datum(self, v: Tensors, data: int) -> list[Tensor | None]:
+        """One backward pass a datum."""
+        names = [c.weight.name for c in self.calls if c.op == PER_DATUM and c.weight is not None]
+        if not names:
+            return []
+        held = [self.parameters[n] for n in names]
+        rows: list[list[Tensor]] = [[] for _ in names]
+        for masked in self._one_datum_each(v, data):
+            for into, p, g in zip(rows, held, self._grad(held, masked)):
+                into.append(torch.zeros_like(p).flatten() if g is None else g.flatten())
+        return [torch.stack(r) for r in rows]
+
+    def _one_datum_each(self, v: Tensors, data: int) -> Iterator[Tensors]:
+        if data == 1:
+            yield v
+            return
+        if data > MAX_PASSES:
+            raise ValueError(
+                f"parameters without an op rule need a backward pass for each of {data} data (limit {MAX_PASSES}); "
+                "pass fewer data an update, or leave them out with `params=`"
+            )
+        for n in range(data):
+            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
+            keep[n] = True
+            yield tuple(of_data(t, keep) for t in v)
+
+    def _grad(self, inputs: Sequence[Any], v: Tensors) -> tuple[Tensor | None, ...]:
+        held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]
+        try:
+            return torch.autograd.grad(self.live, inputs, held, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "selective activation checkpoint" not in str(error):
+                raise
+            raise CaptureError(
+                "the model uses selective activation checkpointing, which lets a region be backpropagated only once; "
+                "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
+                "context_fn, or take the metric with update() on a model without it"
+            ) from error

@@ -1,0 +1,356 @@
+"""Statistics of every block from one output and the calls behind it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad._tree import Tensors, replace_tensors
+from natgrad.blocks.average import Statistics
+from natgrad.blocks.base import Block
+from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
+from natgrad.blocks.collection import BlockCollection, statistics_dtype
+from natgrad.capture.layers import Use, key_of, use_of
+from natgrad.capture.layouts import element_layout, flat_layout
+from natgrad.capture.parameters import Piece
+from natgrad.capture.tape import Call, CaptureError, Tape, Uncaptured, coverage_walk, tapes_behind
+from natgrad.capture.views import GradientView
+from natgrad.distributed.strategy import Strategy
+from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
+from natgrad.fisher.likelihoods.base import Reading
+from natgrad.fisher.pseudo_gradients import axes_that_fit, cotangents, count_data, data_axes
+
+DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
+
+
+@dataclass
+class LossTerms:
+    """One source of loss terms behind an output (one a criterion), with what is needed to take its statistics."""
+
+    source: str
+    reading: Reading
+    outputs: Tensors  # detached
+    output: Any
+    targets: Any
+    backward: BackwardPass
+    mass: Tensor | None
+    axes: list[int]  # of each call: which dimension of its rows counts data
+    data: int
+    apart: bool  # whether each datum has a backward pass of its own
+
+
+class Estimator:
+    """How the statistics of a model's blocks are taken from its forward passes.
+
+    Args:
+        module: the model, as it is without wrappers.
+        reading: the likelihood that its criterion stands for.
+        kind: "exact", "sampled" or "empirical"; `samples`: labels drawn for each datum where they are.
+        seed: of the labels drawn.
+        collection: the blocks, which grows by what the forward passes use.
+        strategy: how ranks share the work.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        reading: Reading,
+        kind: str,
+        samples: int,
+        seed: int,
+        collection: BlockCollection,
+        strategy: Strategy,
+    ) -> None:
+        self.module, self.reading, self.kind, self.samples, self.seed = module, reading, kind, samples, seed
+        self.collection, self.strategy = collection, strategy
+        self.generators: dict[torch.device, torch.Generator] = {}  # of labels
+        self._axes: dict[tuple[object, ...], list[int] | None] = {}
+        self._warned_batch_norm = False
+
+    # one draw ------------------------------------------------------------------------------------------
+
+    def draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> BatchStatistics | None:
+        """Statistics from one output; None if no parameter of the tapes lies behind it.
+
+        `per_datum`: give parameters that no op rule covers a block from per-datum gradients; the statistics will be
+        added to those that are there now.
+
+        The random streams stay where they are, as what is drawn may be dropped: `go_on` with those of the draw once it
+        counts. Draws that wait for that at the same time have the same random numbers.
+
+        Raises:
+            CaptureError: a parameter is used both by covered and by uncovered ops.
+            ValueError: labels are needed and missing, or the kind has no closed form or takes too many passes.
+        """
+        device = next(iter(self.collection.parameters.values())).device
+        start = self._streams()
+        try:
+            with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
+                draw = self._draw(output, targets, tapes, per_datum)
+            if draw is not None:
+                draw.streams = self._streams()
+        finally:
+            for generator in self.generators.values():  # one that was made on the way starts from its seed again
+                generator.manual_seed(self.seed)
+            go_on(start)
+        return draw
+
+    def _streams(self) -> Streams:
+        return [(g, g.get_state()) for g in (*self.generators.values(), self.collection.rows)]
+
+    def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> BatchStatistics | None:
+        found = self.reading.outputs(output)
+        live = [o for o in found if o.requires_grad]
+        tapes = tapes_behind(live, tapes)
+        reached, missed = coverage_walk(live, tapes)
+        if not reached and not missed:
+            return None
+        from_inputs = next((t.data for t in tapes if t.data), None)
+        data = 1 if self.reading.unbatched(found) else count_data(found, from_inputs)
+        fine = usable(found)
+        if not self.strategy.meet(fine, data):
+            return None  # the gradient is not finite either, and the optimizer skips its step
+        self._check_targets(targets)
+        noted = [c for tape in tapes for c in tape.calls if c.out in reached]
+        self._sort_out(noted, missed, any(tape.differentiated for tape in tapes))
+        for tape in tapes:
+            tape.drawn = True
+
+        dtype = statistics_dtype(self.collection.parameters.values())
+        detached = tuple(o.detach().to(dtype) for o in found)
+        local = replace_tensors(output, found, detached)
+        extra = self._per_datum_calls(missed, data) if per_datum else []
+        calls = self.collection.learn([*noted, *extra])
+        parts = [
+            self._part(source, reading, here, there, labels, calls, data)
+            for (source, reading, here, labels), (_, _, there, _) in zip(
+                self.reading.parts(self.kind, local, targets), self.reading.parts(self.kind, output, targets)
+            )
+        ]
+        masses = {part.source: part.mass for part in parts if part.mass is not None}
+        nats = [part.reading.nats(part.outputs, part.targets) for part in parts]
+        known = [n.to(dtype) for n in nats if n is not None]
+        return BatchStatistics(
+            self._look(parts, calls, dtype, settled=per_datum),
+            data,
+            masses,
+            nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
+        )
+
+    def _part(
+        self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
+    ) -> LossTerms:
+        attached = reading.outputs(output)
+        outputs = reading.outputs(local)  # last: the reading remembers what it was shown
+        parameters = self.strategy.live(self.collection.parameters)
+        passes = BackwardPass(
+            [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, parameters
+        )
+        axes = self._data_axes(source, outputs, passes, data)
+        mass = self._mass(reading, outputs, targets, data)
+        apart = axes is None
+        if apart and self.strategy.uneven:
+            raise RuntimeError(
+                "the data mix inside the model, so that each has a backward pass of its own, and the ranks of a "
+                "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
+                "rank the same"
+            )
+        return LossTerms(source, reading, outputs, local, targets, passes, mass, axes or [0] * len(calls), data, apart)
+
+    def _look(
+        self, parts: Sequence[LossTerms], calls: Sequence[Call], dtype: torch.dtype, settled: bool
+    ) -> list[tuple[Block, Statistics]]:
+        """Statistics of every block; those that look twice see the same cotangents again."""
+        twice = [b for b in self.collection.blocks if b.looks_twice]
+        self.generator(parts[0].outputs[0].device)
+        generators = {d: g.get_state() for d, g in self.generators.items()}
+        statistics: dict[Block, Statistics] = {}
+        counted: set[int] = set()  # calls whose inputs have been counted
+        kept: list[tuple[LossTerms, list[Tensor | None]]] = []
+        passes = 0
+        for part, grads in self._passes(parts):
+            passes += 1
+            kept = [(part, grads)] if twice and passes == 1 else []
+            for block, uses, like in self._uses(self.collection.blocks, part, calls, grads, dtype, counted):
+                new = block.observe(uses, part.mass, part.source, like)
+                if block not in statistics:
+                    statistics[block] = new
+                    continue
+                held = statistics[block]
+                for key, average in new.items():
+                    known = key in held and set(average.sums) <= set(held[key].sums)
+                    held.setdefault(key, type(average)()).merge(average, known and not block.is_mean(key))
+            counted |= {i for i, g in enumerate(grads) if g is not None}
+        if not twice:
+            return [(block, new) for block, new in statistics.items() if new]
+        plain = self.reading.reduction == "sum"
+        for block in twice:
+            block.between_looks(statistics[block], settled, plain)
+        if not kept:
+            for d, state in generators.items():
+                self.generators[d].set_state(state)
+        for part, grads in kept or self._passes(parts):
+            for block, uses, like in self._uses(twice, part, calls, grads, dtype, counted):
+                block.observe_again(statistics[block], uses, part.mass, part.source, like)
+        return [(block, new) for block, new in statistics.items() if new]
+
+    def _passes(self, parts: Sequence[LossTerms]) -> Iterator[tuple[LossTerms, list[Tensor | None]]]:
+        """One backward pass after another: gradients at the calls."""
+        for part in parts:
+            for v in cotangents(
+                part.reading,
+                part.outputs,
+                part.output,
+                part.targets,
+                self.kind,
+                self.samples,
+                part.data,
+                part.apart,
+                self.generator(part.outputs[0].device),
+            ):
+                yield part, part.backward.backward(v, 1 if part.apart else part.data)
+
+    def _uses(
+        self,
+        blocks: Iterable[Block],
+        part: LossTerms,
+        calls: Sequence[Call],
+        grads: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        counted: set[int],
+    ) -> Iterator[tuple[Block, list[list[Use]], Tensor]]:
+        """The uses of each block's layers in one pass; one block at a time, so that its inputs can be let go."""
+        of_layer: dict[Piece, list[int]] = {}
+        for i, call in enumerate(calls):
+            if grads[i] is not None:
+                of_layer.setdefault(key_of(call), []).append(i)
+        like = part.outputs[0].new_zeros((), dtype=dtype)
+        for block in blocks:
+            if not any(self.collection.parameters[n].requires_grad for n in block.names):
+                continue  # frozen: its curvature stays as it was
+            aligned = None if not block.needs_data else 1 if part.apart else part.data
+            uses: list[list[Use]] = []
+            for layer in block.layers:
+                here = []
+                for i in of_layer.get(layer.key, []):
+                    g = grads[i]
+                    assert g is not None
+                    use = use_of(calls[i], layer, g, part.axes[i], part.data, aligned, dtype)
+                    use.first = i not in counted
+                    here.append(use)
+                uses.append(here)
+            yield block, uses, like
+
+    def _mass(self, reading: Reading, outputs: Tensors, targets: Any, data: int) -> Tensor | None:
+        """What to divide the sum over cotangents by; None for a sum."""
+        if reading.reduction == "sum":
+            return None
+        if self.kind == "empirical":
+            return outputs[0].new_tensor(float(data))
+        return reading.term_mass(outputs, targets).sum()
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+    # what is used by what ------------------------------------------------------------------------------
+
+    def _check_targets(self, targets: Any) -> None:
+        if targets is not None:
+            return
+        why = "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.reading.why_targets()
+        if why is not None:
+            raise ValueError(
+                f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
+                "module in the training loop, or give `targets=` (a callable) to pick them out of what the model "
+                "receives"
+            )
+
+    def _sort_out(self, calls: Sequence[Call], missed: Sequence[Uncaptured], differentiated: bool) -> None:
+        used_by = {p.name: c.op for c in calls for p in (c.weight, c.bias) if p is not None}
+        for use in missed:
+            earlier = use.name in self.collection.layers.captured_names() and use.name not in self.collection.uncovered
+            if use.name in used_by or earlier:
+                where = self._module_of(use.name)
+                if differentiated:
+                    raise CaptureError(
+                        f"parameter {use.name!r} (of {where}) also acts through a derivative that the model takes in "
+                        "its forward pass (torch.autograd.grad), which a Fisher metric cannot follow. For losses on "
+                        "derivatives of the network use a function-space metric: ng.GaussNewton(model, terms)"
+                    )
+                raise CaptureError(
+                    f"parameter {use.name!r} (of {where}) is used by {used_by.get(use.name, 'a covered op')}, which "
+                    f"the metric follows, and also in a way that no op rule covers (reached through {use.used_by}); "
+                    "its block would be wrong. Use it through covered ops only, or leave it out with `params=`"
+                )
+            self.collection.uncovered[use.name] = use
+
+    def _module_of(self, name: str) -> str:
+        path = name.rpartition(".")[0]
+        found = dict(self.module.named_modules()).get(path)
+        return f"module {path!r}, a {type(found).__name__}" if path and found is not None else "the model itself"
+
+    def _per_datum_calls(self, missed: Sequence[Uncaptured], data: int) -> list[Call]:
+        found = []
+        for use in missed:
+            p = self.collection.parameters[use.name]
+            shape = tuple(p.shape)
+            view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
+            found.append(
+                Call(
+                    PER_DATUM, Piece(use.name), None, view, torch.ones(data, dtype=p.dtype, device=p.device), (None, 0)
+                )
+            )
+        return found
+
+    # which rows belong to which datum ------------------------------------------------------------------
+
+    def _data_axes(self, source: str, outputs: Tensors, shot: BackwardPass, data: int) -> list[int] | None:
+        """Which dimension of each call's rows counts data, if all data can share a backward pass; else None."""
+        calls = shot.calls
+        leading = [c.view.leading(c.x) for c in calls]
+        if self.kind == "sampled" and not any(b.needs_data for b in self.collection.blocks):
+            return [0] * len(calls)
+        if self.batch_norms() and self.kind != "exact":
+            choices = [axes_that_fit(sizes, data) for sizes in leading]
+            return [fit[0] for fit in choices] if all(choices) else None
+        key = (
+            source,
+            self.module.training,
+            tuple(sizes[0] // data if sizes and sizes[0] % data == 0 else sizes for sizes in leading),
+            tuple(o.shape[1:] for o in outputs),
+        )
+        if key not in self._axes:
+            views = [(sizes, c.view.gradient_rows) for sizes, c in zip(leading, calls) if c.op != PER_DATUM]
+            self._axes[key] = data_axes(outputs, shot.at_calls, views, data)
+        axes = self._axes[key]
+        return None if axes is None else axes + [0] * (len(calls) - len(axes))
+
+    def batch_norms(self) -> list[str]:
+        """Modules that mix data by their batch statistics."""
+        modules = self.module.named_modules()
+        return [n for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+    def warn_of_batch_norm(self) -> None:
+        """Say once what the metric of a model in training mode means."""
+        found = self.batch_norms()
+        if not found or self.kind == "exact" or self._warned_batch_norm:
+            return
+        self._warned_batch_norm = True
+        warnings.warn(
+            f"batch normalisation in training mode ({found[0]!r} and {len(found) - 1} more) mixes the data of a batch; "
+            "the metric takes its batch statistics as fixed. Call model.eval() first for the metric of the model that "
+            "is deployed",
+            stacklevel=4,
+        )
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)

@@ -1,0 +1,547 @@
+"""The Fisher metric of a model under a criterion.
+
+F(θ) = E_x E_{y∼p(y|x;θ)} [∇log p ∇log pᵀ] = ∇²_θ' KL(p_θ ‖ p_θ') at θ' = θ, the expectation over x replaced by a mean
+over data (Amari 1998, Neural Computation 10(2), §2; Martens 2020, arXiv:1412.1193, §5). For cross-entropy, squared,
+BCE and Poisson losses "exact" and "dense" is the generalised Gauss–Newton matrix of ``criterion(model(x), y)``
+(Schraudolph 2002).
+
+A forward pass that is watched goes: `capture` notes the calls → where the criterion is called (or, if it is not, where
+the output is backpropagated) `passes` gives cotangents → one backward pass each gives the gradient at every call →
+blocks take their statistics → these count once the loss is backpropagated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad._tree import describe
+from natgrad.blocks.base import Block
+from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
+from natgrad.blocks.collection import BlockCollection, statistics_dtype
+from natgrad.blocks.structures import STRUCTURES
+from natgrad.capture.tape import CaptureError, Tape
+from natgrad.distributed.ddp import refuse_rule, refuse_structures, undisturbed
+from natgrad.distributed.fsdp import kept_open, sharded_modules
+from natgrad.distributed.setup import strategy_of
+from natgrad.fisher import state as metric_file
+from natgrad.fisher.block_metric import BlockMetric
+from natgrad.fisher.coverage import Coverage
+from natgrad.fisher.covered import coverage_of
+from natgrad.fisher.estimator import Estimator, usable
+from natgrad.fisher.forward import aside, check_output, noted
+from natgrad.fisher.hooks import Called, Watcher
+from natgrad.fisher.likelihoods.base import read
+from natgrad.fisher.likelihoods.multi_head import Heads
+from natgrad.fisher.options import (
+    arguments,
+    by_pattern,
+    check_curvature_batch,
+    choose,
+    chosen_parameters,
+    max_side_by_pattern,
+    received,
+    refuse_modules,
+    unwrapped,
+)
+
+KINDS = ("exact", "sampled", "empirical")
+SHARINGS = ("expand", "reduce")
+ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
+
+
+class Fisher(BlockMetric):
+    """The Fisher metric of `model` under `criterion`.
+
+    Args:
+        model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile``, sharded by
+            ``fully_shard``, or none of these.
+        criterion: the loss module it is trained with (see `natgrad.fisher.likelihoods`), or a `Likelihood`; for several
+            heads a dictionary ``{output key: criterion}``, whose sum is the loss.
+        kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
+            labels; one outer product a datum).
+        structure: "dense", "block", "diagonal", "kfac", "ekfac" or "input" (the input factor alone), or
+            ``{name pattern: structure}`` (first match; else "kfac").
+        sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
+        samples: labels drawn for each datum with kind "sampled".
+        params: names or patterns of the parameters to take; None takes all that require grad.
+        output: callable from what the model returns to what the criterion takes, where that is not the same.
+        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
+        seed: of the labels drawn; the global random state is never touched.
+        max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
+            ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
+            `update`, and 1024, or as many as the layer's larger side has, while an optimizer drives the metric.
+        max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
+            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 250 for blocks first
+            seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
+            vocabulary) the diagonal. Or ``{name pattern: either}``.
+        process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
+            metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
+        exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
+            rank), "directions" (computed and applied by one rank), or "auto", the one with fewer bytes. Of a sharded
+            model it is always a direction, from the owner of the block.
+
+    Raises:
+        TypeError: the criterion cannot be read as −log p(y|f).
+        ValueError: an option that does not exist (the message lists those that do), or a model without a trainable
+            parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Mapping[str, nn.Module],
+        *,
+        kind: str = "sampled",
+        structure: str | Mapping[str, str] = "kfac",
+        sharing: str | Mapping[str, str] = "expand",
+        samples: int = 1,
+        params: str | Iterable[str] | None = None,
+        output: Callable[[Any], Any] | None = None,
+        targets: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        max_positions: int | None = None,
+        max_side: int | Mapping[str, int | None] | None = None,
+        process_group: Any = None,
+        exchange: str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
+        choose("kind", kind, KINDS)
+        self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
+        check_curvature_batch(kind, max_positions)
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        for what, given in (("output", output), ("targets", targets)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{what}= takes a callable that picks it out, got {describe(given)}")
+        self.criterion: Any = criterion  # a module, or one a head
+        self.model, self.kind = model, kind
+        self.module = unwrapped(model)
+        refuse_modules(self.module)
+        device = next(iter(model.parameters()), torch.empty(0)).device
+        # before names are read: it has shards in place
+        self.strategy = strategy_of(model, process_group, device, exchange)
+        super().__init__(chosen_parameters(self.module, params))
+        self.strategy.take(model, self.parameters)
+        self.structure, self.sharing, self.samples = structure, sharing, samples
+        self._output, self._targets = output, targets
+        seed = self.strategy.seed(seed)
+        self.collection = BlockCollection(
+            self.parameters,
+            by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
+            by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
+            max_side_by_pattern(max_side, self.parameters),
+            kind == "sampled",
+            torch.Generator().manual_seed(seed),
+            max_positions,
+        )
+        self.estimator = Estimator(self.module, self.reading, kind, samples, seed, self.collection, self.strategy)
+        if self.strategy.size > 1:
+            refuse_structures({n: self.collection.structure_of(n) for n in self.parameters})
+        self.nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats` at the last refresh
+        self.seen = 0  # data counted so far
+        self.dropped = 0  # draws whose statistics were not finite
+        self._driver: Any = None
+        self._pending: list[BatchStatistics] = []
+        self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
+        self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks found so far, each over one layer or several."""
+        return self.collection.blocks
+
+    # adding data ---------------------------------------------------------------------------------------
+
+    def update(self, inputs: Any, targets: Any = None) -> None:
+        """Add one batch. `inputs`: a tensor, or a tuple or dict of arguments of the model.
+
+        Leaves buffers, random state, train/eval mode and ``.grad`` as they were.
+
+        Raises:
+            RuntimeError: an optimizer drives this metric.
+            ValueError: the criterion cannot take the output, or labels are needed and missing.
+            CaptureError: a parameter is used in a way the metric cannot follow.
+        """
+        self._commit([self._new_draw(inputs, targets)], decay=None)
+
+    def _new_draw(self, inputs: Any, targets: Any) -> BatchStatistics:
+        if self._driver is not None:
+            raise RuntimeError(
+                "this metric is driven by an optimizer, which adds the batches that are trained on; calling "
+                "update() as well would "
+                "count them twice. Make a second metric: ng.Fisher(model, criterion)"
+            )
+        args, kwargs = arguments(inputs)
+        if targets is None and self._targets is not None:
+            targets = self._targets(received(args, kwargs))
+        with aside(self.module, self.parameters.values()):
+            result, tape = noted(self.module, self.parameter_names(), args, kwargs)
+            output = self.output_of(result)
+            check_output(self.reading, output, targets)
+            self.estimator.warn_of_batch_norm()
+            if not self.strategy.everywhere(usable(self.reading.outputs(output))):
+                raise ValueError(
+                    "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
+                    "metric of; nothing was added. Look at the inputs and the parameters"
+                )
+            batch = self.estimator.draw(output, targets, [tape], per_datum=True)
+        if batch is None:
+            raise CaptureError(
+                "the output does not depend on any parameter of the metric: it is detached, or the model was run under "
+                "no_grad or ignores its parameters"
+            )
+        go_on(batch.streams)
+        return batch
+
+    def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
+        """Add every batch of a loader: ``inputs`` or ``(inputs, targets)`` each. Returns the metric.
+
+        Raises:
+            ValueError: the loader is empty.
+
+        Ranks meet once, after their last batches, so that their loaders may differ in length.
+        """
+        from rich.progress import track
+
+        size = len(loader) if isinstance(loader, Sized) else None
+        batches = track(loader, description="metric", total=size, transient=True) if progress else loader
+        count = 0
+        mine = BatchStatistics([], 0)
+        for batch in batches:
+            inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+            if self.strategy.size == 1:
+                self.update(inputs, targets)
+            else:
+                mine = merge(self.blocks, [mine, self._new_draw(inputs, targets)], self._plain)
+            count += 1
+        if self.strategy.size > 1 and self._commit([mine], decay=None):
+            return self
+        if count == 0:
+            raise ValueError("the loader is empty: the metric is a mean over data and needs at least one batch")
+        return self
+
+    def reset(self) -> None:
+        """Forget all statistics."""
+        for block in self.blocks:
+            block.statistics, block.elsewhere = {}, False
+            block.version += 1
+        self.seen, self._pending, self._masses, self.nats = 0, [], {}, None
+
+    @property
+    def _plain(self) -> bool:
+        """Whether sums are never divided."""
+        return self.reading.reduction == "sum"
+
+    def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
+        """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
+        draw = self.strategy.merge(
+            self.collection, merge(self.blocks, draws, self._plain), self._described, self._plain
+        )
+        if draw is None or (self.strategy.size > 1 and not self._usable_everywhere(draw)):
+            return False
+        for block in draw.elsewhere:
+            block.elsewhere = True
+            block.version += 1
+        for block, new in draw.statistics:
+            if decay is None and not block.statistics:
+                block.backdate(new, self._masses)
+            block.commit(new, decay, self._plain)
+        for source, mass in draw.masses.items():
+            self._masses[source] = self._masses.get(source, 0) + mass
+        self.seen += draw.data
+        if decay is not None and draw.nats is not None:
+            self.nats = draw.nats
+        return True
+
+    # what the watcher asks -----------------------------------------------------------------------------
+
+    def wants_statistics(self) -> bool:
+        if (
+            self._pending
+            and not self.strategy.holds_gradients
+            and all(p.grad is None for p in self.parameters.values())
+        ):
+            # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
+            self.discard_pending()
+        return self._driver is not None and self._driver.refresh_due
+
+    def parameter_names(self) -> Mapping[int, str]:
+        return self.strategy.parameter_names(self.parameters)
+
+    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None:
+        if isinstance(self.reading, Heads):
+            split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
+            output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
+        else:
+            args, kwargs = called[""]
+            output, targets = self.reading.split(*args, **kwargs)
+        return self._draw_training(output, targets, tapes)
+
+    def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
+        args, kwargs = given
+        targets = None if self._targets is None else self._targets(received(args, kwargs))
+        return self._draw_training(self.output_of(output), targets, tapes)
+
+    def output_of(self, result: Any) -> Any:
+        """What `output=` makes of what the model returned."""
+        return result if self._output is None else self._output(result)
+
+    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
+        with undisturbed(self.model), kept_open(self.model):
+            return self.estimator.draw(output, targets, tapes, per_datum=False)
+
+    def count(self, draw: BatchStatistics) -> None:
+        go_on(draw.streams)
+        self._pending.append(draw)
+
+    # what an optimizer asks ----------------------------------------------------------------------------
+
+    def include(self, parameter: Tensor) -> str | None:
+        for name, p in chosen_parameters(self.module, None).items():
+            if p is parameter:
+                self.parameters[name] = p
+                order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
+                ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
+                self.parameters.clear()  # in place: the blocks' collection holds this dictionary too
+                self.parameters.update(ordered)
+                self.collection.take(self.parameters)
+                self.collection.forget_layer_of(name)
+                self.strategy.take(self.module, self.parameters)
+                return name
+        return None
+
+    def drive(self, driver: Any) -> None:
+        """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
+        now = {id(p) for p in self.module.parameters()}
+        if (
+            not self.strategy.sharded
+            and sharded_modules(self.module)
+            and any(id(p) not in now for p in self.parameters.values())
+        ):
+            raise RuntimeError(
+                "the model was sharded after the metric was made, which holds the parameters from before; call "
+                "fully_shard first, then make the metric"
+            )
+        self._driver = driver
+        if self.strategy.size > 1:
+            refuse_rule(driver.rule, self.strategy.sharded)
+            self.strategy.check_same(self._described())
+            self.strategy.refresh = driver.refresh
+        self.collection.train()
+
+    def without_curvature(self) -> set[str]:
+        return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))
+
+    def expect(self, due: bool) -> None:
+        self.strategy.at_step(self._driver.steps)
+        for block in self.blocks:
+            block.release()
+        self._watcher.expect(due)
+
+    @property
+    def needs_refresh(self) -> bool:
+        return not self.dropped  # statistics that were dropped will come again
+
+    def advance(self, decay: float) -> bool:
+        """Fold what was backpropagated since the last call into the moving average; whether there was any."""
+        draws, self._pending = self._pending, []
+        self._watcher.forget()
+        dtype = statistics_dtype(self.parameters.values())
+        for block in self.blocks:
+            block.move(self.parameters[block.names[0]].device, dtype)
+        if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
+            return bool(self._driver.refresh_due) and self._commit(draws, decay)
+        draws = [d for d in draws if self._usable(d)]
+        return bool(draws) and self._commit(draws, decay)
+
+    def agree(self, fine: Tensor) -> Tensor:
+        return self.strategy.all_fine(self.model, fine)
+
+    def _usable_everywhere(self, draw: BatchStatistics) -> bool:
+        """Whether the statistics that ranks hold after sharing them are finite on all."""
+        here = self._usable(draw)
+        if not self.strategy.sharded:
+            return here  # all hold the same
+        everywhere = self.strategy.everywhere(here)
+        self.dropped += here and not everywhere
+        return everywhere
+
+    def _usable(self, draw: BatchStatistics) -> bool:
+        """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
+        counted.
+        """
+        sums = draw.sums()
+        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+            return True
+        if not self.dropped:
+            warnings.warn(
+                "the statistics of a batch hold NaN or Inf and are dropped; the metric stays as it was. Repeats are "
+                "counted in opt.info['dropped_statistics']",
+                stacklevel=2,
+            )
+        self.dropped += 1
+        return False
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {
+            "dropped_statistics": self.dropped,
+            "data_seen": self.seen,
+            **self.strategy.info,
+        }
+
+    def discard_pending(self) -> None:
+        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
+        self._pending = []
+
+    @property
+    def gradient_share(self) -> float | None:
+        """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too. The empirical
+        kind has the size of the gradients squared and not that of the curvature.
+        """
+        if self.kind == "empirical":
+            return None
+        return 1 / self.strategy.size if self._plain else 1.0
+
+    @property
+    def nat(self) -> Tensor | None:
+        if self.nats is None or self.gradient_share is None:
+            return None
+        total, mass = self.nats.unbind()
+        return torch.where(mass > 0, self.gradient_share * total if self._plain else total / mass, torch.nan)
+
+    @property
+    def loss_terms(self) -> Tensor | None:
+        return None if self.nats is None else self.nats[1]
+
+    default_step = "normalised"
+
+    def precondition_(self, damping: float) -> None:
+        """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or no gradient is there.
+            RuntimeError: the model is sharded.
+        """
+        if self.strategy.sharded:
+            raise RuntimeError(
+                "precondition_ is not supported on a model that is sharded by fully_shard; train it with "
+                "ng.NaturalGradient(metric), or wrap the model in DistributedDataParallel"
+            )
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if not grads:
+            raise ValueError("no parameter has a gradient; call loss.backward() before precondition_")
+        full = {n: grads.get(n, torch.zeros_like(p)) for n, p in self.parameters.items()}
+        for n, v in self.sharp(full, damping).items():
+            if n in grads:
+                grads[n].copy_(v)
+
+    # seeing and keeping --------------------------------------------------------------------------------
+
+    def coverage(self) -> Coverage:
+        """One row for each parameter: its op, block, sizes and memory, or why it has none. ``str()`` prints a table."""
+        return coverage_of(self.parameters, self.collection, self.seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and what they belong to: tensors, strings and numbers only.
+
+        Of a sharded model it is whole on every rank, and taking it is a call that all ranks make together.
+        """
+        with self.whole():
+            return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        generators = {str(d): g for d, g in self.estimator.generators.items()}
+        return metric_file.state_of(self._about(), self.blocks, {**generators, ROWS: self.collection.rows})
+
+    def _about(self) -> dict[str, Any]:
+        """What a state says of the metric."""
+        return {
+            "format": metric_file.FORMAT,
+            "parameters": {n: list(p.shape) for n, p in self.parameters.items()},
+            "kind": self.kind,
+            "criterion": self.reading.name,
+            "reduction": self.reading.reduction,
+            "structure": {n: self.collection.structure_of(n) for n in self.parameters},
+            "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
+            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "seen": self.seen,
+            "rank": self.strategy.rank,
+            "masses": {source: float(mass) for source, mass in self._masses.items()},
+            "nats": None if self.nats is None else self.nats.tolist(),
+        }
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        found = {
+            "parameter": {n: [list(p.shape), str(p.dtype)] for n, p in self.parameters.items()},
+            "criterion": f"{self.reading.name}, reduction {self.reading.reduction}",
+            "kind": self.kind,
+            "samples": self.samples,
+            "structure": {n: self.collection.structure_of(n) for n in self.parameters},
+            "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
+            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "max_positions": self.collection.max_positions,
+        }
+        return found if self._driver is None else {**found, "optimizer": self._driver.schedule}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over statistics.
+
+        Raises:
+            ValueError: they belong to another model or another kind of metric; the message names the differences. The
+                metric stays as it was.
+        """
+        shapes = {n: p.shape for n, p in self.parameters.items()}
+        found = metric_file.restored(state, self._about(), shapes, self._like().device)
+        self.collection.restore(found.blocks)
+        like = torch.zeros((), dtype=statistics_dtype(self.parameters.values()), device=self._like().device)
+        nats = found.said["nats"]
+        self.seen, self.nats = found.said["seen"], None if nats is None else like.new_tensor(nats)
+        self._masses = {source: like.new_tensor(mass) for source, mass in found.said["masses"].items()}
+        self.estimator.generators.clear()  # one that had not drawn yet starts from its seed again
+        for which, saved in found.generators.items():
+            generator = self.collection.rows if which == ROWS else self.estimator.generator(torch.device(which))
+            generator.set_state(saved.cpu())
+            if self.strategy.rank != found.said["rank"]:
+                # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
+                start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+                generator.manual_seed(self.strategy.seed(start))
+        self.share_out()
+
+    def save(self, path: Any) -> None:
+        """Write the statistics to a safetensors file, beside it first and then renamed. Of a sharded model rank 0 does.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if not self.strategy.sharded:
+            metric_file.save(self._state(), path)
+            return
+        with self.whole():
+            try:
+                if self.strategy.rank == 0:
+                    metric_file.save(self._state(), path)
+                written = True
+            except OSError:
+                written = False
+                raise
+            finally:
+                everywhere = self.strategy.everywhere(written)
+        if not everywhere:
+            raise OSError(f"rank 0 could not write the metric to {path}; it says why")
+
+    def load(self, path: Any) -> None:
+        """Read statistics that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut short, no metric file, or of another model. The metric stays as it was.
+        """
+        self.load_state_dict(metric_file.load(path))

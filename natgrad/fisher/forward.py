@@ -1,0 +1,65 @@
+"""Forward passes of a metric's own, beside those of training. They leave the model, its buffers and the random state as
+they were.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad._tree import describe
+from natgrad.capture.tape import Tape
+from natgrad.distributed.ddp import kept_attributes
+from natgrad.fisher.hooks import unwatched
+from natgrad.fisher.likelihoods.base import Reading
+
+
+@contextmanager
+def aside(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """For forward passes of a metric's own."""
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    drawn = random.getstate()
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(module):
+            yield
+    finally:
+        random.setstate(drawn)
+
+
+def noted(
+    module: nn.Module, names: Mapping[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tape]:
+    """Return what the model returns, and the calls behind it. `names`: of the parameters, by id.
+
+    Raises:
+        ValueError: the batch is empty.
+    """
+    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+    tape = Tape(names)
+    tape.open(args, kwargs)
+    try:
+        if tape.data == 0:
+            raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
+        return torch.func.functional_call(module, buffers, args, kwargs), tape
+    finally:
+        tape.close()
+
+
+def check_output(reading: Reading, output: Any, targets: Any) -> None:
+    """Raise a ValueError if the criterion cannot take the output with these labels."""
+    reading.outputs(output)
+    if targets is None:
+        return
+    try:
+        with torch.no_grad():
+            reading.sum_loss(output, targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
+            f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
+        ) from error

@@ -1,0 +1,1 @@
+"""Losses read as likelihoods: their outputs, draws, roots and masses."""

@@ -1,0 +1,82 @@
+"""Several heads with a criterion each: the loss is the sum Σ_h criterion_h(output[h], targets[h]).
+
+The Fisher matrix is the sum of those of the heads, each divided by the mass of its own terms. Heads are separate
+sources of terms for "exact" and "sampled"; for "empirical" the loss of a datum is the sum over heads, and so is its
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad._tree import Tensors, describe
+from natgrad.fisher.likelihoods.base import Reading, read
+
+
+class Heads(Reading):
+    """A dictionary of criteria, by the key of the output that each takes."""
+
+    def __init__(self, criteria: Mapping[str, nn.Module]) -> None:
+        if not criteria:
+            raise ValueError("the dictionary of criteria is empty; give {output key: criterion}")
+        self.heads = {str(k): read(c) for k, c in criteria.items()}
+        self.criterion = criteria
+        reductions = {k: h.reduction for k, h in self.heads.items()}
+        if len(set(reductions.values())) > 1:
+            raise ValueError(f"the criteria differ in their reduction: {reductions}; use one for all heads")
+        if len({id(c) for c in criteria.values()}) < len(criteria):
+            raise ValueError("two heads share one criterion module; give each head a module of its own")
+        self.reduction = next(iter(reductions.values()))
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{k}: {h.name}" for k, h in self.heads.items())
+
+    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, Reading, Any, Any]]:
+        if kind == "empirical":
+            return [("", self, output, targets)]
+        return [(k, h, head_of(output, k), target_of(targets, k)) for k, h in self.heads.items()]
+
+    def outputs(self, output: Any) -> Tensors:
+        return tuple(t for k, h in self.heads.items() for t in h.outputs(head_of(output, k)))
+
+    def why_targets(self) -> str | None:
+        return next((f"head {k!r}: {why}" for k, h in self.heads.items() if (why := h.why_targets())), None)
+
+    def observed(self, outputs: Tensors, output: Any, targets: Any, data: int) -> Tensors:
+        found: list[Tensor] = []
+        for k, h in self.heads.items():
+            mine = head_of(output, k)
+            found += h.observed(h.outputs(mine), mine, target_of(targets, k), data)
+        return tuple(found)
+
+    def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        losses = [h.sum_loss(head_of(output, k), target_of(targets, k)) for k, h in self.heads.items()]
+        return sum(losses[1:], losses[0])
+
+
+def head_of(output: Any, key: str) -> Any:
+    """The output of one head: an entry of a mapping or an attribute.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(output, Mapping) and key in output:
+        return output[key]
+    if not isinstance(output, Mapping) and hasattr(output, key):
+        return getattr(output, key)
+    raise ValueError(
+        f"there is a criterion for the output {key!r}, but the model returns {describe(output)}; "
+        "pass `output=` (a callable) that returns a dictionary with the keys of the criteria"
+    )
+
+
+def target_of(targets: Any, key: str) -> Any:
+    if targets is None:
+        return None
+    if not isinstance(targets, Mapping):
+        raise ValueError(f"several heads take targets as a dictionary, got {describe(targets)}")
+    return targets.get(key)

@@ -1,0 +1,1 @@
+"""Metrics on functions, pulled back to parameters: residuals, energies, quantum states, the Hessian."""

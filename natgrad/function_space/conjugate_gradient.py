@@ -1,0 +1,65 @@
+"""Solving with a metric given by rows through products alone: preconditioned conjugate gradients.
+
+The preconditioner of `Nystrom` is a randomised low-rank approximation of JᵀJ (Frangella, Tropp, Udell 2021,
+https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from natgrad.function_space.jacobian import Rows
+from natgrad.linalg.krylov import CG_ITERATIONS, CG_TOLERANCE, conjugate_gradient, nystrom
+
+NYSTROM_RANK = 100
+
+
+class Nystrom:
+    """r ↦ (ĝ_rank + λI)⁻¹r up to a constant, with a Nyström approximation of ĝ = JᵀJ."""
+
+    def __init__(self, rows: Rows, damping: float, rank: int = NYSTROM_RANK) -> None:
+        self.basis, self.values = nystrom(
+            lambda v: rows.vjp(rows.jvp(v)), rows.parameters, min(rank, rows.count, rows.parameters), rows.like
+        )
+        self.scale = (self.values[-1] + damping) / (self.values + damping) - 1
+
+    def __call__(self, r: Tensor) -> Tensor:
+        return r + self.basis @ (self.scale * (self.basis.mT @ r))
+
+
+class ConjugateGradient:
+    """(JᵀJ + λI)⁻¹ by conjugate gradients. Products alone, from a kept J where it is small.
+
+    Args:
+        precondition: r ↦ approximately (JᵀJ + λI)⁻¹r, symmetric and positive definite; None is `Nystrom`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        damping: float,
+        precondition: Callable[[Tensor], Tensor] | None = None,
+        tolerance: float = CG_TOLERANCE,
+    ) -> None:
+        self.rows, self.damping, self.tolerance = rows.kept(), damping, tolerance
+        self.iterations = 0  # of the last solve
+        self.precondition = Nystrom(self.rows, damping) if precondition is None else precondition
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.rows.vjp(self.rows.jvp(v)) + self.damping * v
+
+    def sharp(self, g: Tensor) -> Tensor:
+        x, self.iterations = conjugate_gradient(self.product, g, self.precondition, self.tolerance, CG_ITERATIONS)
+        return x
+
+    def pull(self, c: Tensor) -> Tensor:
+        return self.sharp(self.rows.vjp(c))
+
+    def logdet(self) -> Tensor:
+        n, p = self.rows.count, self.rows.parameters
+        raise NotImplementedError(
+            "conjugate gradients give no determinant; take "
+            + (f'solver="kernel" ({n} rows, {p} parameters)' if n < p else f'solver="dense" ({p} parameters, {n} rows)')
+        )

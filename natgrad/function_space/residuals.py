@@ -1,0 +1,223 @@
+"""The residuals of a physics-informed loss, as one stacked vector r(θ) with its derivatives.
+
+loss = Σ_terms weight · ½ mean over points of ‖r‖². With rows scaled by √(weight / points) the loss is ½ rᵀr, df =
+Jᵀr and the Gauss–Newton metric is JᵀJ. Rows are laid out by term, then point, then component; columns by parameter,
+flattened. Jacobians come from reverse mode at each point, mapped over chunks of points so that memory stays
+bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+
+from natgrad.metric.metric import Vector
+
+Term = Callable[..., Tensor]
+Batch = Mapping[str, Any]
+CHUNK_BYTES = 2**26  # of Jacobian rows formed by one call of vmap; larger chunks leave the cache and are not faster
+
+
+class Residuals:
+    """The stacked residuals of `terms` on one batch.
+
+    Args:
+        model: maps one point, shape (d,), to the network's value there.
+        terms: ``{name: f}`` with ``f(u, x, *data) → ()`` or ``(k,)``.
+        weights: ``{name: weight}``; a term that is not named weighs 1.
+        chunk: points to a call of vmap; None takes as many as 64 MB of Jacobian rows hold.
+
+    Raises:
+        TypeError, ValueError: a term is not callable, or a weight is negative or names no term.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Mapping[str, Term],
+        weights: Mapping[str, float] | None,
+        chunk: int | None,
+    ) -> None:
+        if not isinstance(terms, Mapping) or not terms or not all(callable(t) for t in terms.values()):
+            raise TypeError(
+                "terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance "
+                '{"interior": pde, "boundary": bc}'
+            )
+        weights = dict(weights or {})
+        if unknown := [n for n in weights if n not in terms]:
+            raise ValueError(f"weights name terms that do not exist: {unknown}; the terms are {list(terms)}")
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"the weight of term {name!r} must be a non-negative number, got {weight}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
+        self.model, self.terms, self.chunk = model, dict(terms), chunk
+        self.weights = {n: float(weights.get(n, 1.0)) for n in terms}
+        self.batch: dict[str, tuple[Tensor, ...]] = {}
+        self.components: dict[str, int] = {}  # residuals at a point, by term
+        self._checked: set[tuple[str, Any]] = set()
+
+    # binding a batch -----------------------------------------------------------------------------------
+
+    def bind(self, batch: Batch, params: Vector) -> None:
+        """Take ``{term: points}`` or ``{term: (points, *data)}``, all with points along the first axis.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the terms or the parameters; a term returns something that is
+                not a residual; a residual does not depend on the parameters.
+        """
+        self.batch = check_batch(batch, list(self.terms), next(iter(params.values())))
+        for name, data in self.batch.items():
+            shapes = (name, tuple((d.shape[1:], d.dtype) for d in data))
+            if shapes not in self._checked:
+                self.components[name] = self._check_term(name, data, params)
+                self._checked.add(shapes)
+
+    def _check_term(self, name: str, data: tuple[Tensor, ...], params: Vector) -> int:
+        live = {n: p.detach().requires_grad_() for n, p in params.items()}
+        with torch.enable_grad():
+            r = self.terms[name](self.field(live), *(d[0] for d in data))
+        if not isinstance(r, Tensor) or not r.is_floating_point():
+            got = f"{type(r).__name__}" if not isinstance(r, Tensor) else f"a tensor of {r.dtype}"
+            raise TypeError(
+                f"term {name!r} must return the residual at one point as a real floating-point tensor, got {got}"
+            )
+        if r.ndim > 1:
+            raise ValueError(
+                f"term {name!r} returned shape {tuple(r.shape)}; at ONE point a residual has shape () or "
+                "(components,). "
+                f"The point it got has shape {tuple(data[0].shape[1:])}, each further entry "
+                f"{[tuple(d.shape[1:]) for d in data[1:]]}"
+            )
+        if not r.requires_grad:
+            raise ValueError(
+                f"the residual of term {name!r} does not depend on the parameters: it must call u, and not under "
+                "no_grad or after detach()"
+            )
+        return r.numel()
+
+    @property
+    def rows(self) -> int:
+        """N, the length of the stacked residual."""
+        return sum(len(d[0]) * self.components[n] for n, d in self.batch.items())
+
+    def field(self, params: Vector) -> Callable[[Tensor], Tensor]:
+        """u, the network at the given parameters as a function of one point."""
+        return lambda y: functional_call(self.model, params, (y,))
+
+    # values and derivatives ----------------------------------------------------------------------------
+
+    def values(self, params: Vector) -> Tensor:
+        """r(θ), shape (N,)."""
+        parts = []
+        for name, data in self.batch.items():
+            r = vmap(lambda *at, term=self.terms[name]: term(self.field(params), *at))(
+                *data
+            )  # (points,) or (points, k)
+            parts.append(r.reshape(-1) * self.scale(name))
+        return torch.cat(parts)
+
+    def loss(self, params: Vector) -> Tensor:
+        """½ rᵀr."""
+        r = self.values(params)
+        return 0.5 * (r @ r)
+
+    def jacobian(self, params: Vector) -> Iterator[Tensor]:
+        """J in chunks of rows, each (rows, P)."""
+        size = sum(p.numel() for p in params.values())
+        for name, data in self.batch.items():
+            k = self.components[name]
+
+            def at_point(p: Vector, *at: Tensor, term: Term = self.terms[name]) -> Tensor:
+                return term(self.field(p), *at).reshape(-1)
+
+            if k == 1:
+                derivative = vmap(grad(lambda p, *at, f=at_point: f(p, *at)[0]), (None, *(0,) * len(data)))
+            else:
+                derivative = vmap(jacrev(at_point), (None, *(0,) * len(data)))
+            points = self.chunk or max(1, CHUNK_BYTES // (8 * k * size))
+            for start in range(0, len(data[0]), points):
+                part = derivative(params, *(d[start : start + points] for d in data))
+                n = min(points, len(data[0]) - start)
+                yield torch.cat([part[m].reshape(n * k, -1) for m in params], dim=1).mul_(self.scale(name))
+
+    def jvp(self, params: Vector, v: Vector) -> Tensor:
+        """J v, shape (N,)."""
+        return jvp(self.values, (params,), (v,))[1]
+
+    def vjp(self, params: Vector, c: Tensor) -> Vector:
+        """Jᵀ c."""
+        return vjp(self.values, params)[1](c)[0]
+
+    def check_finite(self, r: Tensor) -> None:
+        """Name the term and the points of residuals that are not finite.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if bool(torch.isfinite(r).all()):
+            return
+        at = 0
+        for name, (x, *_) in self.batch.items():
+            part = r[at : at + len(x) * self.components[name]].reshape(len(x), -1)
+            at += part.numel()
+            bad = (~torch.isfinite(part)).any(1).nonzero()[:, 0]
+            if len(bad):
+                shown = ", ".join(f"{int(i)} at {[round(float(c), 6) for c in x[i].reshape(-1)]}" for i in bad[:3])
+                raise ValueError(
+                    f"term {name!r}: the residual is not finite at {len(bad)} of {len(x)} points: point "
+                    f"{shown}{' …' if len(bad) > 3 else ''}"
+                )
+
+    def scale(self, name: str) -> float:
+        """√(weight / points), of the rows of a term."""
+        return math.sqrt(self.weights[name] / len(self.batch[name][0]))
+
+
+def check_batch(batch: Batch, terms: list[str], like: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """``{term: (points, *data)}`` in the order of the terms.
+
+    Raises:
+        TypeError, ValueError: something is missing, left over, empty, of another length, an integer, or of another
+            dtype than the parameters.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a dict {{term: points}} or {{term: (points, *data)}} for the terms {terms}, got "
+            f"{type(batch).__name__}"
+        )
+    missing, extra = [n for n in terms if n not in batch], [n for n in batch if n not in terms]
+    if missing or extra:
+        raise ValueError(f"the batch does not fit the terms {terms}: missing {missing}, unknown {extra}")
+    out = {}
+    for name in terms:
+        data = (batch[name],) if isinstance(batch[name], Tensor) else tuple(batch[name])
+        if not data or not all(isinstance(d, Tensor) and d.ndim >= 1 for d in data):
+            raise TypeError(
+                f"the batch of term {name!r} must hold tensors with points along the first axis, got "
+                f"{[type(d).__name__ for d in data]}"
+            )
+        if not data[0].is_floating_point():
+            raise TypeError(
+                f"the points of term {name!r} are {data[0].dtype}; points are differentiated, so they must be "
+                f"floating point: cast with .to({like.dtype})"
+            )
+        for d in data:
+            if d.is_floating_point() and d.dtype != like.dtype:
+                raise TypeError(
+                    f"the batch of term {name!r} holds {d.dtype} but the parameters are {like.dtype}; cast one of them"
+                )
+            if d.device != like.device:
+                raise ValueError(f"the batch of term {name!r} is on {d.device} but the parameters are on {like.device}")
+        if len({len(d) for d in data}) != 1 or len(data[0]) == 0:
+            raise ValueError(
+                f"the batch of term {name!r} must hold the same positive number of points everywhere, got "
+                f"{[len(d) for d in data]}"
+            )
+        out[name] = data
+    return out

@@ -1,0 +1,6 @@
+"""What a metric is: `Metric`, `Euclidean`, sums of metrics, and what an optimizer asks of them."""
+
+from natgrad.metric.metric import Euclidean, Metric, Sum, named
+from natgrad.metric.protocols import Driver, OwnGradient, Trained, Vector
+
+__all__ = ["Driver", "Euclidean", "Metric", "OwnGradient", "Sum", "Trained", "Vector", "named"]

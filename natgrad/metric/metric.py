@@ -1,0 +1,346 @@
+"""A Riemannian metric on the parameters of a model.
+
+A metric g is a map ĝ from tangent vectors (directions in which to move the parameters) to covectors (what
+``loss.backward()`` leaves in ``.grad``): ĝ(X)(Y) = g(X, Y). The gradient of f is grad f = ĝ⁻¹(df).
+
+Vectors of both kinds are dictionaries ``{name: tensor shaped like the parameter}``. `flat` lowers the index
+(tangent → covector), `sharp` raises it (covector → tangent), with damping: (ĝ + λI)⁻¹.
+
+A metric of your own
+--------------------
+Derive from `Metric`, call ``super().__init__(parameters)`` and write `flat` and `sharp`; every other verb
+follows from these two (override the ones you can do faster). For `natgrad.NaturalGradient`, more methods
+have defaults that may be replaced:
+
+- `drive`, `advance` and `discard_pending`, for metrics that gather statistics while the model is trained;
+- `default_step` names the step rule that serves the metric where the user names none;
+- `observe` and `gradient`, for metrics that make their own gradient: ``opt.step(batch)`` calls
+  ``observe(batch)``, which returns the loss, and then reads `gradient`; `direction` may then be computed in a
+  better conditioned way than by ``sharp(gradient())``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.linalg.cholesky import damped_cholesky
+from natgrad.linalg.krylov import conjugate_gradient
+from natgrad.metric.protocols import OwnGradient, Trained, Vector
+
+DENSE_PARAMETERS = 5000  # up to here O(P³) is quicker than iterating
+
+
+class Metric(Trained, OwnGradient):
+    """ĝ: TM → T*M over named parameters. See the module docstring for the protocol.
+
+    Args:
+        parameters: ``{name: parameter}``, in the order in which `dense` lays them out.
+
+    Raises:
+        ValueError: there is no parameter, or one that is complex or on the meta device.
+    """
+
+    positive_definite = False  # whether `sharp` is defined without damping
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters: dict[str, Tensor] = dict(parameters)
+        if not self.parameters:
+            raise ValueError(
+                "the metric has no parameters: the model has none that requires grad, or `params` selects none"
+            )
+        for name, p in self.parameters.items():
+            if p.is_complex():
+                raise ValueError(
+                    f"parameter {name!r} is complex ({p.dtype}); natgrad covers real parameters: hold Re and Im apart"
+                )
+            if p.is_meta:
+                raise ValueError(
+                    f"parameter {name!r} is on the meta device and has no values; materialise the model first "
+                    f"(`to_empty`, then initialise)"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names, in the order of `dense`."""
+        return list(self.parameters)
+
+    # the two verbs that make a metric ------------------------------------------------------------------
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        """ĝ v: tangent → covector, each entry shaped like its parameter."""
+        raise NotImplementedError(f"{type(self).__name__} does not define flat")
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        """(ĝ + damping·I)⁻¹ df: covector → tangent, each entry shaped like its parameter.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or `df` does not fit the parameters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define sharp")
+
+    # what follows from them ----------------------------------------------------------------------------
+
+    def inner(self, u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
+        """g(u, v) = ⟨ĝ u, v⟩, a scalar tensor."""
+        v = self.check(v, "v")
+        lowered = self.flat(u)
+        return sum_of((lowered[n] * v[n]).sum() for n in self.parameters)
+
+    def norm(self, v: Mapping[str, Tensor]) -> Tensor:
+        """√g(v, v), a scalar tensor; rounding below zero counts as zero."""
+        return self.inner(v, v).clamp(min=0).sqrt()
+
+    def dense(self) -> Tensor:
+        """ĝ as a (P, P) matrix over the flattened parameters in the order of `names`."""
+        size = sum(p.numel() for p in self.parameters.values())
+        like = next(iter(self.parameters.values()))
+        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        return torch.stack([self.vector_to_flat(self.flat(self.flat_to_vector(row))) for row in eye], dim=1)
+
+    def diagonal(self) -> Vector:
+        """The diagonal of ĝ, shaped like the parameters."""
+        return self.flat_to_vector(self.dense().diagonal())
+
+    def trace(self) -> Tensor:
+        """tr ĝ, a scalar tensor."""
+        return sum_of(d.sum() for d in self.diagonal().values())
+
+    def logdet(self, damping: float) -> Tensor:
+        """log det(ĝ + damping·I), a scalar tensor.
+
+        Raises:
+            ValueError: the damping is not positive and finite, or ĝ + damping·I is not positive definite.
+        """
+        lower = self._damped_cholesky(damping)
+        return 2 * lower.diagonal().log().sum()
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        """One draw from N(0, (ĝ + damping·I)⁻¹), a tangent vector.
+
+        Raises:
+            ValueError: as `logdet`.
+        """
+        lower = self._damped_cholesky(damping)
+        z = torch.randn(lower.shape[0], 1, dtype=lower.dtype, device=lower.device, generator=generator)
+        return self.flat_to_vector(torch.linalg.solve_triangular(lower.mT, z, upper=True)[:, 0])
+
+    def _damped_cholesky(self, damping: float) -> Tensor:
+        damping = self.check_damping(damping)
+        matrix = self.dense()
+        matrix = (matrix + matrix.mT) / 2
+        matrix.diagonal().add_(damping)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info):
+            smallest = float(torch.linalg.eigvalsh(matrix)[0])
+            raise ValueError(
+                f"ĝ + {damping:g}·I is not positive definite (smallest eigenvalue {smallest:.3g}); take a "
+                f"larger damping"
+            )
+        return lower
+
+    def __mul__(self, factor: float) -> Metric:
+        return Sum([(factor, self)])
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Metric) -> Metric:
+        return Sum([(1.0, self), (1.0, other)])
+
+    def stack(self, parts: Sequence[tuple[float, Metric]]) -> Metric | None:
+        """Return Σ cᵢ ĝᵢ as one metric of this kind; None where there is none. This metric is the first part."""
+        return None
+
+    # vectors -------------------------------------------------------------------------------------------
+
+    def check(self, v: Mapping[str, Tensor], what: str) -> Vector:
+        """`v` as a dictionary in the order of `names`.
+
+        Raises:
+            TypeError: `v` is not a mapping of names to tensors.
+            ValueError: an entry is missing, left over or has the wrong shape.
+        """
+        if not isinstance(v, Mapping):
+            raise TypeError(f"{what} must be a dict {{parameter name: tensor}}, got {type(v).__name__}")
+        missing = [n for n in self.parameters if n not in v]
+        extra = [n for n in v if n not in self.parameters]
+        if missing or extra:
+            said = [f"missing {missing}"] * bool(missing) + [f"unknown {extra}"] * bool(extra)
+            raise ValueError(
+                f"{what} does not fit the metric's parameters: {'; '.join(said)}. The names are {self.names}"
+            )
+        for name, p in self.parameters.items():
+            if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
+                got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
+                raise ValueError(f"{what}[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}")
+            if v[name].is_sparse:
+                raise ValueError(
+                    f"{what}[{name!r}] is sparse; natgrad takes dense gradients: build the embedding with sparse=False"
+                )
+        return {n: v[n] for n in self.parameters}
+
+    def check_damping(self, damping: float) -> float:
+        """`damping` as a float.
+
+        Raises:
+            ValueError: it is not positive and finite (zero is allowed where the metric is positive definite).
+        """
+        value = float(damping) if isinstance(damping, (int, float, Tensor)) else math.nan
+        if not math.isfinite(value) or value < 0 or (value == 0 and not self.positive_definite):
+            raise ValueError(
+                f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got "
+                f"{damping!r}"
+            )
+        return value
+
+    def vector_to_flat(self, v: Mapping[str, Tensor]) -> Tensor:
+        """{name: tensor} → (P,)"""
+        return torch.cat([v[n].reshape(-1) for n in self.parameters])
+
+    def flat_to_vector(self, flat: Tensor) -> Vector:
+        """(P,) → {name: tensor}"""
+        parts = flat.split([p.numel() for p in self.parameters.values()])
+        return {n: part.reshape(p.shape) for (n, p), part in zip(self.parameters.items(), parts)}
+
+
+class Euclidean(Metric):
+    """ĝ = I: the metric that plain gradient descent takes without saying so.
+
+    Args:
+        params: a module, a ``{name: parameter}`` mapping or an iterable of parameters.
+    """
+
+    positive_definite = True
+    step_options: Mapping[str, float] = {"damping": 0.0}
+
+    def __init__(self, params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        super().__init__(named(params))
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        return self.check(v, "v")
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float = 0.0) -> Vector:
+        damping = self.check_damping(damping)
+        df = self.check(df, "df")
+        return df if damping == 0 else {n: g / (1 + damping) for n, g in df.items()}
+
+    def diagonal(self) -> Vector:
+        return {n: torch.ones_like(p) for n, p in self.parameters.items()}
+
+
+class Sum(Metric):
+    """Σ cᵢ ĝᵢ over metrics of the same parameters.
+
+    Where every part makes its own gradient, so does the sum: `observe` gives each part the same batch, and the loss is
+    Σ cᵢ lossᵢ.
+
+    Args:
+        parts: (cᵢ, metric) with cᵢ > 0.
+
+    Raises:
+        TypeError: a part is not a metric, or a factor not a number.
+        ValueError: a factor is not positive, or the metrics have different parameters.
+    """
+
+    def __init__(self, parts: list[tuple[float, Metric]]) -> None:
+        self.parts: list[tuple[float, Metric]] = []
+        for c, m in parts:
+            if not isinstance(m, Metric) or not isinstance(c, (int, float)):
+                raise TypeError(
+                    f"metrics add to metrics and are multiplied by numbers, got {type(c).__name__} times "
+                    f"{type(m).__name__}"
+                )
+            if not 0 < c < float("inf"):
+                raise ValueError(f"a metric is multiplied by a positive number, got {c}")
+            self.parts += [(c * inner, part) for inner, part in m.parts] if isinstance(m, Sum) else [(float(c), m)]
+        first = self.parts[0][1]
+        for _, m in self.parts:
+            if list(m.parameters) != list(first.parameters) or any(
+                m.parameters[n] is not p for n, p in first.parameters.items()
+            ):
+                raise ValueError(
+                    f"metrics add where they have the same parameters; {type(first).__name__} has {first.names}, "
+                    f"{type(m).__name__} has {m.names}"
+                )
+        super().__init__(first.parameters)
+        self.default_step, self.step_options = first.default_step, first.step_options
+
+    def flat(self, v: Mapping[str, Tensor]) -> Vector:
+        return self._sum([m.flat(v) for _, m in self.parts])
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        damping = self.check_damping(damping)
+        df = self.check(df, "df")
+        if (stacked := self._stacked()) is not None:
+            return stacked.sharp(df, damping)
+        g = self.vector_to_flat(df)
+        if g.numel() <= DENSE_PARAMETERS:
+            return self.flat_to_vector(torch.cholesky_solve(g[:, None], damped_cholesky(self.dense(), damping))[:, 0])
+        solution, _ = conjugate_gradient(
+            lambda v: self.vector_to_flat(self.flat(self.flat_to_vector(v))) + damping * v, g
+        )
+        return self.flat_to_vector(solution)
+
+    def dense(self) -> Tensor:
+        return torch.stack([c * m.dense() for c, m in self.parts]).sum(0)
+
+    def diagonal(self) -> Vector:
+        return self._sum([m.diagonal() for _, m in self.parts])
+
+    def logdet(self, damping: float) -> Tensor:
+        stacked = self._stacked()
+        return super().logdet(damping) if stacked is None else stacked.logdet(damping)
+
+    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+        stacked = self._stacked()
+        return super().sample(damping, generator) if stacked is None else stacked.sample(damping, generator)
+
+    def drive(self, driver: Any) -> None:
+        for _, m in self.parts:
+            m.drive(driver)
+
+    def advance(self, decay: float) -> bool:
+        changed = [m.advance(decay) for _, m in self.parts]
+        return any(changed)
+
+    def discard_pending(self) -> None:
+        for _, m in self.parts:
+            m.discard_pending()
+
+    def observe(self, batch: Any) -> Tensor:
+        return torch.stack([c * m.observe(batch) for c, m in self.parts]).sum()
+
+    def gradient(self) -> Vector:
+        return self._sum([m.gradient() for _, m in self.parts])
+
+    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
+        stacked = self._stacked()
+        return super().direction(damping, prior) if stacked is None else stacked.direction(damping, prior)
+
+    def loss_at(self, increments: Mapping[str, Tensor]) -> float:
+        return sum(c * m.loss_at(increments) for c, m in self.parts)
+
+    def _sum(self, vectors: list[Vector]) -> Vector:
+        return {n: torch.stack([c * v[n] for (c, _), v in zip(self.parts, vectors)]).sum(0) for n in self.parameters}
+
+    def _stacked(self) -> Metric | None:
+        """The sum as one metric with rows, where every part has rows."""
+        return self.parts[0][1].stack(self.parts)
+
+
+def named(params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
+    """{name: parameter} of a module (those that require grad), a mapping, or an iterable (numbered)."""
+    if isinstance(params, nn.Module):
+        return {n: p for n, p in params.named_parameters() if p.requires_grad}
+    if isinstance(params, Mapping):
+        return dict(params)
+    return {f"param{i}": p for i, p in enumerate(params)}
+
+
+def sum_of(scalars: Iterable[Tensor]) -> Tensor:
+    """Sum of scalar tensors without a leading integer zero."""
+    return torch.stack(list(scalars)).sum()

@@ -1,0 +1,152 @@
+"""What an optimizer asks of a metric, beside the two verbs that make one.
+
+Every answer here is that of a metric which has nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Vector = dict[str, Tensor]
+
+
+class Driver(Protocol):
+    """The optimizer that steps along a metric."""
+
+    steps: int
+    refresh: int
+    rule: Any
+
+    @property
+    def refresh_due(self) -> bool: ...
+
+    @property
+    def schedule(self) -> Mapping[str, Any]: ...
+
+
+class Trained:
+    """What a metric does while a model is trained along it."""
+
+    strategy: Any = None  # how ranks share the metric, a `natgrad.distributed.strategy.Strategy`; None on one process
+    default_step = "fixed"  # the step rule where the user names none, by its name in `natgrad.optim.registry`
+    step_options: Mapping[str, float] = {}  # and what it is made with
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks of curvature that are kept layer by layer, of metrics made so."""
+        return []
+
+    @property
+    def gradient_share(self) -> float | None:
+        """What `backward` leaves of the gradient of the loss that the metric is the curvature of; None where the metric
+        is not that, so that ĝ⁻¹df has no length of its own.
+        """
+        return 1.0
+
+    @property
+    def nat(self) -> Tensor | None:
+        """How much of the loss one nat is, a scalar tensor; None where that is not known."""
+        return None
+
+    @property
+    def loss_terms(self) -> Tensor | None:
+        """How many loss terms a batch has, by its mass, a scalar tensor; None where that is not known."""
+        return None
+
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether the optimizer must have seen statistics before its first step."""
+        return False
+
+    def drive(self, driver: Driver) -> None:
+        """Called once by the optimizer that will step along this metric."""
+
+    def expect(self, due: bool) -> None:
+        """Told by the optimizer, after each step, whether the next forward passes are to refresh the metric."""
+
+    def advance(self, decay: float) -> bool:
+        """Called by the optimizer once a step, before it asks for a direction; whether the metric changed.
+
+        `decay` is the weight of the past in a moving average of statistics.
+        """
+        return False
+
+    def agree(self, fine: Tensor) -> Tensor:
+        """Whether a step is fine on every rank that shares this metric. Called where a refresh is due."""
+        return fine
+
+    def discard_pending(self) -> None:
+        """Drop statistics gathered since the last `advance`."""
+
+    def without_curvature(self) -> set[str]:
+        """Names of parameters on which the metric is not defined; the optimizer trains them by an Adam-like rule."""
+        return set()
+
+    def include(self, parameter: Tensor) -> str | None:
+        """Take in a parameter that was frozen when the metric was made; its name, or None if it is foreign."""
+        return None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Counters for ``opt.info``."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics to continue from: tensors, strings and numbers only. Empty where the metric keeps none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_dict`.
+
+        Raises:
+            ValueError: the state is of another metric.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the state given has the keys {list(state)}")
+
+
+class OwnGradient:
+    """What a metric does that makes its own gradient: ``opt.step(batch)`` calls `observe`, then reads `gradient`."""
+
+    def observe(self, batch: Any) -> Tensor:
+        """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own
+        gradient).
+
+        Raises:
+            TypeError: the metric takes its gradient from ``loss.backward()``.
+        """
+        raise TypeError(
+            f"{type(self).__name__} takes its gradient from loss.backward(); call opt.step() without a batch. "
+            "Metrics that make their own gradient are GaussNewton, Energy and QuantumGeometry"
+        )
+
+    def gradient(self) -> Vector:
+        """df of the last observed batch."""
+        raise TypeError(f"{type(self).__name__} takes its gradient from loss.backward()")
+
+    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+        """(ĝ + damping·I)⁻¹ df"""
+        raise NotImplementedError(f"{type(self).__name__} does not define sharp")
+
+    def direction(self, damping: float, prior: Mapping[str, Tensor] | None = None) -> Vector:
+        """(ĝ + damping·I)⁻¹ (df + damping·prior) of the last observed batch, in the metric's best conditioned way."""
+        df = self.gradient()
+        return self.sharp(df if prior is None else {n: g + damping * prior[n] for n, g in df.items()}, damping)
+
+    def loss_at(self, increments: Mapping[str, Tensor]) -> float:
+        """The loss of the last observed batch at θ + increments, for step rules that try points.
+
+        Raises:
+            TypeError: the metric does not know the loss.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot evaluate the loss at trial points, which this step rule needs; "
+            "GaussNewton and Energy can. Take step=FixedStep() or TrustRegion()"
+        )
+
+    def acceleration(self, velocity: Mapping[str, Tensor], damping: float) -> Vector | None:
+        """a of the path θ + αv + ½α²a (geodesic acceleration), None where the metric has none."""
+        return None

@@ -1,0 +1,182 @@
+"""The step rule that searches along a direction, trying points through `Metric.loss_at`: `GridSearch`.
+
+Rules that rely on the quadratic model instead are in `natgrad.optim.model_steps`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.metric.metric import Metric, Vector
+from natgrad.optim.step_rule import Options, StepContext, StepRule, one_value
+
+# how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
+FIXED = (10.0, 2**-8, 2**-3)
+FRESH = (10.0, 2**-3, 1.0)
+STRIDE = 4  # halvings tried at a time where many are needed, as in a first step at tiny damping
+
+
+class SearchRule(StepRule):
+    """What these rules and those of `natgrad.optim.model_steps` share: one η, μ and λ for all parameters."""
+
+    on_ranks = False  # a rank's own loss is in the search
+
+    def options(self, options: Mapping[str, Options]) -> tuple[float, float, float]:
+        """η, μ, λ
+
+        Raises:
+            ValueError: they differ between parameter groups, or the loss is to be maximised.
+        """
+        values = options.values()
+        if any(o.maximize for o in values):
+            raise ValueError(f"{type(self).__name__} lowers the loss: negate the loss instead of maximize=True")
+        return (
+            one_value({o.lr for o in values}, "lr"),
+            one_value({o.momentum for o in values}, "momentum"),
+            one_value({o.damping for o in values}, "damping"),
+        )
+
+    def note(self, metric: Metric, **info: Any) -> None:
+        chosen = getattr(metric, "chosen", "")  # metrics with several solvers say which one served
+        self.info = {**info, "solver": chosen} if chosen else info
+
+
+class GridSearch(SearchRule):
+    """Δθ = αv + ½α²a with the best α among η 2⁻ᵏ, v = −(ĝ + λI)⁻¹df, a the metric's geodesic acceleration.
+
+    The straight path a = 0 is searched too, and the better one taken. A search starts at the last length and climbs
+    down the loss along the grid. Where no length lowers the loss, the damping grows (for this step alone); where none
+    of that helps, the parameters stay, and ``info["accepted"]`` is False.
+
+    The damping grows where steps get short and falls again, down to the given one, where they get long. On a fixed
+    batch it grows tenfold at η/256 or less and falls at η/8 or more: short steps are normal there. Where the batch
+    changes from step to step, a step must be good for other points than it was made from, and the damping grows at η/8
+    or less and falls at η.
+
+    Args:
+        damping: the smallest λ, absolute.
+        halvings: the smallest length is η 2^−halvings.
+        geodesic: follow the metric's second-order path where it has one.
+        adapt: whether the damping follows the length.
+    """
+
+    damping_meaning = "absolute: (ĝ + λI)⁻¹; grows from the given one where steps are short"
+
+    def __init__(
+        self,
+        lr: float = 1.0,
+        damping: float = 1e-10,
+        halvings: int = 30,
+        geodesic: bool = True,
+        adapt: bool = True,
+    ) -> None:
+        super().__init__()
+        self.lr, self.damping = lr, damping
+        self.halvings, self.geodesic, self.adapt = halvings, geodesic, adapt
+        self._last = {"straight": 0, "curved": 0}
+        self._growth = 1.0  # of the damping
+        self._fresh = False  # whether the batch changes from step to step
+
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
+        options = context.options
+        lr, _, damping = self.options(options)
+        damping = damping * self._growth
+        start = metric.loss_at({})
+        for attempt in range(5):
+            found = self._search(metric, damping * 100**attempt, lr, start)
+            if found is not None:
+                step, loss, path, length = found
+                if self.adapt:
+                    self._follow(length / lr, metric)
+                self.note(
+                    metric,
+                    damping=damping * 100**attempt,
+                    length=length,
+                    path=path,
+                    loss=start,
+                    loss_after=loss,
+                    accepted=True,
+                )
+                return step
+        self.note(metric, damping=damping, length=0.0, path="none", loss=start, loss_after=start, accepted=False)
+        return {n: torch.zeros_like(p) for n, p in metric.parameters.items()}
+
+    def _follow(self, share: float, metric: Metric) -> None:
+        if (fresh := getattr(metric, "resampled", None)) is not None:
+            self._fresh = fresh
+        factor, short, long = FRESH if self._fresh else FIXED
+        if share <= short:
+            self._growth *= factor
+        elif share >= long:
+            self._growth = max(self._growth / factor, 1.0)
+
+    def _search(
+        self, metric: Metric, damping: float, lr: float, start: float
+    ) -> tuple[Vector, float, str, float] | None:
+        v = {n: -d for n, d in metric.direction(damping).items()}
+        paths: dict[str, Vector | None] = {"straight": None}
+        if self.geodesic and (a := metric.acceleration(v, damping)) is not None:
+            paths["curved"] = a
+        best: tuple[Vector, float, str, float] | None = None
+        for path, a in paths.items():
+
+            def after(k: int, a: Vector | None = a) -> float:
+                return finite_loss(metric, along(v, a, lr * 0.5**k))
+
+            k, loss = lowest(after, self._last[path], self.halvings, start)
+            if loss < (start if best is None else best[1]):
+                best = (along(v, a, lr * 0.5**k), loss, path, lr * 0.5**k)
+            if loss < start:
+                self._last[path] = k
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": dict(self._last), "growth": self._growth, "fresh": self._fresh}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last, self._growth, self._fresh = dict(state["last"]), state["growth"], state["fresh"]
+
+
+# pieces -------------------------------------------------------------------------------------------------------
+
+
+def along(v: Vector, a: Vector | None, length: float) -> Vector:
+    """αv + ½α²a"""
+    if a is None:
+        return {n: length * t for n, t in v.items()}
+    return {n: length * t + 0.5 * length**2 * a[n] for n, t in v.items()}
+
+
+def finite_loss(metric: Metric, step: Vector) -> float:
+    """The loss after a step; +∞ where it is not a number, so that a search turns away from it."""
+    loss = metric.loss_at(step)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def lowest(f: Callable[[int], float], first: int, last: int, start: float) -> tuple[int, float]:
+    """A local minimum of f over 0 … last, searched from `first`: towards shorter steps while f is not below `start`."""
+    seen: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if k not in seen:
+            seen[k] = f(k)
+        return seen[k]
+
+    k, stride = first, 1
+    while at(k) >= start and k < last:
+        k, stride = min(k + stride, last), min(2 * stride, STRIDE)
+    while k > 0 and at(k - 1) < at(k):
+        k -= 1
+    while k < last and at(k + 1) < at(k):
+        k += 1
+    return k, at(k)
+
+
+def dot(u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
+    """⟨u, v⟩ over the names they share."""
+    return torch.stack([(u[n] * v[n]).sum() for n in u if n in v]).sum()

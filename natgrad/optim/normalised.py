@@ -1,0 +1,439 @@
+"""The default step rule of Fisher metrics. docs/step.md says why each line is there, and where each constant is from.
+
+For every block with weights W, gradient g and damped inverse factors G̃, Ã (`natgrad.linalg.kronecker`):
+
+    d = G̃ g Ã                                                     the natural direction
+    α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
+    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)           no step moves the predictions by more than ε nats
+    v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
+    W ← W − w min(1, 128 / M) ρ²/η W,  ρ = min(η, ν size(d) / s r)  decay by the square of the way gone, M loss terms
+
+size(d) = rms(d) √(fan_in + 1), and r is the size of W over that which PyTorch's layers start with, 1 / √(3 (fan_in +
+1)); c̄ is the running cosine of −d and v, and τ, the age of the mean, is halved where c̄ falls below −0.3. Parameters
+without curvature follow Adam at a matching rate (`adam`). `step_arithmetic` has the formulas as code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks.base import Block, JointBlock
+from natgrad.blocks.collection import statistics_dtype
+from natgrad.blocks.kronecker import KroneckerBlock
+from natgrad.distributed.strategy import Preconditioning
+from natgrad.linalg.inverse import Inverse
+from natgrad.linalg.kronecker import FactorisationError
+from natgrad.metric.metric import Metric
+from natgrad.optim.adam import Adam
+from natgrad.optim.step_arithmetic import Lengths, aged, bound, dot, in_nats, lengths, move_
+from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule, one_value
+
+VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
+MAX_FAILURES = 5  # factorisations of a block that may fail in a row
+# s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
+# of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
+SCALE_MEMORY = 0.97
+# loss terms in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is
+# more to go by than a prior (docs/step.md)
+DECAY_TERMS = 128.0
+AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
+
+
+@dataclass
+class BlockState:
+    """What the rule remembers of one block, in the block's coordinates; all but the velocity are scalars."""
+
+    velocity: Tensor  # v
+    coherence: Tensor  # c̄
+    age: Tensor  # τ
+    size: Tensor | None = None  # r; None is 1, as for blocks without a matrix
+    excess: Tensor | None = None  # s
+    # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
+    seen: tuple[Tensor, Tensor, Tensor] | None = None
+    inverse: Inverse | None = None
+    inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
+    failures: int = 0  # factorisations in a row that failed
+
+    def rescale(self, block: Block) -> Tensor:
+        """Return s for new statistics: from these, which all ranks have, and not from the inverse, which may be older.
+
+        An excess that is not finite counts as 0, which sets no limit.
+        """
+        now = block.excess().nan_to_num(0, 0)
+        self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
+        return self.excess
+
+    def is_stale(self, block: Block, damping: float) -> bool:
+        return self.inverse is None or self.inverse_of != (block.version, damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the inverse, which the statistics give again."""
+        kept = ("velocity", "coherence", "age", "size", "excess")
+        state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
+        return state
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> BlockState:
+        return cls(**state)
+
+    def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
+        """The inverse for the block's present statistics; the last good one where it cannot be had.
+
+        `make`: gives it, where ranks share the work.
+
+        Raises:
+            FactorisationError: it failed several times in a row, or there is no earlier one.
+        """
+        if self.is_stale(block, damping):
+            try:
+                self.inverse, self.failures = block.relative_inverse(damping) if make is None else make(), 0
+            except FactorisationError as error:
+                self.failures += 1
+                if self.inverse is None or self.failures >= MAX_FAILURES:
+                    raise FactorisationError(
+                        f"block of {block.names}: {error} ({self.failures} times in a row)"
+                    ) from error
+                if self.failures == 1:
+                    warnings.warn(
+                        f"block of {block.names}: {error}; the last good factor is kept. Repeats are counted in "
+                        "opt.info['kept_factors']",
+                        stacklevel=2,
+                    )
+            self.inverse_of = (block.version, damping)
+        assert self.inverse is not None
+        return self.inverse
+
+
+class NormalisedStep(StepRule):
+    """See the module docstring.
+
+    Args:
+        lr: η. A step that neither agrees with the ones before nor turns back moves a block of weights by η times its
+            own size, as root mean squares: 0.17 of the weights' for 0.1. The Newton step and ε may make it shorter.
+        momentum: β, from 0 (plain steps, no mean) to below 1. Gradients are taken at (1 − β) z + β x, with z where the
+            steps lead and x their mean.
+        damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor, to a bias of its own.
+        weight_decay: w. Each step takes lr · w of each matrix away (of no bias, norm or embedding table), as AdamW
+            does. Where the Newton step is shorter than lr says, it takes less, by the square of that share; and where
+            batches have more than 128 loss terms (labels, or numbers that are fitted), less in proportion. So it is a
+            penalty in proportion to the variance of the gradients' noise. Where gradients vanish it does too: with full
+            batches a minimum of the loss stays one. 0 switches it off.
+
+    A schedule multiplies η. The mean over the last third of the steps anneals without one.
+    """
+
+    damping_meaning = (
+        "relative and factored: (U/t_U + √λI)⁻¹ ⊗ (V/t_V + √λI)⁻¹ with t the mean eigenvalue, a bias by its own; "
+        "λ times the mean eigenvalue in structures that do not factor"
+    )
+    on_shards = True
+    decays = True
+    least_lr = 0.01  # a tenth of the default: a smaller one trains that much slower
+
+    def __init__(
+        self, lr: float = 0.1, momentum: float = 0.9, damping: float = 0.1, weight_decay: float = 0.12
+    ) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.damping, self.weight_decay = lr, momentum, damping, weight_decay
+        self._blocks: dict[str, BlockState] = {}
+        self._adam = Adam()
+
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options, place = context.options, self.strategy
+        blocks: list[Block] = [b for b in metric.blocks if b.known]
+        active = [b for b in blocks if any(n in df for n in b.names)]
+        owned = place.owned(blocks)
+        for key in {key_of(b) for b in blocks} - {key_of(b) for b in owned}:
+            self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
+        if context.refreshed and metric.gradient_share is not None:
+            for block in owned:  # of blocks without a gradient at this step too
+                if (state := self._blocks.get(key_of(block))) is not None:
+                    state.rescale(block)
+        moved: dict[str, Tensor] = {}
+        told: dict[str, Any] = {}
+        if active:
+            weights = {n: place.local(p) for n, p in metric.parameters.items()}
+            sizes = self.weight_sizes(active, weights) if context.refreshed else None
+            moved, decay, told = self._move(metric, df, options, owned, active, sizes)
+            terms = metric.loss_terms
+            few = 1.0 if terms is None else (DECAY_TERMS / terms).clamp(max=1).to(decay)
+            moved = self.decayed(moved, weights, active, few * decay, options)
+        covered = {n for b in blocks for n in b.names}
+        for n, g in df.items():
+            if n not in covered:
+                moved[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
+        first = next(iter(options.values()))
+        self.info = {"damping": first.damping, "step_length": first.lr, "kept_factors": 0, **told}
+        return {n: d for n, d in moved.items() if n in df}
+
+    def _move(
+        self,
+        metric: Metric,
+        df: Mapping[str, Tensor],
+        options: Mapping[str, Options],
+        owned: Sequence[Block],
+        active: Sequence[Block],
+        sizes: Mapping[str, Tensor] | None,
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+        """Return increments of the parameters that blocks cover, `Lengths.decay` of each block, and what to tell.
+
+        Args:
+            owned: blocks whose directions are found here; `active`: blocks of all ranks that have a gradient.
+            sizes: rms(W) / W₀ of their matrices, where the metric was refreshed.
+        """
+        place = self.strategy
+        mine = place.owned(active)
+        whole, likes = place.to_owners(df, active), place.likes(metric.parameters, mine)
+        grads = [packed_gradient(b, whole, likes) for b in mine]
+        del whole
+        states = [self.state_of(b, g) for b, g in zip(mine, grads)]
+        chosen = [shared_options(b, options) for b in mine]
+        todo = [Preconditioning(b, s, o.damping, g) for b, s, o, g in zip(mine, states, chosen, grads)]
+        todo += [
+            Preconditioning(b, s, shared_options(b, options).damping, None)
+            for b in owned
+            if b not in mine and (s := self._blocks.get(key_of(b))) is not None
+        ]
+        directions = place.directions(todo)
+        scalars = torch.zeros(3, dtype=statistics_dtype(df.values()), device=next(iter(df.values())).device)
+        found = None
+        if mine:
+            if sizes is not None:
+                look(states, grads, directions)
+                self.measure(mine, states, sizes)
+            found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_share)
+            scalars = torch.stack([found.nats, found.promise, found.at_newton * len(mine)])
+        failures = sum(s.failures for s in self._blocks.values())
+        totals, decay, failures = place.totals(active, scalars, None if found is None else found.decay, failures)
+        nats, promise, at_newton = totals.unbind()
+        if found is not None:
+            self.move(states, chosen, directions, found, bound(nats, promise, metric.nat))
+        moved: dict[str, Tensor] = {}
+        for block, step in zip(mine, directions):
+            for n, delta in block.named(step, likes).items():
+                moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
+        told = {
+            "at_newton_step": at_newton / len(active),
+            "predicted_nats": in_nats(nats, metric.nat),
+            "kept_factors": failures,
+        }
+        return place.from_owners(moved, active), decay, told
+
+    def decayed(
+        self,
+        moved: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        blocks: Sequence[Block],
+        decay: Tensor,
+        options: Mapping[str, Options],
+    ) -> dict[str, Tensor]:
+        """Return increments with the weight decay. `decay`: of each block, for w = 1."""
+        out = dict(moved)
+        rates: dict[str, Tensor] = {}
+        for block, share in zip(blocks, decay.unbind()):
+            for n in natural_sizes([block]):
+                if n in moved and (w := options[n].weight_decay):  # slices of one parameter: the one that moved least
+                    rates[n] = torch.minimum(rates[n], w * share) if n in rates else w * share
+        for n, rate in rates.items():
+            out[n] = torch.addcmul(out[n], weights[n].detach(), rate.to(out[n]), value=-1)
+        return out
+
+    def weight_sizes(self, blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return rms(W) / W₀ of every matrix of the blocks, by name. Collective where there are shards."""
+        found = natural_sizes(blocks, tables=True)
+        if not found:
+            return {}
+        norms = torch._foreach_norm([weights[n].detach() for n in found])
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        squares = torch.stack([norm.to(dtype) for norm in norms]).square()
+        squares = self.strategy.sum_over_shards(squares, list(found))
+        scale = squares.new_tensor([w * self.strategy.numel(n, weights[n]) ** 0.5 for n, w in found.items()])
+        return dict(zip(found, (squares.sqrt() / scale).unbind()))
+
+    def measure(self, blocks: Sequence[Block], states: Sequence[BlockState], sizes: Mapping[str, Tensor]) -> None:
+        """Let r of each block follow its weights: up to the size that layers start with, and beyond while its steps
+        agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with it.
+        """
+        for block, state in zip(blocks, states):
+            mine = natural_sizes([block], tables=True)
+            if not mine:
+                continue
+            now = torch.stack([sizes[n] for n in mine]).square().mean().sqrt().to(state.coherence)
+            if state.size is None:
+                state.size = torch.where(now > 0, now, torch.ones_like(now))
+            else:
+                grown = torch.where(state.coherence > AGREE, now, now.clamp(max=1))
+                state.size = torch.maximum(state.size, grown)
+
+    def state_of(self, block: Block, g: Tensor) -> BlockState:
+        key = key_of(block)
+        if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
+            self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()), g.new_zeros(()))
+        state = self._blocks[key]
+        if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
+            state.velocity, state.coherence, state.age = (t.to(g) for t in (state.velocity, state.coherence, state.age))
+        return state
+
+    def lengths(
+        self,
+        blocks: Sequence[Block],
+        states: Sequence[BlockState],
+        options: Sequence[Options],
+        directions: list[Tensor],
+        grads: list[Tensor],
+        share: float | None,
+    ) -> Lengths:
+        """Return α of each block. `share`: `Metric.gradient_share`."""
+        like = directions[0]
+        one = like.new_ones(())
+        sizes = torch.stack([one if s.size is None else s.size.to(one) for s in states])
+        excess = None
+        if share is not None:
+            known = [s.rescale(b) if s.excess is None else s.excess for s, b in zip(states, blocks)]
+            excess = share * torch.stack([k.to(like) for k in known])
+        norms = torch.stack(torch._foreach_norm(directions))
+        return lengths(
+            directions,
+            grads,
+            [s.velocity for s in states],
+            torch.stack([s.coherence for s in states]),
+            torch.stack([s.age for s in states]),
+            norms,
+            sizes_of(blocks, directions, norms),
+            like.new_tensor([o.lr for o in options]),
+            sizes,
+            excess,
+        )
+
+    def move(
+        self,
+        states: Sequence[BlockState],
+        options: Sequence[Options],
+        directions: list[Tensor],
+        found: Lengths,
+        factor: Tensor,
+    ) -> None:
+        """Write increments over `directions`, and take the step into the states. `factor`: from `bound`."""
+        like = directions[0]
+        ages = torch.stack([s.age for s in states])
+        move_(
+            directions,
+            [s.velocity for s in states],
+            factor.to(like) * found.alpha,
+            like.new_tensor([o.momentum for o in options]),
+            ages * like.new_tensor([min(1.0, o.share) for o in options]),
+        )
+        for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):
+            s.coherence, s.age = c, age
+
+    def cosines(self) -> dict[str, Tensor]:
+        found = {}
+        for k, s in self._blocks.items():
+            if s.seen is not None:
+                along, *sizes = s.seen
+                both = sizes[0].double() * sizes[1].double()
+                found[k] = torch.where(both > 0, along / both, torch.zeros_like(both))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        place, adam = self.strategy, self._adam.state_dict()
+        blocks = place.union({k: s.state_dict() for k, s in self._blocks.items()})
+        moments = {f: place.whole({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
+        return {
+            "blocks": blocks,
+            "adam": {n: {"steps": m["steps"], **{f: moments[f][n] for f in moments}} for n, m in adam.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
+        adam = state["adam"]
+        parts = {f: self.strategy.shard({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
+        self._adam.load_state_dict({n: {**m, **{f: parts[f][n] for f in parts}} for n, m in adam.items()})
+
+
+def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
+    held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
+    return block.pack(held).to(block.dtype)
+
+
+def key_of(block: Block) -> str:
+    return str(block.layers[0].key)
+
+
+def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
+    """The options of a block's parameters, which must be one.
+
+    Raises:
+        ValueError: they lie in groups that differ.
+    """
+    mine = [options[n] for n in block.names if n in options]
+    if all(o is mine[0] for o in mine):
+        return mine[0]
+    where = f"step for the block of {block.names}"
+    return Options(
+        one_value({o.lr for o in mine}, f"lr in one {where}"),
+        one_value({o.momentum for o in mine}, f"momentum in one {where}"),
+        one_value({o.damping for o in mine}, f"damping in one {where}"),
+        share=one_value({o.share for o in mine}, f"schedule in one {where}"),
+    )
+
+
+def sizes_of(blocks: Sequence[Block], directions: Sequence[Tensor], norms: Tensor) -> Tensor:
+    """Return size(d) of each block, (blocks,): rms(d) √(fan_in + 1), over all layers of a block.
+
+    A bias counts by what it does to the layer's output, as an input of the size of the others would: inputs in
+    thousands must not leave all of a step to the bias.
+    """
+    out = norms * norms.new_tensor([unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)])
+    kron = [(i, b, b.own_columns) for i, b in enumerate(blocks) if isinstance(b, KroneckerBlock) and b.own_columns]
+    if kron:
+        biases = torch.stack(torch._foreach_norm([directions[i][..., -k:] for i, _, k in kron]))
+        weight = torch.stack([b.bias_scale().to(norms) for _, b, _ in kron])  # of a squared bias beside the inputs'
+        where = [i for i, _, _ in kron]
+        whole = norms[where].square()
+        kept = ((whole + (weight - 1) * biases.square()) / whole).clamp(min=0).sqrt().nan_to_num(0, 0, 0)
+        out[where] = out[where] * kept
+    for i, (b, d) in enumerate(zip(blocks, directions)):
+        if len(b.layers) > 1:
+            out[i] = joint_size(b, d)
+    return out
+
+
+def joint_size(block: Block, d: Tensor) -> Tensor:
+    assert isinstance(block, JointBlock)
+    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
+    return (torch.stack(squares).sum() / d.numel()).sqrt()
+
+
+def natural_sizes(blocks: Sequence[Block], tables: bool = False) -> dict[str, float]:
+    """Return W₀ of every matrix of the blocks, by name: the rms that PyTorch's layers start with.
+
+    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a decay.
+    """
+    return {
+        layer.weight.name: (3 * (layer.fan_in + 1)) ** -0.5
+        for block in blocks
+        for layer in block.layers
+        if layer.weight is not None and not layer.layout.elementwise and (tables or not layer.one_hot)
+    }
+
+
+def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    """Keep what `NormalisedStep.cosines` are made of."""
+    sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
+    for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
+        s.seen = (dot(g, d), size_g, size_d)
+
+
+def unit(layer: Any) -> float:
+    """An update of rms η / unit is a natural size for this layer."""
+    if layer.weight is None or layer.layout.elementwise:
+        return 1 / VECTOR_SHARE
+    return (layer.fan_in + 1) ** 0.5

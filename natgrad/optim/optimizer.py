@@ -1,0 +1,532 @@
+"""NaturalGradient: a `torch.optim.Optimizer` that descends along ĝ⁻¹df.
+
+The metric gives the geometry, the step rule the length; this class decides when the metric is refreshed, skips steps
+that are not finite, and holds the one line that writes parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.compile import go_on_in_python
+from natgrad.distributed.ddp import warn_alone
+from natgrad.distributed.strategy import Strategy
+from natgrad.metric.metric import Metric, Vector
+from natgrad.optim.interrupts import uninterrupted
+from natgrad.optim.registry import default_rule
+from natgrad.optim.step_rule import Along, Options, StepContext, StepRule
+from natgrad.optim.weight_average import WeightAverage
+
+GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
+AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
+TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
+KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
+GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
+FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
+PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """θ ← θ − η ĝ⁻¹df, with the metric's own step rule, damping and momentum unless they are given.
+
+    The loop is that of any optimizer: ``zero_grad``, forward, ``backward``, ``step``. For a `Fisher` metric the
+    statistics are taken on the forward passes that fall due, with no further call.
+
+    Args:
+        metric: the metric to descend by; it knows the parameters.
+        lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
+        weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. 0 switches it off, None takes the step rule's default.
+        step: a step rule; None takes the metric's own.
+        refresh: the largest number of steps between refreshes of the metric.
+        groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
+            that none names form the first group.
+        maximize: climb instead of descend.
+        average: decay of an exponential average of the weights, to evaluate by inside ``with opt.averaged():``; None
+            keeps none.
+
+    Raises:
+        TypeError: `metric` is no `Metric`, or an option no number.
+        ValueError: an option out of range, or a group that names no parameter or has an unknown key.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        lr: float | None = None,
+        momentum: float | None = None,
+        damping: float | None = None,
+        weight_decay: float | None = None,
+        step: StepRule | None = None,
+        refresh: int = 20,
+        groups: Iterable[Mapping[str, Any]] = (),
+        maximize: bool = False,
+        average: float | None = None,
+    ) -> None:
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"NaturalGradient takes a metric first, got {type(metric).__name__}; for instance "
+                "ng.Fisher(model, criterion), or ng.Euclidean(model) for plain gradient descent"
+            )
+        if not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
+        self.metric = metric
+        self.steps = self.refreshes = self._next_refresh = 0
+        self.refreshed = False
+        self.rule = default_rule(metric) if step is None else step
+        self.strategy = self.rule.strategy = metric.strategy or Strategy()
+        self.refresh = refresh
+        defaults = {
+            "lr": self.rule.lr if lr is None else lr,
+            "momentum": self.rule.momentum if momentum is None else momentum,
+            "damping": self.rule.damping if damping is None else damping,
+            "weight_decay": self.rule.weight_decay if weight_decay is None else weight_decay,
+            "maximize": maximize,
+        }
+        check_options(defaults, metric.positive_definite)
+        self._average = None if average is None else WeightAverage(average)
+        self._showing_average = False
+        self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
+        super().__init__(split_groups(metric.parameters, groups), defaults)
+        self.state[KEPT_APART] = {}  # type: ignore[index]  # else get_state_dict takes a step to have a state
+        self._skips = Skips()
+        self._spent, self._started = 0.0, time.perf_counter()
+        if type(metric).observe is not Metric.observe:
+            warn_alone(type(metric).__name__)
+        metric.drive(self)
+        metric.expect(self.refresh_due)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: thawed ones of the metric's model, or foreign ones, which are trained without curvature.
+
+        Raises:
+            TypeError: an option that is no number.
+            ValueError: an option out of range, or a key that is none.
+        """
+        check_keys(param_group)  # before anything is taken over
+        values = {**self.defaults, **param_group}
+        check_options(values, self.metric.positive_definite)
+        check_decay(values)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault(FULL_LR, float(group["lr"]))  # schedules overwrite lr
+        if 0 < group[FULL_LR] < self.rule.least_lr:
+            warnings.warn(
+                f"lr={group[FULL_LR]:g} is far below what {type(self.rule).__name__} can use (default "
+                f"{self.rule.lr:g}): it is a share of the weights' own size, not AdamW's rate, and training takes that "
+                "much longer. Leave it out",
+                stacklevel=4,
+            )
+        for i, p in enumerate(group["params"]):
+            if p not in self._name_of:
+                self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
+                self._next_refresh = 0  # the metric knows nothing of it yet
+        if self._average is not None:
+            self._average.include({self._name_of[p]: self._local(p) for p in group["params"]})
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What ranks must agree on for their steps to be the same, and their refreshes at the same ones."""
+        options = ("lr", "momentum", "damping", "weight_decay", "maximize")
+        return {
+            "rule": type(self.rule).__name__,
+            "refresh": self.refresh,
+            "steps": self.steps,
+            "next refresh": self._next_refresh,
+            **{f"{o} of group {i}": float(g[o]) for i, g in enumerate(self.param_groups) for o in options},
+        }
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the forward passes before the next step are to refresh the metric."""
+        return self.steps >= self._next_refresh
+
+    @torch.no_grad()
+    def step(self, arg: Any = None, *, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Ctrl-C during it is held back until it is complete.
+
+        Args:
+            arg: None where ``loss.backward()`` was called; a callable is a closure that returns the loss after calling
+                ``backward``; anything else is a batch for a metric that makes its own gradient.
+            closure: the same as a callable `arg`, for trainers that pass it by name.
+
+        Raises:
+            TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
+            ValueError: a schedule has put an option out of range.
+            RuntimeError: no forward pass was seen that the metric could be taken from, or the averaged weights are in
+                place.
+            FloatingPointError: the gradient was not finite for many steps in a row.
+        """
+        go_on_in_python()  # the state of a step does not fit a graph
+        if self._showing_average:
+            raise RuntimeError("step() inside `with opt.averaged():` would train the average; leave the block first")
+        arg = arg if closure is None else closure
+        loss: Any = None
+        if callable(arg):
+            with torch.enable_grad():
+                loss = arg()
+        began = time.perf_counter()
+        if arg is not None and not callable(arg):
+            loss = self.metric.observe(arg)
+            df = self.metric.gradient()
+        else:
+            df = {n: self._local(p.grad) for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
+        if df:
+            with uninterrupted():
+                self._step(df)
+        self._spent += time.perf_counter() - began
+        return loss
+
+    def _step(self, df: Vector) -> None:
+        options = self._options()
+        df = {n: -g if options[n].maximize else g for n, g in df.items()}
+        for n, g in df.items():
+            if g.is_sparse:
+                raise ValueError(
+                    f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
+                )
+        fine = all_finite(df)
+        if self.refresh_due or self.strategy.sharded:  # ranks are about to meet: if one skips, so do all
+            fine = self.metric.agree(fine)
+        skipped = self._skips.count(fine, self.refresh_due)
+        if skipped:
+            self.metric.discard_pending()
+            self.refreshed = False
+            return
+        self._advance()
+        on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
+        if not on_host:
+            df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
+        context = StepContext(options, self.refreshed)
+        self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
+        if self._average is not None:
+            self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
+        self.metric.expect(self.refresh_due)
+
+    def _apply(self, increments: Mapping[str, Tensor | Along], fine: Tensor | None) -> None:
+        """Decay the weights and add their increments. `fine`: where it is not known on the host, 0 for a bad step."""
+        decayed: list[Tensor] = []
+        kept: list[float] = []
+        moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # parameters and their ways, by length
+        for group in self.param_groups:
+            decay = 0.0 if self.rule.decays else float(group["lr"]) * float(group["weight_decay"])
+            for parameter in group["params"]:
+                if (delta := increments.get(self._name_of[parameter])) is None:
+                    continue
+                p = self._local(parameter)
+                way, length = delta if isinstance(delta, Along) else (delta, 1.0)
+                if fine is not None:
+                    way = torch.where(fine, way, torch.zeros_like(way))
+                    if decay:
+                        one = p.new_ones(())
+                        p.mul_(torch.where(fine, one - decay, one))
+                elif decay:
+                    decayed.append(p)
+                    kept.append(1 - decay)
+                parameters, ways = moved.setdefault(length, ([], []))
+                parameters.append(p)
+                ways.append(way)
+        if decayed:
+            torch._foreach_mul_(decayed, kept)
+        for length, (parameters, ways) in moved.items():
+            torch._foreach_add_(parameters, ways, alpha=length)
+
+    def _advance(self) -> None:
+        """Fold pending statistics into the moving average and set the date of the next refresh."""
+        # a plain mean at first, so that no start value lingers; then an exponential average
+        decay = min(AVERAGE_LIMIT, 1 - 1 / (self.refreshes + 1))
+        due = self.refresh_due
+        self.refreshed = self.metric.advance(decay)
+        if self.refreshed:
+            self.refreshes += 1
+        elif due and self.metric.needs_refresh and not self.refreshes:
+            raise RuntimeError(
+                "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
+                "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
+                "compiled model to Fisher), with grad enabled, and "
+                "backpropagate its loss"
+            )
+        self.steps += 1
+        if due:
+            self._next_refresh = self.steps - 1 + max(1, min(self.refresh, int(self.steps * GAP_GROWTH)))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and drop statistics of a backward pass that no step followed."""
+        super().zero_grad(set_to_none)
+        self.metric.discard_pending()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights stand in the model inside the block, the trained ones after it.
+
+        Buffers are those of training; batch normalisation layers want theirs recomputed on some data
+        (``torch.optim.swa_utils.update_bn``).
+
+        Raises:
+            ValueError: the optimizer keeps no average.
+        """
+        if self._average is None:
+            raise ValueError("this optimizer keeps no average; construct it with average=0.98, for instance")
+        trained = {p: self._local(p).detach().clone() for p in self._name_of}
+        self._showing_average = True
+        try:
+            self._write({p: self._average.values[n] for p, n in self._name_of.items()})
+            yield
+        finally:
+            self._write(trained)
+            self._showing_average = False
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[Tensor, Tensor]) -> None:
+        with uninterrupted():
+            for p, value in values.items():
+                self._local(p).copy_(value)
+
+    def _local(self, t: Tensor) -> Tensor:
+        """What this rank holds of a parameter or gradient: all of it, or a shard."""
+        return self.strategy.local(t)
+
+    def _options(self) -> dict[str, Options]:
+        found: dict[str, Options] = {}
+        for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
+            check_options(g, self.metric.positive_definite)  # schedules write here at any time
+            check_decay(g)
+            lr, full = float(g["lr"]), g[FULL_LR]
+            mine = Options(
+                lr,
+                float(g["momentum"]),
+                float(g["damping"]),
+                g["maximize"],
+                float(g["weight_decay"]),
+                lr / full if full else 1.0,
+            )
+            found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
+        return found
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the last step did, read from the device now.
+
+        ``damping`` and its meaning, ``step_length``, ``at_newton_step`` (the share of blocks whose Newton step was
+        shorter than that) and ``predicted_nats`` (how far the step was to move the predictions, before the bound on
+        that) as the step rule knows them;
+        ``refreshed``; ``refreshes``, ``steps`` and ``skipped`` so far; ``share_of_time`` spent inside `step` since the
+        optimizer was made. Of a `Fisher` metric ``data_seen`` at refreshes.
+        """
+        elapsed = time.perf_counter() - self._started
+        return {
+            "damping_meaning": self.rule.damping_meaning,
+            **{k: float(v) if isinstance(v, Tensor) else v for k, v in self.rule.info.items()},
+            **self.metric.info,
+            "refreshed": self.refreshed,
+            "refreshes": self.refreshes,
+            "steps": self.steps,
+            "skipped": self._skips.total,
+            "share_of_time": self._spent / elapsed if elapsed else 0.0,
+        }
+
+    def cosines(self) -> dict[str, float]:
+        """{block: cos(direction, gradient)} of the last step, or with the default step rule of the last one that
+        refreshed the metric. Near 1 everywhere, the natural gradient is the plain one.
+        """
+        return {n: float(c) for n, c in self.rule.cosines().items()}
+
+    # state ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``.
+
+        Of a sharded model the state is that of one process, in plain tensors, on every rank, and taking it is a call
+        that all ranks make together.
+
+        Raises:
+            TypeError: torch's ``get_state_dict`` asks, which would keep the options alone.
+        """
+        if sys._getframe(1).f_globals.get("__name__") == TORCH_STATES:
+            raise TypeError(
+                "get_state_dict and get_optimizer_state_dict know states by parameter alone, and would leave out the "
+                "metric. Use natgrad.checkpoint.save and load, or natgrad.checkpoint.Saved(opt) with dcp.save"
+            )
+        state = super().state_dict()
+        state["state"] = {}
+        average = self._average
+        state["natgrad"] = {
+            "steps": self.steps,
+            "refreshes": self.refreshes,
+            "next_refresh": self._next_refresh,
+            "skipped": self._skips.total,
+            "average": None
+            if average is None
+            else {"steps": average.steps, "values": self.strategy.whole(average.values)},
+            "rule": type(self.rule).__name__,
+            "rule_state": self.rule.state_dict(),
+            "metric": self.metric.state_dict(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit.
+
+        Raises:
+            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule; nothing has
+                changed then.
+        """
+        mine = state_dict.get("natgrad")
+        if mine is None:
+            raise ValueError(f"this is no NaturalGradient state: it has the keys {list(state_dict)} but not 'natgrad'")
+        if mine["rule"] != type(self.rule).__name__:
+            raise ValueError(
+                f"the state is of the step rule {mine['rule']}, this optimizer has {type(self.rule).__name__}"
+            )
+        sizes, theirs = ([len(g["params"]) for g in d["param_groups"]] for d in (self.__dict__, state_dict))
+        if sizes != theirs:
+            raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
+        if (mine["average"] is None) != (self._average is None):
+            here, there = ("none", "one") if self._average is None else ("one", "none")
+            raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
+        with uninterrupted():
+            self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
+            self.metric.discard_pending()
+            super().load_state_dict(
+                {**{k: v for k, v in state_dict.items() if k != "natgrad"}, "state": {KEPT_APART: {}}}
+            )
+            # tensors of ours keep their own dtype; torch would cast them to the parameter's: they are not in `state`
+            self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
+            if self._average is not None:
+                self._average.steps = mine["average"]["steps"]
+                values = self.strategy.shard(mine["average"]["values"])
+                self._average.values = {n: a.clone() for n, a in values.items()}
+            self.steps, self.refreshes = mine["steps"], mine["refreshes"]
+            self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
+            self.metric.expect(self.refresh_due)
+
+
+class Skips:
+    """Steps whose gradient is not finite: skipped on the host where that costs nothing, else masked and counted
+    later.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+        self._unread: Tensor | None = None  # bad steps on the device since the count was last read
+        self._run: Tensor | None = None  # and those in a row up to now
+
+    def count(self, fine: Tensor, read: bool) -> bool:
+        """Whether this step is known to be bad. `read`: the device may be waited for."""
+        if free_to_read(fine):
+            skipped = not bool(fine.numpy())
+            return self._seen(int(skipped), self.in_a_row + 1 if skipped else 0)
+        bad = (~fine).to(torch.int32)
+        self._unread = bad if self._unread is None else self._unread + bad
+        self._run = bad if self._run is None else (self._run + bad) * bad
+        if not read:
+            return False
+        behind, in_a_row, self._unread = int(self._unread), int(self._run), None
+        self._seen(behind, in_a_row)
+        return in_a_row > 0
+
+    def _seen(self, bad: int, in_a_row: int) -> bool:
+        self.in_a_row = in_a_row
+        if not bad:
+            return False
+        if not self.total:
+            warnings.warn(
+                "the gradient holds NaN or Inf: the step is skipped and the parameters stay as they are. Further skips "
+                "are counted in opt.info['skipped'] without a warning",
+                stacklevel=6,
+            )
+        self.total += bad
+        if self.in_a_row >= PATIENCE:
+            raise FloatingPointError(
+                f"the gradient held NaN or Inf for {self.in_a_row} steps in a row; lower lr or look for the "
+                f"first batch "
+                "that gives it (torch.autograd.set_detect_anomaly)"
+            )
+        return True
+
+
+def free_to_read(t: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device: on the host the memory is ours."""
+    return t.device.type == "cpu"
+
+
+def all_finite(df: Mapping[str, Tensor]) -> Tensor:
+    """Whether every norm is finite, a scalar tensor.
+
+    A norm takes one pass and no temporaries; where it overflows and no entry does, the gradient is as useless.
+    """
+    return torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all()
+
+
+def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups from names and patterns; parameters that none names come first.
+
+    Raises:
+        ValueError: a group names no parameter, or one that another group has.
+    """
+    left = dict(parameters)
+    found = []
+    for group in groups:
+        check_keys(group)
+        wanted = group["params"]
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
+        taken = [n for n in names if n not in left]
+        if not names or taken:
+            why = f"{taken} are in another group already" if taken else f"no parameter matches {patterns}"
+            raise ValueError(f"parameter group {dict(group)}: {why}; there are {list(parameters)}")
+        found.append({**group, "params": [left.pop(n) for n in names]})
+    return [{"params": list(left.values())}, *found] if left else found
+
+
+def check_keys(group: Any) -> None:
+    """Raise an error for a parameter group that is none, or that has a key which would be passed over."""
+    if not isinstance(group, Mapping):
+        raise TypeError(
+            f'a parameter group is a dictionary {{"params": names or patterns, "lr": …}}, got {type(group).__name__}'
+        )
+    unknown = [k for k in group if k not in GROUP_KEYS]
+    if unknown or "params" not in group:
+        said = f"has unknown keys {unknown}" if unknown else "has no 'params'"
+        raise ValueError(f"a parameter group {said}; supported are {', '.join(map(repr, GROUP_KEYS))}")
+
+
+def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
+    """Raise an error for an option that is no number or out of range."""
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
+        "lr": (lambda v: v >= 0, "at least 0"),
+        "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        "damping": (lambda v: v > 0 or (v == 0 and positive_definite), "positive"),
+        "weight_decay": (lambda v: v >= 0, "at least 0"),
+    }
+    for name, (fits, words) in ranges.items():
+        value = values[name]
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if isinstance(value, bool) or not (one or isinstance(value, Real)):
+            raise TypeError(
+                f"{name} must be a number, {words} and finite, got {value!r}; leave it out to take the default"
+            )
+        if not (float(value) < float("inf") and fits(float(value))):
+            raise ValueError(f"{name} must be {words} and finite, got {value!r}")
+
+
+def check_decay(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a step would take the weights to zero and beyond."""
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if lr * weight_decay >= 1:
+        raise ValueError(
+            f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "
+            "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
+            "reaches"
+        )
