@@ -21,7 +21,7 @@ from benchmarks.against_tuned import ALL
 from benchmarks.soundness import SCHEDULES
 from benchmarks.workloads import Workload
 from natgrad.blocks import kronecker as kronecker_blocks
-from natgrad.optim import normalised, optimizer, step_arithmetic
+from natgrad.optim import block_state, normalised, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -95,7 +95,7 @@ VARIANTS: dict[str, Make] = {
     "no limit by the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1e9, default),
     "up to the whole Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 1.0, default),
     "up to 0.3 of the Newton step": with_constant(step_arithmetic, "NEWTON_SHARE", 0.3, default),
-    "a Newton limit that follows at once": with_constant(normalised, "SCALE_MEMORY", 0.0, default),
+    "a Newton limit that follows at once": with_constant(block_state, "SCALE_MEMORY", 0.0, default),
     "no bound on the predictions": with_constant(step_arithmetic, "NATS", 1e9, default),
     "no bound on the promise": with_constant(step_arithmetic, "PROMISE", 1e9, default),
     "steps that always grow with the weights": with_constant(normalised, "AGREE", -2.0, default),
@@ -112,7 +112,7 @@ VARIANTS: dict[str, Make] = {
 CONSTANTS = (
     (optimizer, "GAP_GROWTH"),
     *((step_arithmetic, n) for n in ("WINDOW", "TURNED", "MEMORY_SHARE", "STRETCH", "NEWTON_SHARE", "NATS", "PROMISE")),
-    (normalised, "SCALE_MEMORY"),
+    (block_state, "SCALE_MEMORY"),
     (normalised, "AGREE"),
     (kronecker_blocks, "TRAINING_SIDE"),
 )

@@ -3,16 +3,17 @@
 from natgrad import operators
 from natgrad.capture.tape import CaptureError
 from natgrad.fisher.fisher import Fisher
-from natgrad.fisher.likelihoods.base import Likelihood
+from natgrad.fisher.likelihoods.distribution import Likelihood
 from natgrad.function_space.energy import Energy
 from natgrad.function_space.gauss_newton import GaussNewton
 from natgrad.function_space.hessian import Hessian
 from natgrad.function_space.quantum import QuantumGeometry
 from natgrad.metric.metric import Euclidean, Metric
 from natgrad.optim.exact_quadratic import ExactQuadratic
+from natgrad.optim.fixed import FixedStep
+from natgrad.optim.grafted import Grafted
+from natgrad.optim.kl_trust_region import KLTrustRegion
 from natgrad.optim.optimizer import NaturalGradient
-from natgrad.optim.rules import Grafted, KLTrustRegion
-from natgrad.optim.step_rule import FixedStep
 
 __version__ = "0.1.0.dev0"
 __all__ = [

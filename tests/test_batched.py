@@ -12,7 +12,7 @@ from natgrad.blocks import batching as batched
 from natgrad.distributed import strategy
 from natgrad.linalg.inverse import KroneckerInverse
 from natgrad.linalg.kronecker import FactorisationError
-from natgrad.optim import normalised
+from natgrad.optim import block_state
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
 
@@ -145,9 +145,9 @@ def test_a_run_goes_on_bit_for_bit(width: int, dtype: torch.dtype, lone: tuple[i
 
 def test_scales_follow_a_refresh_at_which_a_layer_has_no_gradient(monkeypatch):
     taken = []
-    rescale = normalised.BlockState.rescale
+    rescale = block_state.BlockState.rescale
     monkeypatch.setattr(
-        normalised.BlockState, "rescale", lambda self, block: taken.append(block.names[0]) or rescale(self, block)
+        block_state.BlockState, "rescale", lambda self, block: taken.append(block.names[0]) or rescale(self, block)
     )
     model = Twins(7)
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss()))

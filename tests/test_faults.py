@@ -74,7 +74,7 @@ def test_a_bad_batch_every_seventh_step(rule: str, where: str, value: float) -> 
 
 
 def test_bad_steps_that_do_not_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.optim.optimizer.PATIENCE", 4)
+    monkeypatch.setattr("natgrad.optim.skips.PATIENCE", 4)
     model = classifier()
     opt = natural(model)
     before = weights(model)

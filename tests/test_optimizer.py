@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.blocks.base import Block
-from natgrad.optim.normalised import BlockState
+from natgrad.optim.block_state import BlockState
+from natgrad.optim.fixed import FixedStep
 from natgrad.optim.optimizer import AVERAGE_LIMIT
 from natgrad.optim.registry import default_rule
 from natgrad.optim.step_arithmetic import bound
-from natgrad.optim.step_rule import FixedStep
 
 Close = Callable[[Tensor, Tensor, float], None]
 

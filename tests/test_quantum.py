@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
 from natgrad.cli.problems.ising import Boltzmann, all_states, exact_probability, local_energy, prepare
-from natgrad.optim.model_steps import TrustRegion
+from natgrad.optim.trust_region import TrustRegion
 
 torch.set_num_threads(1)
 

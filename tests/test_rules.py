@@ -13,7 +13,7 @@ from training_cases import Scaled, batches, classifier, natural, train, weights
 import natgrad as ng
 from natgrad.optim import normalised, step_arithmetic
 from natgrad.optim.exact_quadratic import Linearised
-from natgrad.optim.step_rule import Descent
+from natgrad.optim.fixed import Descent
 
 # raised inside torch where forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

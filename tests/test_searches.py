@@ -8,9 +8,11 @@ from torch import nn
 from torch.func import functional_call
 
 import natgrad as ng
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.line_search import GridSearch, along, lowest
-from natgrad.optim.model_steps import LevenbergMarquardt, Spring, TrustRegion
+from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import Options
+from natgrad.optim.trust_region import TrustRegion
 
 torch.set_num_threads(1)
 

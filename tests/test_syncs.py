@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import Scaled, batches, classifier, distance, finite, natural, train, weights
 
 import natgrad as ng
-import natgrad.optim.optimizer
+import natgrad.optim.skips
 
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "allclose")
 
@@ -57,7 +57,7 @@ def test_ordinary_steps_read_nothing_back(
     rule: str, structure: str, host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not host:  # as on a device whose memory the host cannot read
-        monkeypatch.setattr(natgrad.optim.optimizer, "free_to_read", lambda t: False)
+        monkeypatch.setattr(natgrad.optim.skips, "free_to_read", lambda t: False)
     model = Scaled()
     metric = ng.Fisher(model, torch.nn.CrossEntropyLoss(), structure=structure)
     opt = ng.NaturalGradient(metric, step=RULES[rule](), average=0.9, weight_decay=0.1)
@@ -74,8 +74,8 @@ def test_the_counter_sees_reads() -> None:
 
 
 def test_on_a_device_bad_steps_are_masked_and_counted_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(natgrad.optim.optimizer, "free_to_read", lambda t: False)
-    monkeypatch.setattr(natgrad.optim.optimizer, "PATIENCE", 3)
+    monkeypatch.setattr(natgrad.optim.skips, "free_to_read", lambda t: False)
+    monkeypatch.setattr(natgrad.optim.skips, "PATIENCE", 3)
     model = classifier()
     opt = natural(model)
     bad = 0

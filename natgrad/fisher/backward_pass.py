@@ -11,7 +11,8 @@ from torch import Tensor
 
 from natgrad._tree import Tensors
 from natgrad.capture.tape import Call, CaptureError, as_gradient_edge
-from natgrad.fisher.pseudo_gradients import MAX_PASSES, of_data
+from natgrad.fisher.batch_axis import of_data
+from natgrad.fisher.pseudo_gradients import MAX_PASSES
 
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
 

@@ -22,8 +22,9 @@ from natgrad.capture.tape import Call, CaptureError, Tape, Uncaptured, coverage_
 from natgrad.capture.views import GradientView
 from natgrad.distributed.strategy import Strategy
 from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
+from natgrad.fisher.batch_axis import axes_that_fit, count_data, data_axes
 from natgrad.fisher.likelihoods.base import Reading
-from natgrad.fisher.pseudo_gradients import axes_that_fit, cotangents, count_data, data_axes
+from natgrad.fisher.pseudo_gradients import cotangents
 
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 

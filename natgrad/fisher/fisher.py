@@ -12,7 +12,6 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -20,23 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import describe
-from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.blocks.structures import STRUCTURES
-from natgrad.capture.tape import CaptureError, Tape
-from natgrad.distributed.ddp import refuse_rule, refuse_structures, undisturbed
-from natgrad.distributed.fsdp import kept_open, sharded_modules
+from natgrad.capture.tape import CaptureError
+from natgrad.distributed.ddp import refuse_structures
 from natgrad.distributed.setup import strategy_of
 from natgrad.fisher import state as metric_file
-from natgrad.fisher.block_metric import BlockMetric
-from natgrad.fisher.coverage import Coverage
-from natgrad.fisher.covered import coverage_of
+from natgrad.fisher.coverage import Coverage, coverage_of
+from natgrad.fisher.driven import DrivenMetric
 from natgrad.fisher.estimator import Estimator, usable
 from natgrad.fisher.forward import aside, check_output, noted
-from natgrad.fisher.hooks import Called, Watcher
-from natgrad.fisher.likelihoods.base import read
+from natgrad.fisher.hooks import Watcher
 from natgrad.fisher.likelihoods.multi_head import Heads
+from natgrad.fisher.likelihoods.registry import read
 from natgrad.fisher.options import (
     arguments,
     by_pattern,
@@ -54,7 +50,7 @@ SHARINGS = ("expand", "reduce")
 ROWS = "rows"  # the generator that draws the rows of a factor, beside those of the labels by device
 
 
-class Fisher(BlockMetric):
+class Fisher(DrivenMetric):
     """The Fisher metric of `model` under `criterion`.
 
     Args:
@@ -151,11 +147,6 @@ class Fisher(BlockMetric):
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
-    @property
-    def blocks(self) -> list[Block]:
-        """The blocks found so far, each over one layer or several."""
-        return self.collection.blocks
-
     # adding data ---------------------------------------------------------------------------------------
 
     def update(self, inputs: Any, targets: Any = None) -> None:
@@ -233,195 +224,6 @@ class Fisher(BlockMetric):
             block.version += 1
         self.seen, self._pending, self._masses, self.nats = 0, [], {}, None
 
-    @property
-    def _plain(self) -> bool:
-        """Whether sums are never divided."""
-        return self.reading.reduction == "sum"
-
-    def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
-        """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
-        draw = self.strategy.merge(
-            self.collection, merge(self.blocks, draws, self._plain), self._described, self._plain
-        )
-        if draw is None or (self.strategy.size > 1 and not self._usable_everywhere(draw)):
-            return False
-        for block in draw.elsewhere:
-            block.elsewhere = True
-            block.version += 1
-        for block, new in draw.statistics:
-            if decay is None and not block.statistics:
-                block.backdate(new, self._masses)
-            block.commit(new, decay, self._plain)
-        for source, mass in draw.masses.items():
-            self._masses[source] = self._masses.get(source, 0) + mass
-        self.seen += draw.data
-        if decay is not None and draw.nats is not None:
-            self.nats = draw.nats
-        return True
-
-    # what the watcher asks -----------------------------------------------------------------------------
-
-    def wants_statistics(self) -> bool:
-        if (
-            self._pending
-            and not self.strategy.holds_gradients
-            and all(p.grad is None for p in self.parameters.values())
-        ):
-            # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
-            self.discard_pending()
-        return self._driver is not None and self._driver.refresh_due
-
-    def parameter_names(self) -> Mapping[int, str]:
-        return self.strategy.parameter_names(self.parameters)
-
-    def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None:
-        if isinstance(self.reading, Heads):
-            split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
-            output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
-        else:
-            args, kwargs = called[""]
-            output, targets = self.reading.split(*args, **kwargs)
-        return self._draw_training(output, targets, tapes)
-
-    def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
-        args, kwargs = given
-        targets = None if self._targets is None else self._targets(received(args, kwargs))
-        return self._draw_training(self.output_of(output), targets, tapes)
-
-    def output_of(self, result: Any) -> Any:
-        """What `output=` makes of what the model returned."""
-        return result if self._output is None else self._output(result)
-
-    def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
-        with undisturbed(self.model), kept_open(self.model):
-            return self.estimator.draw(output, targets, tapes, per_datum=False)
-
-    def count(self, draw: BatchStatistics) -> None:
-        go_on(draw.streams)
-        self._pending.append(draw)
-
-    # what an optimizer asks ----------------------------------------------------------------------------
-
-    def include(self, parameter: Tensor) -> str | None:
-        for name, p in chosen_parameters(self.module, None).items():
-            if p is parameter:
-                self.parameters[name] = p
-                order = {n: i for i, n in enumerate(chosen_parameters(self.module, None))}
-                ordered = sorted(self.parameters.items(), key=lambda item: order.get(item[0], len(order)))
-                self.parameters.clear()  # in place: the blocks' collection holds this dictionary too
-                self.parameters.update(ordered)
-                self.collection.take(self.parameters)
-                self.collection.forget_layer_of(name)
-                self.strategy.take(self.module, self.parameters)
-                return name
-        return None
-
-    def drive(self, driver: Any) -> None:
-        """Let an optimizer decide when statistics are taken: ``driver.refresh_due`` is read at every forward pass."""
-        now = {id(p) for p in self.module.parameters()}
-        if (
-            not self.strategy.sharded
-            and sharded_modules(self.module)
-            and any(id(p) not in now for p in self.parameters.values())
-        ):
-            raise RuntimeError(
-                "the model was sharded after the metric was made, which holds the parameters from before; call "
-                "fully_shard first, then make the metric"
-            )
-        self._driver = driver
-        if self.strategy.size > 1:
-            refuse_rule(driver.rule, self.strategy.sharded)
-            self.strategy.check_same(self._described())
-            self.strategy.refresh = driver.refresh
-        self.collection.train()
-
-    def without_curvature(self) -> set[str]:
-        return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))
-
-    def expect(self, due: bool) -> None:
-        self.strategy.at_step(self._driver.steps)
-        for block in self.blocks:
-            block.release()
-        self._watcher.expect(due)
-
-    @property
-    def needs_refresh(self) -> bool:
-        return not self.dropped  # statistics that were dropped will come again
-
-    def advance(self, decay: float) -> bool:
-        """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = self._pending, []
-        self._watcher.forget()
-        dtype = statistics_dtype(self.parameters.values())
-        for block in self.blocks:
-            block.move(self.parameters[block.names[0]].device, dtype)
-        if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
-            return bool(self._driver.refresh_due) and self._commit(draws, decay)
-        draws = [d for d in draws if self._usable(d)]
-        return bool(draws) and self._commit(draws, decay)
-
-    def agree(self, fine: Tensor) -> Tensor:
-        return self.strategy.all_fine(self.model, fine)
-
-    def _usable_everywhere(self, draw: BatchStatistics) -> bool:
-        """Whether the statistics that ranks hold after sharing them are finite on all."""
-        here = self._usable(draw)
-        if not self.strategy.sharded:
-            return here  # all hold the same
-        everywhere = self.strategy.everywhere(here)
-        self.dropped += here and not everywhere
-        return everywhere
-
-    def _usable(self, draw: BatchStatistics) -> bool:
-        """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
-        counted.
-        """
-        sums = draw.sums()
-        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
-            return True
-        if not self.dropped:
-            warnings.warn(
-                "the statistics of a batch hold NaN or Inf and are dropped; the metric stays as it was. Repeats are "
-                "counted in opt.info['dropped_statistics']",
-                stacklevel=2,
-            )
-        self.dropped += 1
-        return False
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return {
-            "dropped_statistics": self.dropped,
-            "data_seen": self.seen,
-            **self.strategy.info,
-        }
-
-    def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
-        self._pending = []
-
-    @property
-    def gradient_share(self) -> float | None:
-        """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too. The empirical
-        kind has the size of the gradients squared and not that of the curvature.
-        """
-        if self.kind == "empirical":
-            return None
-        return 1 / self.strategy.size if self._plain else 1.0
-
-    @property
-    def nat(self) -> Tensor | None:
-        if self.nats is None or self.gradient_share is None:
-            return None
-        total, mass = self.nats.unbind()
-        return torch.where(mass > 0, self.gradient_share * total if self._plain else total / mass, torch.nan)
-
-    @property
-    def loss_terms(self) -> Tensor | None:
-        return None if self.nats is None else self.nats[1]
-
-    default_step = "normalised"
-
     def precondition_(self, damping: float) -> None:
         """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
 
@@ -476,20 +278,6 @@ class Fisher(BlockMetric):
             "masses": {source: float(mass) for source, mass in self._masses.items()},
             "nats": None if self.nats is None else self.nats.tolist(),
         }
-
-    def _described(self) -> dict[str, Any]:
-        """What must be the same on every rank."""
-        found = {
-            "parameter": {n: [list(p.shape), str(p.dtype)] for n, p in self.parameters.items()},
-            "criterion": f"{self.reading.name}, reduction {self.reading.reduction}",
-            "kind": self.kind,
-            "samples": self.samples,
-            "structure": {n: self.collection.structure_of(n) for n in self.parameters},
-            "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
-            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
-            "max_positions": self.collection.max_positions,
-        }
-        return found if self._driver is None else {**found, "optimizer": self._driver.schedule}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over statistics.

@@ -15,99 +15,26 @@ without curvature follow Adam at a matching rate (`adam`). `step_arithmetic` has
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.blocks.base import Block, JointBlock
+from natgrad.blocks.base import Block
 from natgrad.blocks.collection import statistics_dtype
-from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.distributed.strategy import Preconditioning
-from natgrad.linalg.inverse import Inverse
-from natgrad.linalg.kronecker import FactorisationError
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.step_arithmetic import Lengths, aged, bound, dot, in_nats, lengths, move_
-from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule, one_value
+from natgrad.optim.block_state import BlockState, key_of, look, packed_gradient, shared_options
+from natgrad.optim.step_arithmetic import Lengths, aged, bound, in_nats, lengths, move_
+from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
+from natgrad.optim.step_sizes import VECTOR_SHARE, natural_sizes, sizes_of
 
-VECTOR_SHARE = 0.12  # update size of biases, norms and parameters without curvature, as a share of η
-MAX_FAILURES = 5  # factorisations of a block that may fail in a row
-# s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
-# of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
-SCALE_MEMORY = 0.97
 # loss terms in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is
 # more to go by than a prior (docs/step.md)
 DECAY_TERMS = 128.0
 AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
-
-
-@dataclass
-class BlockState:
-    """What the rule remembers of one block, in the block's coordinates; all but the velocity are scalars."""
-
-    velocity: Tensor  # v
-    coherence: Tensor  # c̄
-    age: Tensor  # τ
-    size: Tensor | None = None  # r; None is 1, as for blocks without a matrix
-    excess: Tensor | None = None  # s
-    # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
-    seen: tuple[Tensor, Tensor, Tensor] | None = None
-    inverse: Inverse | None = None
-    inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
-    failures: int = 0  # factorisations in a row that failed
-
-    def rescale(self, block: Block) -> Tensor:
-        """Return s for new statistics: from these, which all ranks have, and not from the inverse, which may be older.
-
-        An excess that is not finite counts as 0, which sets no limit.
-        """
-        now = block.excess().nan_to_num(0, 0)
-        self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
-        return self.excess
-
-    def is_stale(self, block: Block, damping: float) -> bool:
-        return self.inverse is None or self.inverse_of != (block.version, damping)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Without the inverse, which the statistics give again."""
-        kept = ("velocity", "coherence", "age", "size", "excess")
-        state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
-        return state
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> BlockState:
-        return cls(**state)
-
-    def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
-        """The inverse for the block's present statistics; the last good one where it cannot be had.
-
-        `make`: gives it, where ranks share the work.
-
-        Raises:
-            FactorisationError: it failed several times in a row, or there is no earlier one.
-        """
-        if self.is_stale(block, damping):
-            try:
-                self.inverse, self.failures = block.relative_inverse(damping) if make is None else make(), 0
-            except FactorisationError as error:
-                self.failures += 1
-                if self.inverse is None or self.failures >= MAX_FAILURES:
-                    raise FactorisationError(
-                        f"block of {block.names}: {error} ({self.failures} times in a row)"
-                    ) from error
-                if self.failures == 1:
-                    warnings.warn(
-                        f"block of {block.names}: {error}; the last good factor is kept. Repeats are counted in "
-                        "opt.info['kept_factors']",
-                        stacklevel=2,
-                    )
-            self.inverse_of = (block.version, damping)
-        assert self.inverse is not None
-        return self.inverse
 
 
 class NormalisedStep(StepRule):
@@ -355,85 +282,3 @@ class NormalisedStep(StepRule):
         adam = state["adam"]
         parts = {f: self.strategy.shard({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
         self._adam.load_state_dict({n: {**m, **{f: parts[f][n] for f in parts}} for n, m in adam.items()})
-
-
-def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-    """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
-    held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
-    return block.pack(held).to(block.dtype)
-
-
-def key_of(block: Block) -> str:
-    return str(block.layers[0].key)
-
-
-def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
-    """The options of a block's parameters, which must be one.
-
-    Raises:
-        ValueError: they lie in groups that differ.
-    """
-    mine = [options[n] for n in block.names if n in options]
-    if all(o is mine[0] for o in mine):
-        return mine[0]
-    where = f"step for the block of {block.names}"
-    return Options(
-        one_value({o.lr for o in mine}, f"lr in one {where}"),
-        one_value({o.momentum for o in mine}, f"momentum in one {where}"),
-        one_value({o.damping for o in mine}, f"damping in one {where}"),
-        share=one_value({o.share for o in mine}, f"schedule in one {where}"),
-    )
-
-
-def sizes_of(blocks: Sequence[Block], directions: Sequence[Tensor], norms: Tensor) -> Tensor:
-    """Return size(d) of each block, (blocks,): rms(d) √(fan_in + 1), over all layers of a block.
-
-    A bias counts by what it does to the layer's output, as an input of the size of the others would: inputs in
-    thousands must not leave all of a step to the bias.
-    """
-    out = norms * norms.new_tensor([unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)])
-    kron = [(i, b, b.own_columns) for i, b in enumerate(blocks) if isinstance(b, KroneckerBlock) and b.own_columns]
-    if kron:
-        biases = torch.stack(torch._foreach_norm([directions[i][..., -k:] for i, _, k in kron]))
-        weight = torch.stack([b.bias_scale().to(norms) for _, b, _ in kron])  # of a squared bias beside the inputs'
-        where = [i for i, _, _ in kron]
-        whole = norms[where].square()
-        kept = ((whole + (weight - 1) * biases.square()) / whole).clamp(min=0).sqrt().nan_to_num(0, 0, 0)
-        out[where] = out[where] * kept
-    for i, (b, d) in enumerate(zip(blocks, directions)):
-        if len(b.layers) > 1:
-            out[i] = joint_size(b, d)
-    return out
-
-
-def joint_size(block: Block, d: Tensor) -> Tensor:
-    assert isinstance(block, JointBlock)
-    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
-    return (torch.stack(squares).sum() / d.numel()).sqrt()
-
-
-def natural_sizes(blocks: Sequence[Block], tables: bool = False) -> dict[str, float]:
-    """Return W₀ of every matrix of the blocks, by name: the rms that PyTorch's layers start with.
-
-    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a decay.
-    """
-    return {
-        layer.weight.name: (3 * (layer.fan_in + 1)) ** -0.5
-        for block in blocks
-        for layer in block.layers
-        if layer.weight is not None and not layer.layout.elementwise and (tables or not layer.one_hot)
-    }
-
-
-def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
-    """Keep what `NormalisedStep.cosines` are made of."""
-    sizes = zip(torch._foreach_norm(list(grads)), torch._foreach_norm(list(directions)))
-    for s, g, d, (size_g, size_d) in zip(states, grads, directions, sizes):
-        s.seen = (dot(g, d), size_g, size_d)
-
-
-def unit(layer: Any) -> float:
-    """An update of rms η / unit is a natural size for this layer."""
-    if layer.weight is None or layer.layout.elementwise:
-        return 1 / VECTOR_SHARE
-    return (layer.fan_in + 1) ** 0.5

@@ -12,8 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any
 
 import torch
@@ -23,8 +21,11 @@ from natgrad.capture.compile import go_on_in_python
 from natgrad.distributed.ddp import warn_alone
 from natgrad.distributed.strategy import Strategy
 from natgrad.metric.metric import Metric, Vector
+from natgrad.optim import skips
+from natgrad.optim.groups import check_decay, check_keys, check_options, check_state, split_groups
 from natgrad.optim.interrupts import uninterrupted
 from natgrad.optim.registry import default_rule
+from natgrad.optim.skips import Skips, all_finite
 from natgrad.optim.step_rule import Along, Options, StepContext, StepRule
 from natgrad.optim.weight_average import WeightAverage
 
@@ -32,9 +33,7 @@ GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
 KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
-GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
 FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
-PATIENCE = 100  # steps in a row with a gradient that is not finite before training is given up
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -204,7 +203,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self.refreshed = False
             return
         self._advance()
-        on_host = free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
+        on_host = skips.free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         context = StepContext(options, self.refreshed)
@@ -381,19 +380,7 @@ class NaturalGradient(torch.optim.Optimizer):
             ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule; nothing has
                 changed then.
         """
-        mine = state_dict.get("natgrad")
-        if mine is None:
-            raise ValueError(f"this is no NaturalGradient state: it has the keys {list(state_dict)} but not 'natgrad'")
-        if mine["rule"] != type(self.rule).__name__:
-            raise ValueError(
-                f"the state is of the step rule {mine['rule']}, this optimizer has {type(self.rule).__name__}"
-            )
-        sizes, theirs = ([len(g["params"]) for g in d["param_groups"]] for d in (self.__dict__, state_dict))
-        if sizes != theirs:
-            raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
-        if (mine["average"] is None) != (self._average is None):
-            here, there = ("none", "one") if self._average is None else ("one", "none")
-            raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
+        mine = check_state(state_dict, self.param_groups, type(self.rule).__name__, self._average is not None)
         with uninterrupted():
             self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
             self.metric.discard_pending()
@@ -409,124 +396,3 @@ class NaturalGradient(torch.optim.Optimizer):
             self.steps, self.refreshes = mine["steps"], mine["refreshes"]
             self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
             self.metric.expect(self.refresh_due)
-
-
-class Skips:
-    """Steps whose gradient is not finite: skipped on the host where that costs nothing, else masked and counted
-    later.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.in_a_row = 0
-        self._unread: Tensor | None = None  # bad steps on the device since the count was last read
-        self._run: Tensor | None = None  # and those in a row up to now
-
-    def count(self, fine: Tensor, read: bool) -> bool:
-        """Whether this step is known to be bad. `read`: the device may be waited for."""
-        if free_to_read(fine):
-            skipped = not bool(fine.numpy())
-            return self._seen(int(skipped), self.in_a_row + 1 if skipped else 0)
-        bad = (~fine).to(torch.int32)
-        self._unread = bad if self._unread is None else self._unread + bad
-        self._run = bad if self._run is None else (self._run + bad) * bad
-        if not read:
-            return False
-        behind, in_a_row, self._unread = int(self._unread), int(self._run), None
-        self._seen(behind, in_a_row)
-        return in_a_row > 0
-
-    def _seen(self, bad: int, in_a_row: int) -> bool:
-        self.in_a_row = in_a_row
-        if not bad:
-            return False
-        if not self.total:
-            warnings.warn(
-                "the gradient holds NaN or Inf: the step is skipped and the parameters stay as they are. Further skips "
-                "are counted in opt.info['skipped'] without a warning",
-                stacklevel=6,
-            )
-        self.total += bad
-        if self.in_a_row >= PATIENCE:
-            raise FloatingPointError(
-                f"the gradient held NaN or Inf for {self.in_a_row} steps in a row; lower lr or look for the "
-                f"first batch "
-                "that gives it (torch.autograd.set_detect_anomaly)"
-            )
-        return True
-
-
-def free_to_read(t: Tensor) -> bool:
-    """Whether a value can be read without waiting for a device: on the host the memory is ours."""
-    return t.device.type == "cpu"
-
-
-def all_finite(df: Mapping[str, Tensor]) -> Tensor:
-    """Whether every norm is finite, a scalar tensor.
-
-    A norm takes one pass and no temporaries; where it overflows and no entry does, the gradient is as useless.
-    """
-    return torch.isfinite(torch.stack(torch._foreach_norm(list(df.values())))).all()
-
-
-def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups from names and patterns; parameters that none names come first.
-
-    Raises:
-        ValueError: a group names no parameter, or one that another group has.
-    """
-    left = dict(parameters)
-    found = []
-    for group in groups:
-        check_keys(group)
-        wanted = group["params"]
-        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-        names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
-        taken = [n for n in names if n not in left]
-        if not names or taken:
-            why = f"{taken} are in another group already" if taken else f"no parameter matches {patterns}"
-            raise ValueError(f"parameter group {dict(group)}: {why}; there are {list(parameters)}")
-        found.append({**group, "params": [left.pop(n) for n in names]})
-    return [{"params": list(left.values())}, *found] if left else found
-
-
-def check_keys(group: Any) -> None:
-    """Raise an error for a parameter group that is none, or that has a key which would be passed over."""
-    if not isinstance(group, Mapping):
-        raise TypeError(
-            f'a parameter group is a dictionary {{"params": names or patterns, "lr": …}}, got {type(group).__name__}'
-        )
-    unknown = [k for k in group if k not in GROUP_KEYS]
-    if unknown or "params" not in group:
-        said = f"has unknown keys {unknown}" if unknown else "has no 'params'"
-        raise ValueError(f"a parameter group {said}; supported are {', '.join(map(repr, GROUP_KEYS))}")
-
-
-def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
-    """Raise an error for an option that is no number or out of range."""
-    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "lr": (lambda v: v >= 0, "at least 0"),
-        "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-        "damping": (lambda v: v > 0 or (v == 0 and positive_definite), "positive"),
-        "weight_decay": (lambda v: v >= 0, "at least 0"),
-    }
-    for name, (fits, words) in ranges.items():
-        value = values[name]
-        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-        if isinstance(value, bool) or not (one or isinstance(value, Real)):
-            raise TypeError(
-                f"{name} must be a number, {words} and finite, got {value!r}; leave it out to take the default"
-            )
-        if not (float(value) < float("inf") and fits(float(value))):
-            raise ValueError(f"{name} must be {words} and finite, got {value!r}")
-
-
-def check_decay(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a step would take the weights to zero and beyond."""
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-    if lr * weight_decay >= 1:
-        raise ValueError(
-            f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "
-            "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
-            "reaches"
-        )

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from natgrad.metric.metric import Metric
+from natgrad.optim.fixed import FixedStep
+from natgrad.optim.grafted import Grafted
+from natgrad.optim.kl_trust_region import KLTrustRegion
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.line_search import GridSearch
-from natgrad.optim.model_steps import LevenbergMarquardt, Spring, TrustRegion
 from natgrad.optim.normalised import NormalisedStep
-from natgrad.optim.rules import Grafted, KLTrustRegion
-from natgrad.optim.step_rule import FixedStep, StepRule
+from natgrad.optim.spring import Spring
+from natgrad.optim.step_rule import StepRule
+from natgrad.optim.trust_region import TrustRegion
 
 RULES: Mapping[str, Callable[..., StepRule]] = {
     "normalised": NormalisedStep,

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import natgrad as ng
-from natgrad.optim.rules import KLTrustRegion
+from natgrad.optim.kl_trust_region import KLTrustRegion
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, data, steps_with_failures
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe
-from natgrad.fisher.likelihoods.base import Reading, read
+from natgrad.fisher.likelihoods.base import Reading
+from natgrad.fisher.likelihoods.registry import read
 
 
 class Heads(Reading):

@@ -1,0 +1,70 @@
+"""Op rules: every covered op is a stack of linear maps.
+
+A rule says of one call of an op which tensors are its weight and bias, what its input is, and by which `View` input and
+output gradient become rows,
+
+    out[n, p, k, :] = W[k] @ a[n, p, k, :].
+
+A linear layer has one group k, a grouped convolution its groups, and an elementwise scale or offset as many groups as
+elements with d_out = d_in = 1. A bias is one more column of W whose input is 1 (the homogeneous coordinate). The
+gradient of datum n is Σ_p g[n, p, k, :] a[n, p, k, :]ᵀ, whatever the op.
+
+A new op is one function under ``@op_rule(F.x)``, in a file of this folder or of yours. A rule is called with `own`
+(whether a tensor is a parameter of the metric, or a slice, cast or transpose of one), the op's output and its
+arguments. It returns None where the call is not of the form. A use that no rule describes is found by the coverage
+walk of `natgrad.capture.tape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.views import View
+
+Own = Callable[[Any], bool]
+
+
+@dataclass
+class Parsed:
+    """What a rule says of one call."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    x: Tensor
+    view: View
+    others: Sequence[Any] = ()  # further arguments that the output's graph leads to
+    needs_data: bool = False  # the call counts only where a dimension besides the parameter's own may count data
+
+
+Rule = Callable[..., "Parsed | None"]
+RULES: dict[Any, Rule] = {}  # of every covered op; filled by `op_rule`
+
+# ops that overwrite their first argument: it is kept as it was before
+IN_PLACE = (torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_)
+
+
+def op_rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Let a function be the rule of these torch functions.
+
+    Raises:
+        ValueError: one of them has a rule already.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for op in ops:
+            if op in RULES:
+                raise ValueError(f"{op_name(op)} has a rule already, {RULES[op].__name__}")
+            RULES[op] = rule
+        return rule
+
+    return register
+
+
+def op_name(func: Any) -> str:
+    """Return what an op is called in tables and messages."""
+    return getattr(func, "__name__", str(func)).strip("_")

@@ -1,0 +1,94 @@
+"""Cross-entropy, and −log p of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad._tree import Tensors
+from natgrad.fisher.likelihoods.base import Reading, Root
+
+
+class CrossEntropy(Reading):
+    """`nn.CrossEntropyLoss`: outputs (C,), (N, C) or (N, C, d1, …); labels or class probabilities."""
+
+    def why_targets(self) -> str | None:
+        c = self.criterion
+        if c.weight is not None:
+            return "`weight` depends on the labels"
+        return None if c.ignore_index == -100 else f"`ignore_index={c.ignore_index}` depends on the labels"
+
+    def unbatched(self, outputs: Tensors) -> bool:
+        return outputs[0].dim() == 1
+
+    def rows(self, f: Tensor) -> Tensor:
+        """(N, C, d1, …) → (N·d1·…, C)"""
+        return f.reshape(1, -1) if f.dim() == 1 else f.movedim(1, -1).reshape(-1, f.shape[1])
+
+    def like(self, rows: Tensor, f: Tensor) -> Tensor:
+        """(N·d1·…, C) → (N, C, d1, …)"""
+        return (
+            rows.reshape(f.shape) if f.dim() == 1 else rows.reshape(f.shape[0], *f.shape[2:], f.shape[1]).movedim(-1, 1)
+        )
+
+    def factors(self, f: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """(c, m) of each row."""
+        rows, classes = f.numel() // self.classes(f), self.classes(f)
+        one = f.new_ones(rows)
+        if targets is None:
+            return one, one
+        weight, eps = self.criterion.weight, getattr(self.criterion, "label_smoothing", 0.0)
+        w = f.new_ones(classes) if weight is None else weight.to(f)
+        if targets.is_floating_point():
+            return (1 - eps) * (self.rows(targets) * w).sum(1) + eps / classes * w.sum(), one
+        y = targets.reshape(-1)
+        valid = (y != self.criterion.ignore_index).to(f)
+        mass = w[y.clamp(0, classes - 1)] * valid
+        return (1 - eps) * mass + eps / classes * w.sum() * valid, mass
+
+    def classes(self, f: Tensor) -> int:
+        return f.shape[0] if f.dim() == 1 else f.shape[1]
+
+    def ignorance(self, outputs: Tensors) -> float | None:
+        return math.log(max(2, self.classes(outputs[0])))
+
+    def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
+        return self.factors(outputs[0], targets)[1]
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        p = self.rows(f).softmax(1)
+        # by the inverse of the distribution function: torch.multinomial takes as long as the model on a vocabulary
+        below = p.cumsum(1)
+        u = torch.rand(p.shape[0], 1, dtype=p.dtype, device=p.device, generator=generator) * below[:, -1:]
+        drawn = torch.searchsorted(below, u, right=True).clamp(max=p.shape[1] - 1)
+        c, _ = self.factors(f, targets)
+        score = self.score(p).scatter_add(1, drawn, -torch.ones_like(p[:, :1]))
+        return (self.like(score * c.sqrt()[:, None], f),)
+
+    def score(self, p: Tensor) -> Tensor:
+        """The part of the gradient of −log p_y that does not depend on y."""
+        return p
+
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+        (f,) = outputs
+        p = self.rows(f).softmax(1)
+        c, _ = self.factors(f, targets)
+        terms = self.like(torch.arange(p.shape[0], device=f.device)[:, None].expand_as(p), f)
+        out = []
+        for k in range(p.shape[1]):  # √(c p_k) (p − e_k)
+            v = self.score(p).clone()
+            v[:, k] -= 1
+            out.append(Root(outputs, (self.like(v * (c * p[:, k]).sqrt()[:, None], f),), (terms,)))
+        return out
+
+
+class NegativeLogLikelihood(CrossEntropy):
+    """`nn.NLLLoss`: the output is log p, and −log p_y has the score −e_y."""
+
+    def score(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(p)

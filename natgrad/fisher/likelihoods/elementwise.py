@@ -1,0 +1,92 @@
+"""Losses with a term for every entry of the output: squared, binary and Poisson."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad._tree import Tensors
+from natgrad.fisher.likelihoods.base import Reading, Root, counted, normal_like
+
+
+class Elementwise(Reading):
+    """Losses whose terms are the elements of one output, each with curvature c·h."""
+
+    def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        if isinstance(targets, Tensor) and targets.shape != output.shape:
+            raise ValueError("the shapes differ, and broadcasting them would make another loss")
+        return super().sum_loss(output, targets)
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        """c·h of each element."""
+        raise NotImplementedError
+
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+        (f,) = outputs
+        return [Root(outputs, (self.curvature(f, targets).sqrt(),), (counted(f),))]
+
+
+class Squared(Elementwise):
+    """`nn.MSELoss`: normal with variance ½."""
+
+    def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        (f,) = outputs
+        if not isinstance(targets, Tensor):
+            return None
+        # KL = (Δf)² / 2σ² where the loss changes by (Δf)²: one nat is 2σ² of it
+        twice = 2 * (f - targets.to(f)).square().sum()
+        return torch.stack([twice, torch.full_like(twice, f.numel())])
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        return torch.full_like(f, 2.0)
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        return (2**0.5 * normal_like(f, generator),)
+
+
+class BinaryCrossEntropy(Elementwise):
+    """`nn.BCEWithLogitsLoss`: c = weight · (1 + (pos_weight − 1) y), h = σ(1 − σ)."""
+
+    def ignorance(self, outputs: Tensors) -> float | None:
+        return math.log(2)
+
+    def why_targets(self) -> str | None:
+        return None if self.criterion.pos_weight is None else "`pos_weight` depends on the labels"
+
+    def c(self, f: Tensor, targets: Any) -> Tensor:
+        c = torch.ones_like(f)
+        if self.criterion.weight is not None:
+            c = c * self.criterion.weight
+        if self.criterion.pos_weight is not None:
+            c = c * (1 + (self.criterion.pos_weight - 1) * targets)
+        return c
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        p = f.sigmoid()
+        return self.c(f, targets) * p * (1 - p)
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        p = f.sigmoid()
+        return (self.c(f, targets).sqrt() * (p - torch.bernoulli(p, generator=generator)),)
+
+
+class PoissonCount(Elementwise):
+    """`nn.PoissonNLLLoss`: the output is log λ, or λ − eps where ``log_input=False``."""
+
+    def rate(self, f: Tensor) -> Tensor:
+        return f.exp() if self.criterion.log_input else (f + self.criterion.eps).clamp(min=0)
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        return self.rate(f) if self.criterion.log_input else 1 / self.rate(f)
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        rate = self.rate(f)
+        excess = rate - torch.poisson(rate, generator=generator)
+        return (excess if self.criterion.log_input else excess / rate,)

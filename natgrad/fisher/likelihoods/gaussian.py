@@ -1,0 +1,59 @@
+"""Normal noise of a variance that is given beside the mean."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad._tree import Tensors, describe
+from natgrad.fisher.likelihoods.base import Reading, Root, counted, normal_like
+
+
+class GaussianNoise(Reading):
+    """`nn.GaussianNLLLoss`: mean and variance, predicted or fixed; Fisher diag(1/σ², 1/(2σ⁴)) in (μ, σ²)."""
+
+    def split(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        given = {**dict(zip(("input", "target", "var"), args)), **kwargs}
+        return (given["input"], given["var"]), given.get("target")
+
+    def outputs(self, output: Any) -> Tensors:
+        if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[0], Tensor)):
+            raise ValueError(
+                f"GaussianNLLLoss takes a pair (mean, variance), but the output is {describe(output)}; "
+                "pass `output=` (a callable) that returns the pair"
+            )
+        mean, var = output
+        var = var if isinstance(var, Tensor) else torch.full_like(mean, float(var))
+        return mean, var
+
+    def variance(self, outputs: Tensors) -> Tensor:
+        """σ² in a shape that broadcasts against the mean."""
+        mean, var = outputs
+        var = var.unsqueeze(-1) if var.shape == mean.shape[:-1] and var.dim() < mean.dim() else var
+        return var.clamp(min=self.criterion.eps)
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        mean, var = outputs
+        v, eps = self.variance(outputs), normal_like(mean, generator)
+        score = (1 - eps.square()) / (2 * v)
+        return -eps / v.sqrt(), score.sum_to_size(v.shape).reshape(var.shape)
+
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+        mean, var = outputs
+        v = self.variance(outputs)
+        shared = mean.numel() / max(v.numel(), 1)  # elements of the mean that share one variance
+        spread = ((shared / 2) ** 0.5 / v).reshape(var.shape)
+        terms = (counted(mean), counted(var))
+        return [
+            Root(outputs, ((1 / v.sqrt()).expand_as(mean), torch.zeros_like(var)), terms),
+            Root(outputs, (torch.zeros_like(mean), spread), terms),
+        ]
+
+    def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        summed = copy.copy(self.criterion)
+        summed.reduction = "sum"
+        return summed.forward(output[0], targets, output[1])

@@ -1,0 +1,99 @@
+"""Parameter groups and their options, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
+
+
+def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups from names and patterns; parameters that none names come first.
+
+    Raises:
+        ValueError: a group names no parameter, or one that another group has.
+    """
+    left = dict(parameters)
+    found = []
+    for group in groups:
+        check_keys(group)
+        wanted = group["params"]
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
+        taken = [n for n in names if n not in left]
+        if not names or taken:
+            why = f"{taken} are in another group already" if taken else f"no parameter matches {patterns}"
+            raise ValueError(f"parameter group {dict(group)}: {why}; there are {list(parameters)}")
+        found.append({**group, "params": [left.pop(n) for n in names]})
+    return [{"params": list(left.values())}, *found] if left else found
+
+
+def check_keys(group: Any) -> None:
+    """Raise an error for a parameter group that is none, or that has a key which would be passed over."""
+    if not isinstance(group, Mapping):
+        raise TypeError(
+            f'a parameter group is a dictionary {{"params": names or patterns, "lr": …}}, got {type(group).__name__}'
+        )
+    unknown = [k for k in group if k not in GROUP_KEYS]
+    if unknown or "params" not in group:
+        said = f"has unknown keys {unknown}" if unknown else "has no 'params'"
+        raise ValueError(f"a parameter group {said}; supported are {', '.join(map(repr, GROUP_KEYS))}")
+
+
+def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
+    """Raise an error for an option that is no number or out of range."""
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
+        "lr": (lambda v: v >= 0, "at least 0"),
+        "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+        "damping": (lambda v: v > 0 or (v == 0 and positive_definite), "positive"),
+        "weight_decay": (lambda v: v >= 0, "at least 0"),
+    }
+    for name, (fits, words) in ranges.items():
+        value = values[name]
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if isinstance(value, bool) or not (one or isinstance(value, Real)):
+            raise TypeError(
+                f"{name} must be a number, {words} and finite, got {value!r}; leave it out to take the default"
+            )
+        if not (float(value) < float("inf") and fits(float(value))):
+            raise ValueError(f"{name} must be {words} and finite, got {value!r}")
+
+
+def check_decay(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a step would take the weights to zero and beyond."""
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if lr * weight_decay >= 1:
+        raise ValueError(
+            f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "
+            "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
+            "reaches"
+        )
+
+
+def check_state(state: Mapping[str, Any], groups: list[dict[str, Any]], rule: str, averages: bool) -> dict[str, Any]:
+    """Return natgrad's own part of an optimizer state.
+
+    Args:
+        groups: the parameter groups here; `rule`: the step rule's name; `averages`: whether weights are averaged.
+
+    Raises:
+        ValueError: it is no state of NaturalGradient, or of one with other groups, another rule or no such average.
+    """
+    mine: dict[str, Any] | None = state.get("natgrad")
+    if mine is None:
+        raise ValueError(f"this is no NaturalGradient state: it has the keys {list(state)} but not 'natgrad'")
+    if mine["rule"] != rule:
+        raise ValueError(f"the state is of the step rule {mine['rule']}, this optimizer has {rule}")
+    sizes, theirs = ([len(g["params"]) for g in part] for part in (groups, state["param_groups"]))
+    if sizes != theirs:
+        raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
+    if (mine["average"] is None) == averages:
+        here, there = ("one", "none") if averages else ("none", "one")
+        raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
+    return mine
