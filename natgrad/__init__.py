@@ -13,7 +13,13 @@ from natgrad.optim.exact_quadratic import ExactQuadratic
 from natgrad.optim.fixed import FixedStep
 from natgrad.optim.grafted import Grafted
 from natgrad.optim.kl_trust_region import KLTrustRegion
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.line_search import GridSearch
+from natgrad.optim.normalised import NormalisedStep
 from natgrad.optim.optimizer import NaturalGradient
+from natgrad.optim.spring import Spring
+from natgrad.optim.step_rule import StepContext, StepRule
+from natgrad.optim.trust_region import TrustRegion
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -25,11 +31,18 @@ __all__ = [
     "FixedStep",
     "GaussNewton",
     "Grafted",
+    "GridSearch",
     "Hessian",
     "KLTrustRegion",
+    "LevenbergMarquardt",
     "Likelihood",
     "Metric",
     "NaturalGradient",
+    "NormalisedStep",
     "QuantumGeometry",
+    "Spring",
+    "StepContext",
+    "StepRule",
+    "TrustRegion",
     "operators",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from natgrad.cli.app import main
+from natgrad.cli import main
 from natgrad.cli.training.launch import launched
 
 if __name__ == "__main__":
