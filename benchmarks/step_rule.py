@@ -100,9 +100,9 @@ VARIANTS: dict[str, Make] = {
     "no bound on the promise": with_constant(step_arithmetic, "PROMISE", 1e9, default),
     "steps that always grow with the weights": with_constant(normalised, "AGREE", -2.0, default),
     "steps that never do": with_constant(normalised, "AGREE", 2.0, default),
-    "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_SIDE", 200, default),
-    "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_SIDE", 400, default),
-    "sides whole": with_constant(kronecker_blocks, "TRAINING_SIDE", 4096, default),
+    "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 200, default),
+    "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 400, default),
+    "sides whole": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 4096, default),
     "half the learning rate": lambda model, criterion: natural(model, criterion, lr=0.05),
     "twice the learning rate": lambda model, criterion: natural(model, criterion, lr=0.2),
     "no weight decay": decayed(0.0),
@@ -114,7 +114,7 @@ CONSTANTS = (
     *((step_arithmetic, n) for n in ("WINDOW", "TURNED", "MEMORY_SHARE", "STRETCH", "NEWTON_SHARE", "NATS", "PROMISE")),
     (block_state, "SCALE_MEMORY"),
     (normalised, "AGREE"),
-    (kronecker_blocks, "TRAINING_SIDE"),
+    (kronecker_blocks, "TRAINING_FACTOR_DIM"),
 )
 
 

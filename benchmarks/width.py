@@ -30,12 +30,12 @@ def network(width: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
 
 
-def timed(width: int, max_side: int | None) -> tuple[float, float, float]:
+def timed(width: int, max_factor_dim: int | None) -> tuple[float, float, float]:
     """Forward and backward pass, natgrad's part of an ordinary step, and a whole step that refreshes: medians in ms."""
     torch.manual_seed(0)
     model, criterion = network(width), nn.CrossEntropyLoss()
     x, y = torch.randn(BATCH, INPUTS), torch.randint(CLASSES, (BATCH,))
-    opt = ng.NaturalGradient(ng.Fisher(model, criterion, max_side=max_side), refresh=REFRESH)
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, max_factor_dim=max_factor_dim), refresh=REFRESH)
     passes, ordinary, refreshes = [], [], []
     for _ in range(STEPS):
         opt.zero_grad()

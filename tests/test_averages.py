@@ -14,7 +14,7 @@ import natgrad as ng
 
 
 class Grouped(nn.Module):
-    """A grouped convolution, a linear layer longer than `max_side` = 4, and a norm."""
+    """A grouped convolution, a linear layer longer than `max_factor_dim` = 4, and a norm."""
 
     def __init__(self, dtype: torch.dtype = F64) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Grouped(nn.Module):
 
 
 def metric_of(model: nn.Module, **options: Any) -> ng.Fisher:
-    return ng.Fisher(model, nn.CrossEntropyLoss(), **{"kind": "exact", "max_side": 4, **options})
+    return ng.Fisher(model, nn.CrossEntropyLoss(), **{"kind": "exact", "max_factor_dim": 4, **options})
 
 
 @pytest.mark.parametrize("structure", ["kfac", "input", "block", "dense", "ekfac"])

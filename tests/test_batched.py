@@ -61,16 +61,16 @@ def test_what_goes_together_is_kept_once_and_stacked_once_for_the_same_inverses(
     metric = fisher(deep([6, 6, 6, 6, 3]))
     inverses = [b.relative_inverse(0.1) for b in metric.blocks]
     grads = gradients(metric)
-    products = batched.Products()
-    first = products.apply(inverses, grads)
+    per_example_gradients = batched.Products()
+    first = per_example_gradients.apply(inverses, grads)
     places = {i.u.untyped_storage().data_ptr() for i in inverses[:3]}
     assert len(places) == 1
-    monkeypatch.setattr(products, "_stack", lambda _: pytest.fail("stacked again"))
-    again = products.apply(inverses, grads)
+    monkeypatch.setattr(per_example_gradients, "_stack", lambda _: pytest.fail("stacked again"))
+    again = per_example_gradients.apply(inverses, grads)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     monkeypatch.undo()
     inverses[1] = metric.blocks[1].relative_inverse(1.0)
-    changed = products.apply(inverses, grads)
+    changed = per_example_gradients.apply(inverses, grads)
     assert not torch.allclose(changed[1], first[1])
     torch.testing.assert_close(changed[0], first[0])
 

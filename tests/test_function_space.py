@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
-from natgrad.function_space.jacobian import Rows, gram
-from natgrad.function_space.jacobian_metric import RootMetric
+from natgrad.function_space.jacobian import JacobianOperator, gram
+from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.solvers import Dense, Kernel, free_bytes
 from natgrad.operators import laplacian
 
@@ -110,7 +110,7 @@ def test_solvers_agree_with_a_dense_solve(problem, options, relative):
 def test_logdet_and_sample(problem, solver):
     net, data, _, jac = problem
     metric, _ = metric_of(net, data, solver=solver)
-    metric.rows = Rows.of(jac)  # the same rows, quicker to draw with
+    metric.rows = JacobianOperator.of(jac)  # the same rows, quicker to draw with
     shifted = jac.mT @ jac + 0.5 * torch.eye(jac.shape[1], dtype=torch.float64)
     torch.testing.assert_close(metric.logdet(0.5), torch.logdet(shifted))
     generator = torch.Generator().manual_seed(0)
@@ -502,13 +502,13 @@ def test_relu_laplacian_warns():
 
 def test_rows_stack_and_gram():
     a, b = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    rows = Rows.stack([(1.0, Rows.of(a)), (0.25, Rows.of(b))])
+    rows = JacobianOperator.stack([(1.0, JacobianOperator.of(a)), (0.25, JacobianOperator.of(b))])
     full = torch.cat([a, 0.5 * b])
     torch.testing.assert_close(rows.matrix(), full)
     torch.testing.assert_close(rows.jvp(torch.ones(3).double()), full.sum(1))
     torch.testing.assert_close(rows.vjp(torch.ones(9).double()), full.sum(0))
     torch.testing.assert_close(gram(full), full @ full.mT)
-    metric = RootMetric({"w": nn.Parameter(torch.zeros(3, dtype=torch.float64))})
+    metric = JacobianMetric({"w": nn.Parameter(torch.zeros(3, dtype=torch.float64))})
     metric.rows = rows
     torch.testing.assert_close(metric.dense(), full.mT @ full)
 
@@ -523,15 +523,15 @@ def test_a_factor_takes_another_damping_without_the_rows(solver):
         passes.append(None)
         return iter([matrix])
 
-    rows = Rows(6, 9, chunks, matrix.mv, matrix.mT.mv, matrix)
+    rows = JacobianOperator(6, 9, chunks, matrix.mv, matrix.mT.mv, matrix)
     first = solver(rows, 1e-3)
     again = first.damped(1e-1)
     assert len(passes) == 1
-    torch.testing.assert_close(again.pull(c), solver(Rows.of(matrix), 1e-1).pull(c), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(first.pull(c), solver(Rows.of(matrix), 1e-3).pull(c), rtol=1e-10, atol=1e-12)
-    metric = RootMetric({"w": nn.Parameter(torch.zeros(9, dtype=torch.float64))}, solver.__name__.lower())
-    metric.rows = Rows.of(matrix)
+    torch.testing.assert_close(again.pull(c), solver(JacobianOperator.of(matrix), 1e-1).pull(c), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(first.pull(c), solver(JacobianOperator.of(matrix), 1e-3).pull(c), rtol=1e-10, atol=1e-12)
+    metric = JacobianMetric({"w": nn.Parameter(torch.zeros(9, dtype=torch.float64))}, solver.__name__.lower())
+    metric.rows = JacobianOperator.of(matrix)
     for damping in (1e-3, 1e-1, 1e-2):  # more, and less again
         torch.testing.assert_close(
-            metric.factor(damping).pull(c), solver(Rows.of(matrix), damping).pull(c), rtol=1e-10, atol=1e-12
+            metric.factor(damping).pull(c), solver(JacobianOperator.of(matrix), damping).pull(c), rtol=1e-10, atol=1e-12
         )

@@ -456,7 +456,7 @@ def test_excess_is_what_the_relative_inverse_has_too_much(structure: str, close:
     metric.update(torch.randn(40, 3).double(), torch.randn(40, 2).double() * 5)
     (block,) = metric.blocks
     g = torch.randn(block.pack({n: p.detach() for n, p in model.named_parameters()}).shape).double()
-    close(block.relative_inverse(1e-26).apply(g), block.excess() * block.inverse(1e-24).apply(g), 1e-8)
+    close(block.relative_inverse(1e-26).apply(g), block.newton_scale() * block.inverse(1e-24).apply(g), 1e-8)
 
 
 def test_the_empirical_kind_has_no_newton_step() -> None:
@@ -481,7 +481,7 @@ def test_no_curvature_has_no_newton_step(structure: str) -> None:
     metric = ng.Fisher(model, nn.MSELoss(), kind="empirical", structure=structure)
     metric.update(X, model(X).detach())  # no residual, no gradient
     (block,) = metric.blocks
-    assert float(block.excess()) == 0
+    assert float(block.newton_scale()) == 0
 
 
 def state_and_block() -> tuple[BlockState, Block]:
@@ -495,17 +495,17 @@ def test_an_excess_that_is_not_finite_counts_as_none(
     monkeypatch: pytest.MonkeyPatch, value: float, taken: float
 ) -> None:
     state, block = state_and_block()
-    monkeypatch.setattr(block, "excess", lambda: torch.tensor(value))
+    monkeypatch.setattr(block, "newton_scale", lambda: torch.tensor(value))
     assert float(state.rescale(block)) == taken
 
 
 def test_the_scale_of_the_newton_step_rises_at_once_and_falls_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     state, block = state_and_block()
     values = iter([2.0, 0.0, 1.0, 5.0, 4.9, math.nan])
-    monkeypatch.setattr(block, "excess", lambda: torch.tensor(next(values)).double())
+    monkeypatch.setattr(block, "newton_scale", lambda: torch.tensor(next(values)).double())
     found = [float(state.rescale(block)) for _ in range(6)]
     assert found == pytest.approx([2.0, 2 * 0.97, 2 * 0.97**2, 5.0, 4.9, 4.9 * 0.97])
-    assert float(BlockState.restored(state.state_dict()).excess) == found[-1]
+    assert float(BlockState.restored(state.state_dict()).newton_scale) == found[-1]
 
 
 def test_scales_are_taken_once_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,17 +621,17 @@ def test_the_bound_on_predictions_does_not_depend_on_units_or_reduction(close: C
     """Targets and loss in other units, a sum for a mean: the same steps, of a model that can take them over."""
     y = X @ torch.randn(3, 2).double() + torch.randn(8, 2).double()
     ends, nats = [], []
-    for unit, reduction in ((1.0, "mean"), (1e3, "mean"), (1.0, "sum")):
+    for update_unit, reduction in ((1.0, "mean"), (1e3, "mean"), (1.0, "sum")):
         torch.manual_seed(1)
         model, criterion = nn.Linear(3, 2, bias=False).double(), nn.MSELoss(reduction=reduction)
         with torch.no_grad():
-            model.weight.mul_(unit)
+            model.weight.mul_(update_unit)
         opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"))
         for _ in range(40):
             opt.zero_grad()
-            criterion(model(X), unit * y).backward()
+            criterion(model(X), update_unit * y).backward()
             opt.step()
-        ends.append(flat(model) / unit)
+        ends.append(flat(model) / update_unit)
         nats.append(opt.info["predicted_nats"])
     for end, found in zip(ends[1:], nats[1:]):
         close(end, ends[0], 1e-9)
@@ -655,13 +655,13 @@ def test_a_regression_ends_at_its_solution(batch: int | None) -> None:
     assert float(criterion(model(x), y).detach()) < 1e-10
 
 
-@pytest.mark.parametrize("unit", [1e3, 1e-3])
+@pytest.mark.parametrize("update_unit", [1e3, 1e-3])
 @pytest.mark.parametrize("what", ["inputs", "targets", "both"])
-def test_a_regression_in_raw_units_ends_at_its_solution(what: str, unit: float) -> None:
+def test_a_regression_in_raw_units_ends_at_its_solution(what: str, update_unit: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 5).double()
     y = x @ torch.randn(5, 1).double() + 1.0
-    x, y = (t * unit if what in (name, "both") else t for name, t in (("inputs", x), ("targets", y)))
+    x, y = (t * update_unit if what in (name, "both") else t for name, t in (("inputs", x), ("targets", y)))
     model, criterion = nn.Linear(5, 1).double(), nn.MSELoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion))
     for _ in range(600):

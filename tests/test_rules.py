@@ -13,7 +13,7 @@ from training_cases import Scaled, batches, classifier, natural, train, weights
 import natgrad as ng
 from natgrad.optim import normalised, step_arithmetic
 from natgrad.optim.exact_quadratic import Linearised
-from natgrad.optim.fixed import Descent
+from natgrad.optim.fixed import PreconditionedGradient
 
 # raised inside torch where forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -108,7 +108,7 @@ def test_the_direction_needs_one_damping() -> None:
     opt = natural(model, step=ng.FixedStep(), groups=[{"params": "2.*", "damping": 0.5}])
     with pytest.raises(ValueError, match="one damping for all parameter groups"):
         train(model, opt, batches(1))
-    assert Descent().state_dict() == {"buffer": {}, "adam": {}}
+    assert PreconditionedGradient().state_dict() == {"buffer": {}, "adam": {}}
 
 
 # quadratic model -------------------------------------------------------------------------------------------------

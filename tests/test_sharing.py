@@ -209,7 +209,7 @@ def test_tied_embedding_and_head(transposed, bias):
 
 
 def test_large_sides_become_diagonal(monkeypatch):
-    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_SIDE", 4)
+    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_FACTOR_DIM", 4)
     model = Tied(6, False, False).double()
     ids, y, loss = torch.randint(0, 6, (4, 3)), torch.randint(0, 6, (12,)), nn.CrossEntropyLoss()
     found = fisher(model, ids, y, loss, structure="kfac")

@@ -138,14 +138,16 @@ def data() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def metric_of(structure: Any, max_side: Any, groups: int = 1, one_batch: bool = False) -> ng.Fisher:
-    metric = ng.Fisher(Net(groups).double(), CRITERION, kind="exact", structure=structure, max_side=max_side)
+def metric_of(structure: Any, max_factor_dim: Any, groups: int = 1, one_batch: bool = False) -> ng.Fisher:
+    metric = ng.Fisher(
+        Net(groups).double(), CRITERION, kind="exact", structure=structure, max_factor_dim=max_factor_dim
+    )
     for x, y in [oracle.together(data())] if one_batch else data():
         metric.update(x, y)
     return metric
 
 
-def expected(structure: str, max_side: int | None, groups: int = 1) -> Tensor:
+def expected(structure: str, max_factor_dim: int | None, groups: int = 1) -> Tensor:
     """The metric, dense, from torch alone: factors by loops, zeros off their pieces, and `torch.kron`."""
     model = Net(groups).double()
     theta = oracle.flatten(oracle.trainable(model))
@@ -161,7 +163,7 @@ def expected(structure: str, max_side: int | None, groups: int = 1) -> Tensor:
             first = at + torch.arange(weight).reshape(len(u), out_d, in_d - 1)[k]
             last = at + weight + torch.arange(bias).reshape(len(u), out_d, 1)[k]
             where = torch.cat([first, last], dim=1).flatten()
-            masked_u, masked_v = u[k] * mask(out_d, max_side), v[k] * mask(in_d, max_side)
+            masked_u, masked_v = u[k] * mask(out_d, max_factor_dim), v[k] * mask(in_d, max_factor_dim)
             if structure == "input":
                 mean = u.diagonal(dim1=-2, dim2=-1)[k].mean()
                 masked_u = torch.eye(out_d, dtype=torch.float64) * mean
@@ -179,10 +181,12 @@ CASES = [("kfac", 1), ("kfac", 2), ("input", 1), ("ekfac", 1)]
 
 
 @pytest.mark.parametrize(("structure", "groups"), CASES)
-@pytest.mark.parametrize("max_side", [None, 1, 3, 4, 6, 10])
-def test_the_metric_is_the_masked_product(structure: str, groups: int, max_side: int | None, close: Close) -> None:
-    metric = metric_of(structure, max_side, groups, one_batch=structure == "ekfac")
-    dense = expected(structure, max_side, groups)
+@pytest.mark.parametrize("max_factor_dim", [None, 1, 3, 4, 6, 10])
+def test_the_metric_is_the_masked_product(
+    structure: str, groups: int, max_factor_dim: int | None, close: Close
+) -> None:
+    metric = metric_of(structure, max_factor_dim, groups, one_batch=structure == "ekfac")
+    dense = expected(structure, max_factor_dim, groups)
     close(metric.dense(), dense, 1e-9)
     v = {n: torch.randn(p.shape, dtype=torch.float64) for n, p in metric.parameters.items()}
     w = {n: torch.randn(p.shape, dtype=torch.float64) for n, p in metric.parameters.items()}
@@ -237,7 +241,7 @@ def test_factors_are_matrices_with_zeros(close: Close, monkeypatch: pytest.Monke
             close(found, full * mask(len(full), 4), 1e-14)
     sizes = {n: split.coverage()[f"{n}.weight"].sizes for n in ("conv", "hidden", "head")}
     assert sizes == {"conv": "(2·4² + 2²) ⊗ 3·3²", "hidden": "(4² + 3²) ⊗ (2·4² + 3²)", "head": "(3² + 2²) ⊗ 2·4²"}
-    monkeypatch.setattr("natgrad.fisher.block_metric.FULL_SIDE", 8)  # longer ones are shown as they are kept
+    monkeypatch.setattr("natgrad.fisher.block_metric.FULL_FACTOR_DIM", 8)  # longer ones are shown as they are kept
     u, v = split.factors("hidden.weight")
     assert (u.shape, v.shape) == ((7, 7), (4, 11))
     assert metric_of("kfac", 1).factors("hidden.weight")[1].shape == (11,)
@@ -253,8 +257,8 @@ def test_limits_by_name() -> None:
 def test_a_state_of_another_format_is_refused() -> None:
     state = metric_of("kfac", 4).state_dict()
     about = {**json.loads(state["about"]), "format": 4}
-    again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_side=4)
-    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 10"):
+    again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_factor_dim=4)
+    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 11"):
         again.load_state_dict({**state, "about": json.dumps(about)})
 
 
@@ -263,7 +267,7 @@ def test_a_limit_that_no_side_reaches_changes_nothing() -> None:
 
 
 def test_a_limit_rules_over_the_diagonal_of_long_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_SIDE", 6)
+    monkeypatch.setattr("natgrad.blocks.kronecker.FULL_FACTOR_DIM", 6)
     assert metric_of("kfac", None).coverage()["hidden.weight"].sizes == "diag 7 ⊗ diag 11"
     assert metric_of("kfac", 11).coverage()["hidden.weight"].sizes == "7² ⊗ 11²"
 
@@ -278,7 +282,7 @@ def test_the_side_of_a_table_stays_diagonal() -> None:
     """Its rows are unit vectors."""
     model, x, y = table()
     for structure in ("kfac", "ekfac", "input"):
-        found = ng.Fisher(model, CRITERION, kind="exact", structure=structure, max_side=3)
+        found = ng.Fisher(model, CRITERION, kind="exact", structure=structure, max_factor_dim=3)
         found.update(x, y)
         assert "⊗ diag 7" in found.coverage()["0.weight"].sizes
 
@@ -286,8 +290,8 @@ def test_the_side_of_a_table_stays_diagonal() -> None:
 def test_a_table_averaged_over_positions_goes_in_pieces(close: Close) -> None:
     model, x, y = table()
     options: dict[str, Any] = {"kind": "exact", "sharing": "reduce"}
-    split, whole = (ng.Fisher(model, CRITERION, structure="kfac", max_side=m, **options) for m in (3, None))
-    turned = ng.Fisher(model, CRITERION, structure="ekfac", max_side=3, **options)
+    split, whole = (ng.Fisher(model, CRITERION, structure="kfac", max_factor_dim=m, **options) for m in (3, None))
+    turned = ng.Fisher(model, CRITERION, structure="ekfac", max_factor_dim=3, **options)
     for metric in (split, whole, turned):
         metric.update(x, y)
     for found, full in zip(split.factors("0.weight"), whole.factors("0.weight")):
@@ -311,7 +315,9 @@ class Tied(nn.Module):
 
 def test_tied_weights_in_pieces(close: Close) -> None:
     ids, y = torch.randint(0, 7, (20, 2)), torch.randint(0, 7, (20,))
-    split, whole = (ng.Fisher(Tied().double(), nn.CrossEntropyLoss(), kind="exact", max_side=m) for m in (3, None))
+    split, whole = (
+        ng.Fisher(Tied().double(), nn.CrossEntropyLoss(), kind="exact", max_factor_dim=m) for m in (3, None)
+    )
     for metric in (split, whole):
         metric.update(ids, y)
     for found, full in zip(split.factors("embed.weight"), whole.factors("embed.weight")):
@@ -325,7 +331,7 @@ def test_a_damped_step_is_that_of_the_masked_factors(structure: str, close: Clos
     for block in metric.blocks:
         x = torch.randn(block.matrix_shape, dtype=torch.float64)
         found = block.relative_inverse(0.09).apply(x)
-        shared = block.relative_inverse(0.09, [job.compute() for job in block.relative_jobs(0.09)]).apply(x)
+        shared = block.relative_inverse(0.09, [job.compute() for job in block.factor_jobs(0.09)]).apply(x)
         if structure == "ekfac":
             dense = block.flat(torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)).reshape(x.numel(), -1)
             mean = dense.trace() / len(dense)
@@ -344,7 +350,7 @@ def test_a_damped_step_is_that_of_the_masked_factors(structure: str, close: Clos
 
 def test_every_piece_is_a_job_of_its_own() -> None:
     (conv, hidden, head) = metric_of("kfac", 4).blocks
-    costs = [[job.cost for job in b.relative_jobs(0.1)] for b in (conv, hidden, head)]
+    costs = [[job.cost for job in b.factor_jobs(0.1)] for b in (conv, hidden, head)]
     assert costs == [[64, 64, 8, 27, 27, 27], [64, 27, 64, 64, 27], [27, 8, 64, 64]]
 
 
@@ -365,7 +371,7 @@ def test_long_pieces_are_inverted_too(dtype: torch.dtype) -> None:
 def test_files_give_the_metric_back(structure: str, tmp_path: Path) -> None:
     metric = metric_of(structure, 4)
     metric.save(tmp_path / "metric.safetensors")
-    again = ng.Fisher(Net().double(), CRITERION, kind="exact", structure=structure, max_side=4)
+    again = ng.Fisher(Net().double(), CRITERION, kind="exact", structure=structure, max_factor_dim=4)
     again.load(tmp_path / "metric.safetensors")
     assert torch.equal(again.dense(), metric.dense())
     x, y = data()[0]
@@ -373,8 +379,8 @@ def test_files_give_the_metric_back(structure: str, tmp_path: Path) -> None:
         m.update(x, y)
     assert torch.equal(again.dense(), metric.dense())
     for other in (None, 3):
-        stranger = ng.Fisher(Net().double(), CRITERION, kind="exact", structure=structure, max_side=other)
-        with pytest.raises(ValueError, match=rf"the max_side of conv.weight is {other} here and 4 in the state"):
+        stranger = ng.Fisher(Net().double(), CRITERION, kind="exact", structure=structure, max_factor_dim=other)
+        with pytest.raises(ValueError, match=rf"the max_factor_dim of conv.weight is {other} here and 4 in the state"):
             stranger.load(tmp_path / "metric.safetensors")
 
 
@@ -398,7 +404,7 @@ def test_spectra_are_read_from_files(structure: str, tmp_path: Path, close: Clos
 def test_resume_continues_bit_for_bit(structure: str, stop: int) -> None:
     def build() -> tuple[nn.Module, ng.NaturalGradient]:
         model = classifier()
-        metric = ng.Fisher(model, nn.CrossEntropyLoss(), structure=structure, max_side=4)  # draws labels
+        metric = ng.Fisher(model, nn.CrossEntropyLoss(), structure=structure, max_factor_dim=4)  # draws labels
         return model, ng.NaturalGradient(metric)
 
     steps = list(batches(40))
@@ -416,30 +422,32 @@ def test_resume_continues_bit_for_bit(structure: str, stop: int) -> None:
 
 @pytest.mark.parametrize("given", [0, -3, 2.5, "512", True, torch.tensor(4), {"head.*": 0}])
 def test_a_limit_that_is_no_number_of_rows_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"max_side must be a whole number of at least 1 .*, None, or .*, got") as said:
-        ng.Fisher(Net(), CRITERION, max_side=given)
+    with pytest.raises(
+        ValueError, match=r"max_factor_dim must be a whole number of at least 1 .*, None, or .*, got"
+    ) as said:
+        ng.Fisher(Net(), CRITERION, max_factor_dim=given)
     assert repr(given["head.*"] if isinstance(given, dict) else given) in str(said.value)
 
 
 def test_a_pattern_without_a_parameter_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"max_side: no trainable parameter matches 'tail.\*'; there are \['conv.weight'"
+        ValueError, match=r"max_factor_dim: no trainable parameter matches 'tail.\*'; there are \['conv.weight'"
     ):
-        ng.Fisher(Net(), CRITERION, max_side={"tail.*": 2})
+        ng.Fisher(Net(), CRITERION, max_factor_dim={"tail.*": 2})
 
 
 # while an optimizer drives --------------------------------------------------------------------------------------
 
 
-def driven(max_side: int | None = None, structure: str = "kfac") -> tuple[nn.Module, ng.NaturalGradient]:
+def driven(max_factor_dim: int | None = None, structure: str = "kfac") -> tuple[nn.Module, ng.NaturalGradient]:
     model = classifier()
-    metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", structure=structure, max_side=max_side)
+    metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", structure=structure, max_factor_dim=max_factor_dim)
     return model, ng.NaturalGradient(metric)
 
 
 def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by `max_side`, where the user gave none; a metric by itself keeps them whole."""
-    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
+    """As by `max_factor_dim`, where the user gave none; a metric by itself keeps them whole."""
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_FACTOR_DIM", 3)
     data = list(batches(5))
     (found, opt), (expected, limited), (whole, unlimited) = driven(), driven(3), driven(4096)
     for model, o in ((found, opt), (expected, limited), (whole, unlimited)):
@@ -456,7 +464,7 @@ def test_long_sides_are_cut_while_an_optimizer_drives(monkeypatch: pytest.Monkey
 
 def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By a metric that no optimizer drives, too."""
-    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_FACTOR_DIM", 3)
     model, opt = driven()
     train(model, opt, list(batches(3)))
     opt.metric.save(tmp_path / "metric.safetensors")
@@ -467,7 +475,7 @@ def test_what_was_cut_in_training_is_loaded_as_it_was(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input"])
 def test_training_goes_on_with_what_was_cut(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_SIDE", 3)
+    monkeypatch.setattr("natgrad.blocks.kronecker.TRAINING_FACTOR_DIM", 3)
     data = list(batches(8))
     (model, opt), (again, resumed) = (driven(structure=structure) for _ in range(2))
     train(model, opt, data[:4])

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.capture.layers import Layer, Use
-from natgrad.capture.parameters import Piece
+from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg.inverse import Inverse
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
@@ -55,12 +55,12 @@ class Block:
         self.statistics: Statistics = {}
         self.version = 0  # rises whenever the statistics change
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
-        self.elsewhere = False  # the statistics are there, at the owner
+        self.is_remote = False  # the statistics are there, at the owner
         self._cache: dict[str, tuple[int, Any]] = {}
         self._inverse: tuple[int, float, Inverse] | None = None
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParameterSlice]:
         return [p for layer in self.layers for p in layer.pieces]
 
     @property
@@ -71,7 +71,7 @@ class Block:
     @property
     def known(self) -> bool:
         """Whether there are statistics, here or at the owner."""
-        return bool(self.statistics) or self.elsewhere
+        return bool(self.statistics) or self.is_remote
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +80,7 @@ class Block:
 
     # statistics
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         """Statistics of one set of cotangents; ``uses[i]`` are the calls of layer i, none where it was not used.
 
         `like`: a tensor of the dtype and device of the statistics.
@@ -89,13 +89,13 @@ class Block:
 
     # structures whose statistics need a basis that depends on the other statistics look at the data twice
 
-    looks_twice = False
+    two_pass = False
 
-    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
-        """Between the two looks. `settled`: what is new will be added to the statistics as they are now."""
+    def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
+        """Between the two looks. `added`: what is new will be added to the statistics as they are now."""
 
-    def observe_again(
-        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    def second_pass(
+        self, new: Statistics, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor
     ) -> None:
         """The second look at one set of cotangents."""
 
@@ -197,16 +197,16 @@ class Block:
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
 
-        `results`: of the `relative_jobs`, where they have been done elsewhere; None for one that is to be done here,
+        `results`: of the `factor_jobs`, where they have been done elsewhere; None for one that is to be done here,
         which only those may be that have a `Job.system`.
         """
         return self.inverse(self.relative_to_mean(damping))
 
-    def relative_jobs(self, damping: float) -> list[Job]:
+    def factor_jobs(self, damping: float) -> list[Job]:
         """The expensive parts of `relative_inverse`; none where it is cheap."""
         return []
 
-    def excess(self) -> Tensor:
+    def newton_scale(self) -> Tensor:
         """How many times the inverse of the curvature, scale and all, `relative_inverse` is, damping aside: a scalar, 1
         unless that inverts factors divided by their mean eigenvalues. 0 where the curvature is, which has no inverse.
         """
@@ -269,7 +269,7 @@ class JointBlock(Block):
     def dimension(self) -> int:
         return sum(self.widths)
 
-    def per_datum(self, uses: Sequence[Sequence[Use]], like: Tensor) -> Iterator[Tensor]:
+    def per_datum(self, uses: Sequence[Sequence[LayerIO]], like: Tensor) -> Iterator[Tensor]:
         """Chunks (data, P) of per-datum gradients."""
         data = next((u.data for calls in uses for u in calls), 0)
         if data == 0:  # no layer was used: the gradient is zero
@@ -282,8 +282,8 @@ class JointBlock(Block):
                 if not calls:
                     parts.append(like.new_zeros(length, width))
                     continue
-                total = calls[0].products(start, length)
+                total = calls[0].per_example_gradients(start, length)
                 for use in calls[1:]:
-                    total = total + use.products(start, length)
+                    total = total + use.per_example_gradients(start, length)
                 parts.append(total.flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -21,7 +21,7 @@ class BatchStatistics:
     statistics: list[tuple[Block, Statistics]]
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
-    elsewhere: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    is_remote: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats`, over all loss terms
     streams: Streams = field(default_factory=list)  # where its random numbers end
 

@@ -72,7 +72,7 @@ def stackable(inverse: Inverse) -> Hashable:
 
 def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Callable[[], Inverse] | None]:
     """For each block how to make its `relative_inverse` from what was factorised in a batch; None where nothing was."""
-    jobs = [block.relative_jobs(damping) for block, damping in zip(blocks, dampings)]
+    jobs = [block.factor_jobs(damping) for block, damping in zip(blocks, dampings)]
     flat = [(damping, job) for damping, mine in zip(dampings, jobs) for job in mine]
     done: dict[int, Tensor | None] = {}
     for members in alike((d, kind_of(job.like)) if job.system else None for d, job in flat):

@@ -13,7 +13,7 @@ from natgrad.blocks.dense import DenseBlock
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.structures import block_of
 from natgrad.capture.layers import Layers
-from natgrad.capture.tape import Call, Uncaptured
+from natgrad.capture.tape import LayerCall, Uncaptured
 
 TRAINING_ROWS = 1024  # rows of a call that enter a factor while an optimizer drives a sampled metric: at least these,
 # or as many as the larger side has, so that the moving average of a few refreshes has full rank
@@ -23,14 +23,14 @@ TRAINING_ROWS = 1024  # rows of a call that enter a factor while an optimizer dr
 class BlockCollection:
     """The layers of a model and their blocks.
 
-    ``structure_of``, ``sharing_of`` and ``max_side_of`` map a parameter name to its structure, its weight sharing and
-    the longest block that is kept of a Kronecker side, None for no limit.
+    ``structure_of``, ``sharing_of`` and ``max_factor_dim_of`` map a parameter name to its structure, its weight sharing
+    and the longest block that is kept of a Kronecker side, None for no limit.
     """
 
     parameters: dict[str, Tensor]
     structure_of: Callable[[str], str]
     sharing_of: Callable[[str], str]
-    max_side_of: Callable[[str], int | None]
+    max_factor_dim_of: Callable[[str], int | None]
     sampled: bool  # whether gradients are of drawn labels, so that some rows stand for all
     rows: torch.Generator  # which rows of a call enter a factor
     max_positions: int | None = None  # rows of a call that enter a factor
@@ -41,7 +41,7 @@ class BlockCollection:
     def __post_init__(self) -> None:
         self.layers = Layers({n: p.shape for n, p in self.parameters.items()})
 
-    def learn(self, calls: Sequence[Call]) -> list[Call]:
+    def learn(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Make blocks of layers that are used for the first time; return the calls, each of one layer."""
         fresh, calls = self.layers.learn(calls)
         for layer in fresh:
@@ -52,7 +52,7 @@ class BlockCollection:
                     joint.extend(layer)
                     continue
             name = layer.key.name
-            block = block_of(structure, [layer], self.sharing_of(name), self.max_side_of(name), self.trains)
+            block = block_of(structure, [layer], self.sharing_of(name), self.max_factor_dim_of(name), self.trains)
             self.set_up(block)
             self.blocks.append(block)
         return calls

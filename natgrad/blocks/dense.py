@@ -9,7 +9,7 @@ from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import Job, JointBlock
-from natgrad.capture.layers import Layer, Use
+from natgrad.capture.layers import Layer, LayerIO
 from natgrad.linalg.inverse import DenseInverse, Inverse
 from natgrad.linalg.kronecker import damped_inverse, safe_eigh
 
@@ -19,7 +19,7 @@ class DenseBlock(JointBlock):
 
     structure = "dense"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
         for rows in self.per_datum(uses, like):
             average.add(rows.mT @ rows, None, source)
@@ -61,7 +61,7 @@ class DenseBlock(JointBlock):
         (done,) = [None] if results is None else results
         return super().relative_inverse(damping) if done is None else DenseInverse(done)
 
-    def relative_jobs(self, damping: float) -> list[Job]:
+    def factor_jobs(self, damping: float) -> list[Job]:
         m = self.matrix
         return [Job(len(m) ** 3, m, lambda: damped_inverse(m, self.relative_to_mean(damping)))]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import JointBlock
-from natgrad.capture.layers import Use
+from natgrad.capture.layers import LayerIO
 from natgrad.linalg.inverse import DiagonalInverse, Inverse
 
 
@@ -17,7 +17,7 @@ class DiagonalBlock(JointBlock):
 
     structure = "diagonal"
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
         for rows in self.per_datum(uses, like):
             average.add(rows.square().sum(0), None, source)

@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.capture.layers import Layer, Use
+from natgrad.capture.layers import Layer, LayerIO
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
 from natgrad.linalg.kronecker import eigen_of
@@ -25,20 +25,20 @@ class EigenvalueBlock(KroneckerBlock):
     """S in the eigenbases of U and V."""
 
     structure = "ekfac"
-    looks_twice = True
+    two_pass = True
 
     def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
     ) -> None:
-        super().__init__(layers, sharing, max_side, trains)
+        super().__init__(layers, sharing, max_factor_dim, trains)
         self.needs_data = True
 
-    def between_looks(self, new: Statistics, settled: bool, plain: bool) -> None:
+    def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
         if not new:
             return
-        if settled or not self.statistics:
-            twin = EigenvalueBlock(self.layers, self.sharing, self.max_side, self.trains)
+        if added or not self.statistics:
+            twin = EigenvalueBlock(self.layers, self.sharing, self.max_factor_dim, self.trains)
             factors = [{k: a for k, a in s.items() if k in ("U", "V", "U′", "V′")} for s in (self.statistics, new)]
             twin.statistics = self.merged([s for s in factors if s], plain)
             bases = [eigen_of(side)[1] for side in (twin.u, twin.v)]
@@ -48,8 +48,8 @@ class EigenvalueBlock(KroneckerBlock):
             if q is not None:
                 new[key] = Average({"": q}, {"": q.new_ones(())})
 
-    def observe_again(
-        self, new: Statistics, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor
+    def second_pass(
+        self, new: Statistics, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor
     ) -> None:
         if not new:
             return
@@ -60,9 +60,9 @@ class EigenvalueBlock(KroneckerBlock):
         step = max(1, CHUNK // max(1, self.dimension))
         for start in range(0, data, step):
             length = min(step, data - start)
-            total = uses[0][0].products(start, length, (qu, qv))
+            total = uses[0][0].per_example_gradients(start, length, (qu, qv))
             for use in uses[0][1:]:
-                total = total + use.products(start, length, (qu, qv))
+                total = total + use.per_example_gradients(start, length, (qu, qv))
             average.add(total.square().sum(0), None, source)
         average.weigh(mass, source)
         if "S" in new:
@@ -102,7 +102,7 @@ class EigenvalueBlock(KroneckerBlock):
         values, qu, qv = self.eigen()
         return out_of_basis(into_basis(x, qu, qv) * values, qu, qv)
 
-    def relative_jobs(self, damping: float) -> list[Job]:
+    def factor_jobs(self, damping: float) -> list[Job]:
         return []  # the basis is found where the statistics are taken
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
@@ -111,7 +111,7 @@ class EigenvalueBlock(KroneckerBlock):
         scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
         return EigenInverse(1 / (scaled + damping), qu, qv)
 
-    def excess(self) -> Tensor:
+    def newton_scale(self) -> Tensor:
         mean: Tensor = self.value("S").mean()
         return mean
 

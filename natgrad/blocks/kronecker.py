@@ -8,11 +8,10 @@
 - input   c·I ⊗ V, c the mean of the diagonal of U (`InputBlock`): the input factor alone, at the trace of K-FAC
           (FOOF, Benzing 2022, arXiv:2201.12250).
 
-A side longer than `max_side` is kept as equal blocks along its diagonal of at most that many rows
-(`natgrad.linalg.block_diagonal`).
-Where no limit is given it is `TRAINING_SIDE` while an optimizer drives the metric, as inverses cost the third power of
-their side, and none otherwise; but a side longer than `FULL_SIDE` is kept as its diagonal. So is the input side of a
-table, which is exact: the rows are unit vectors.
+A side longer than `max_factor_dim` is kept as equal blocks along its diagonal of at most that many rows
+(`natgrad.linalg.block_diagonal`). Where no limit is given it is `TRAINING_FACTOR_DIM` while an optimizer drives the
+metric, as inverses cost the third power of their side, and none otherwise; but a side longer than `FULL_FACTOR_DIM` is
+kept as its diagonal. So is the input side of a table, which is exact: the rows are unit vectors.
 
 A layer used in its layout and in the transposed one (tied embedding and head) is the sum of two products,
 U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁ + tr V₂·U₂) ⊗ (tr U₁·V₁ + tr U₂·V₂) / Σ tr U_i tr V_i.
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import VALUE, Block, Job
-from natgrad.capture.layers import Layer, Use
+from natgrad.capture.layers import Layer, LayerIO
 from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
 from natgrad.linalg.block_diagonal import (
     diagonal_of,
@@ -41,8 +40,8 @@ from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into
 from natgrad.linalg.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
-FULL_SIDE = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_side` is given
-TRAINING_SIDE = 250  # longest block kept of a side while an optimizer drives, likewise
+FULL_FACTOR_DIM = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_factor_dim` is given
+TRAINING_FACTOR_DIM = 250  # longest block kept of a side while an optimizer drives, likewise
 
 
 class KroneckerBlock(Block):
@@ -51,11 +50,11 @@ class KroneckerBlock(Block):
     structure = "kfac"
 
     def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
     ) -> None:
         super().__init__(layers)
         (self.layer,) = self.layers
-        self.sharing, self.max_side, self.trains = sharing, max_side, trains
+        self.sharing, self.max_factor_dim, self.trains = sharing, max_factor_dim, trains
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
@@ -63,13 +62,13 @@ class KroneckerBlock(Block):
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
         self.kept = (
-            kept_rows(out, max_side, trains),
-            1 if exactly_diagonal else kept_rows(into, max_side, trains),
+            kept_rows(out, max_factor_dim, trains),
+            1 if exactly_diagonal else kept_rows(into, max_factor_dim, trains),
         )
 
     # U′, V′: the second product of a layer that is used in the transposed layout too
 
-    def observe(self, uses: Sequence[Sequence[Use]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
+    def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         new: Statistics = {}
         if not uses[0] and not self.statistics:
             return new  # nothing is known of its inputs yet
@@ -98,12 +97,12 @@ class KroneckerBlock(Block):
     @property
     def cut_in_training(self) -> bool:
         """Whether a side is in pieces that would be whole if no optimizer drove."""
-        return self.trains and self.max_side is None and any(1 < p < d for _, p, d in self.sides())
+        return self.trains and self.max_factor_dim is None and any(1 < p < d for _, p, d in self.sides())
 
     def sides(self) -> list[tuple[int, ...]]:
         return [self._shape("U"), self._shape("V")]
 
-    def _rows(self, use: Use) -> tuple[Rows, Rows | None, float]:
+    def _rows(self, use: LayerIO) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":
             return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
@@ -190,7 +189,7 @@ class KroneckerBlock(Block):
             relative_inverse(self.v, damping, done[of_u:], self.own_columns),
         )
 
-    def relative_jobs(self, damping: float) -> list[Job]:
+    def factor_jobs(self, damping: float) -> list[Job]:
         return [
             Job(
                 len(m) * m.shape[-1] ** 3,
@@ -218,7 +217,7 @@ class KroneckerBlock(Block):
         inputs, biases = diagonal[..., :width].mean(), diagonal[..., width:].mean()
         return torch.where((inputs > 0) & (biases > 0), biases / inputs, 1.0).clamp(max=1)
 
-    def excess(self) -> Tensor:
+    def newton_scale(self) -> Tensor:
         return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()
 
     def diagonal(self) -> Tensor:
@@ -250,9 +249,9 @@ class InputBlock(KroneckerBlock):
     structure = "input"
 
     def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_side: int | None = None, trains: bool = False
+        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
     ) -> None:
-        super().__init__(layers, sharing, max_side, trains)
+        super().__init__(layers, sharing, max_factor_dim, trains)
         self.kept = (1, self.kept[1])
 
     def _sides(self) -> tuple[Tensor, Tensor]:
@@ -260,17 +259,17 @@ class InputBlock(KroneckerBlock):
         return u.mean(-1, keepdim=True).expand_as(u), v
 
 
-def kept_rows(d: int, max_side: int | None, trains: bool = False) -> int:
+def kept_rows(d: int, max_factor_dim: int | None, trains: bool = False) -> int:
     """Rows of the pieces that a side of length d is kept in: d for the whole matrix, 1 for its diagonal.
 
     >>> [kept_rows(d, None, trains=True) for d in (250, 785, 5000)], kept_rows(785, None)
     ([250, 197, 1], 785)
     """
-    if max_side is not None:
-        return rows_of_pieces(d, max_side)
-    if d > FULL_SIDE:
+    if max_factor_dim is not None:
+        return rows_of_pieces(d, max_factor_dim)
+    if d > FULL_FACTOR_DIM:
         return 1
-    return rows_of_pieces(d, TRAINING_SIDE if trains else FULL_SIDE)
+    return rows_of_pieces(d, TRAINING_FACTOR_DIM if trains else FULL_FACTOR_DIM)
 
 
 def size_text(p: int, d: int) -> str:

@@ -14,16 +14,16 @@ from natgrad.blocks.eigenvalue import EigenvalueBlock
 from natgrad.blocks.kronecker import InputBlock, KroneckerBlock
 from natgrad.capture.layers import Layer
 from natgrad.capture.layouts import LAYOUTS
-from natgrad.capture.parameters import Piece
+from natgrad.capture.parameters import ParameterSlice
 
 KRONECKER: dict[str, type[KroneckerBlock]] = {"kfac": KroneckerBlock, "ekfac": EigenvalueBlock, "input": InputBlock}
 STRUCTURES = ("dense", "block", "diagonal", *KRONECKER)
 
 
-def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_side: int | None, trains: bool) -> Block:
-    """Return an empty block. `sharing`, `max_side` and `trains` are of the Kronecker structures."""
+def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_factor_dim: int | None, trains: bool) -> Block:
+    """Return an empty block. `sharing`, `max_factor_dim` and `trains` are of the Kronecker structures."""
     if structure in KRONECKER:
-        return KRONECKER[structure](layers, sharing, max_side, trains)
+        return KRONECKER[structure](layers, sharing, max_factor_dim, trains)
     block = DiagonalBlock(layers) if structure == "diagonal" else DenseBlock(layers)
     block.structure = structure
     return block
@@ -33,7 +33,7 @@ def block_to_json(block: Block) -> dict[str, Any]:
     return {
         "structure": block.structure,
         "sharing": getattr(block, "sharing", "expand"),
-        "max_side": getattr(block, "max_side", None),
+        "max_factor_dim": getattr(block, "max_factor_dim", None),
         "trains": getattr(block, "trains", False),
         "layers": [layer_to_json(layer) for layer in block.layers],
     }
@@ -42,7 +42,7 @@ def block_to_json(block: Block) -> dict[str, Any]:
 def block_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Block:
     """Return an empty block. `shapes`: of the parameters."""
     layers = [layer_from_json(d, shapes) for d in data["layers"]]
-    return block_of(data["structure"], layers, data["sharing"], data["max_side"], data["trains"])
+    return block_of(data["structure"], layers, data["sharing"], data["max_factor_dim"], data["trains"])
 
 
 def layer_to_json(layer: Layer) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -
     return Layer(data["op"], layout, weight, [piece(b) for b in data["biases"]], shapes, **rest)
 
 
-def piece(data: Sequence[Any]) -> Piece:
-    return Piece(data[0], None if data[1] is None else tuple(data[1]))
+def piece(data: Sequence[Any]) -> ParameterSlice:
+    return ParameterSlice(data[0], None if data[1] is None else tuple(data[1]))
 
 
 def tuples(value: Any) -> Any:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.layouts import Layout
-from natgrad.capture.parameters import Piece, overlap
+from natgrad.capture.parameters import ParameterSlice, overlap
 from natgrad.capture.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
-from natgrad.capture.tape import Call, CaptureError
+from natgrad.capture.tape import CaptureError, LayerCall
 from natgrad.capture.views import GradientView, IndexView, canonical
 
 Turn = tuple["Tensor | None", "Tensor | None"]
@@ -23,15 +23,15 @@ class Layer:
 
     op: str
     layout: Layout
-    weight: Piece | None
-    biases: list[Piece]
+    weight: ParameterSlice | None
+    biases: list[ParameterSlice]
     shapes: Mapping[str, torch.Size]
     one_hot: bool = False  # every input row is a unit vector
     swapped: bool = False  # there are calls in the transposed layout too
     fan_in: int = 1  # inputs that are not zero at once
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParameterSlice]:
         return [p for p in (self.weight, *self.biases) if p is not None]
 
     @property
@@ -39,7 +39,7 @@ class Layer:
         return {p.name for p in self.pieces}
 
     @property
-    def key(self) -> Piece:
+    def key(self) -> ParameterSlice:
         return self.pieces[0]
 
     @property
@@ -72,12 +72,12 @@ class Layer:
             out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
         return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
 
-    def _slice(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _slice(self, piece: ParameterSlice, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
 
 
 @dataclass
-class Use:
+class LayerIO:
     """One call of a layer as rows, with the gradient of one cotangent. The gradient of a datum is Σ_p left_p right_pᵀ.
 
     ``left`` are the output gradients and ``right`` the inputs; where the call has the transposed layout (`swapped`),
@@ -112,7 +112,7 @@ class Use:
     def right(self) -> Rows:
         return self.gradients if self.swapped else self.inputs
 
-    def products(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
+    def per_example_gradients(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
         """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
         left, right = narrow(self.left, start, length), narrow(self.right, start, length)
         if turn is not None:
@@ -125,23 +125,23 @@ class Layers:
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self.shapes = shapes
-        self.found: dict[Piece, Layer] = {}
+        self.found: dict[ParameterSlice, Layer] = {}
 
-    def learn(self, calls: Sequence[Call]) -> tuple[list[Layer], list[Call]]:
+    def learn(self, calls: Sequence[LayerCall]) -> tuple[list[Layer], list[LayerCall]]:
         """Layers that these calls are the first to use; and the calls, those apart whose bias no layer can hold.
 
         Raises:
             CaptureError: a parameter is used in two ways that do not fit one block.
         """
-        fresh: dict[Piece, Layer] = {}
-        sorted_calls: list[Call] = []
+        fresh: dict[ParameterSlice, Layer] = {}
+        sorted_calls: list[LayerCall] = []
         for call in calls:
             sorted_calls += self._place(call, fresh)
-        self._refuse_shared_pieces(fresh)
+        self._check_shared_pieces(fresh)
         self.found.update(fresh)
         return list(fresh.values()), sorted_calls
 
-    def _place(self, call: Call, fresh: dict[Piece, Layer]) -> list[Call]:
+    def _place(self, call: LayerCall, fresh: dict[ParameterSlice, Layer]) -> list[LayerCall]:
         key = key_of(call)
         layer = self.found.get(key) or fresh.get(key)
         layout = call.view.layout
@@ -165,8 +165,8 @@ class Layers:
         # the bias would be a row, or a column that came late: it gets a layer of its own
         return [replace(call, bias=None), *self._place(replace(call, weight=None), fresh)]
 
-    def _refuse_shared_pieces(self, fresh: Mapping[Piece, Layer]) -> None:
-        owner: dict[str, list[tuple[Piece, Layer]]] = {}
+    def _check_shared_pieces(self, fresh: Mapping[ParameterSlice, Layer]) -> None:
+        owner: dict[str, list[tuple[ParameterSlice, Layer]]] = {}
         for layer in (*self.found.values(), *fresh.values()):
             for piece in layer.pieces:
                 for other, held in owner.get(piece.name, []):
@@ -177,25 +177,27 @@ class Layers:
                         )
                 owner.setdefault(piece.name, []).append((piece, layer))
 
-    def of(self, call: Call) -> Layer:
+    def of(self, call: LayerCall) -> Layer:
         return self.found[key_of(call)]
 
     def captured_names(self) -> set[str]:
         return {p.name for layer in self.found.values() for p in layer.pieces}
 
 
-def key_of(call: Call) -> Piece:
+def key_of(call: LayerCall) -> ParameterSlice:
     key = call.weight or call.bias
     assert key is not None
     return key
 
 
-def fan_in_of(call: Call, layer: Layer) -> int:
+def fan_in_of(call: LayerCall, layer: Layer) -> int:
     width = layer.matrix_shape[-1] - len(layer.biases) if call.weight is not None else 1
     return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
 
 
-def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype) -> Use:
+def use_of(
+    call: LayerCall, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype
+) -> LayerIO:
     """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
     swapped = call.weight is not None and layer.layout != call.view.layout
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
@@ -213,7 +215,7 @@ def use_of(call: Call, layer: Layer, g: Tensor, axis: int, data: int, aligned: i
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
     assert isinstance(gradients, Tensor)
-    use = Use(gradients, inputs, swapped, call.view.region)
+    use = LayerIO(gradients, inputs, swapped, call.view.region)
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on

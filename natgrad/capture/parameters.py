@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.layouts import Dims, element_layout
-from natgrad.capture.views import DimsView, IndexView, View
+from natgrad.capture.views import DimsView, IndexView, LinearForm
 
 # graph nodes that hand a parameter on unchanged: a weight behind them is still that parameter, or a view of it
 CASTS = {"Alias", "ToCopy", "ToDtype", "To"}
@@ -36,7 +36,7 @@ VIEWS = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterSlice:
     """A parameter, or a slice ``[start:stop]`` of its first dimension (packed projections)."""
 
     name: str
@@ -76,22 +76,22 @@ def find(w: Any, names: Mapping[int, str]) -> tuple[str, Tensor, bool] | None:
     return None if p is None or name is None else (name, p, viewed)
 
 
-def piece_of(w: Any, names: Mapping[int, str]) -> Piece | None:
+def slice_of(w: Any, names: Mapping[int, str]) -> ParameterSlice | None:
     """The piece that `w` is, in the order of the parameter's own dimensions."""
     found = find(w, names)
     if found is None:
         return None
     name, p, viewed = found
     if w is p or (w.shape == p.shape and (same_place(w, p) or not viewed)):
-        return Piece(name)
+        return ParameterSlice(name)
     row = p[0].numel() if p.dim() and p.shape[0] else 0
     if row and same_storage(w, p) and w.shape[1:] == p.shape[1:] and w.stride() == p.stride():
         start, odd = divmod(int(w.storage_offset() - p.storage_offset()), row)
-        return None if odd else Piece(name, (start, start + w.shape[0]))
+        return None if odd else ParameterSlice(name, (start, start + w.shape[0]))
     return None
 
 
-def weight_piece(w: Any, view: View, names: Mapping[int, str]) -> tuple[Piece, View] | None:
+def weight_slice(w: Any, view: LinearForm, names: Mapping[int, str]) -> tuple[ParameterSlice, LinearForm] | None:
     """The piece that a weight is, and the view of the call in the layout of that piece."""
     found = find(w, names)
     if found is None:
@@ -100,10 +100,10 @@ def weight_piece(w: Any, view: View, names: Mapping[int, str]) -> tuple[Piece, V
     layout = view.layout
     if isinstance(view, DimsView) and isinstance(layout, Dims) and not layout.out and not layout.into:
         return element_piece(w, name, p, view)
-    if (piece := piece_of(w, names)) is not None:
+    if (piece := slice_of(w, names)) is not None:
         return piece, view
     if w.dim() == 2 and isinstance(layout, Dims) and isinstance(view, (DimsView, IndexView)):
-        if (piece := piece_of(w.T, names)) is None:
+        if (piece := slice_of(w.T, names)) is None:
             return None
 
         def swap(dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,19 +114,19 @@ def weight_piece(w: Any, view: View, names: Mapping[int, str]) -> tuple[Piece, V
     return None
 
 
-def element_piece(w: Tensor, name: str, p: Tensor, view: DimsView) -> tuple[Piece, View] | None:
+def element_piece(w: Tensor, name: str, p: Tensor, view: DimsView) -> tuple[ParameterSlice, LinearForm] | None:
     """A scale or offset may be any contiguous region of a parameter, reshaped: the call uses those elements."""
     layout = element_layout(tuple(p.shape))
     if w is p or (w.shape == p.shape and not same_storage(w, p)):
-        return Piece(name), dataclasses.replace(view, layout=layout)
+        return ParameterSlice(name), dataclasses.replace(view, layout=layout)
     if not (same_storage(w, p) and w.is_contiguous() and p.is_contiguous()):
         return None
     start = int(w.storage_offset() - p.storage_offset())
     region = None if w.numel() == p.numel() else (start, start + w.numel())
-    return Piece(name), dataclasses.replace(view, layout=layout, region=region)
+    return ParameterSlice(name), dataclasses.replace(view, layout=layout, region=region)
 
 
-def overlap(a: Piece, b: Piece) -> bool:
+def overlap(a: ParameterSlice, b: ParameterSlice) -> bool:
     if a.rows is None or b.rows is None:
         return True
     return a.rows[0] < b.rows[1] and b.rows[0] < a.rows[1]

@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from natgrad._tree import leaves_of
 from natgrad.capture.compile import eager, go_on_in_python
 from natgrad.capture.decompose import REWRITES
-from natgrad.capture.ops import IN_PLACE, RULES, Parsed, op_name
-from natgrad.capture.parameters import Piece, find, piece_of, weight_piece
-from natgrad.capture.views import View
+from natgrad.capture.ops import IN_PLACE, RULES, OpUse, op_name
+from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
+from natgrad.capture.views import LinearForm
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
@@ -36,13 +36,13 @@ class CaptureError(RuntimeError):
 
 
 @dataclass
-class Call:
+class LayerCall:
     """One use of one layer's parameters: out = op(x; weight, bias)."""
 
     op: str
-    weight: Piece | None
-    bias: Piece | None
-    view: View
+    weight: ParameterSlice | None
+    bias: ParameterSlice | None
+    view: LinearForm
     x: Tensor
     out: Edge
 
@@ -60,7 +60,7 @@ class Tape:
     """The calls of one forward pass of the root module."""
 
     names: Mapping[int, str]  # id of parameter → name
-    calls: list[Call] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
@@ -87,12 +87,12 @@ class Tape:
             self._stack.close()
             self._stack = None
 
-    def note(self, func: Any, parsed: Parsed, out: Tensor, before: Sequence[Edge] = ()) -> None:
+    def note(self, func: Any, parsed: OpUse, out: Tensor, before: Sequence[Edge] = ()) -> None:
         """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
-        refuse_selective_checkpointing()
-        held = weight_piece(parsed.weight, parsed.view, self.names)
+        check_selective_checkpointing()
+        held = weight_slice(parsed.weight, parsed.view, self.names)
         weight, view = (None, parsed.view) if held is None else held
-        bias = piece_of(parsed.bias, self.names)
+        bias = slice_of(parsed.bias, self.names)
         edge = edge_of(out)
         if edge is None or (weight is None and bias is None):
             return
@@ -104,7 +104,7 @@ class Tape:
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
-        self.calls.append(Call(op_name(func), weight, bias, view, parsed.x.detach(), edge))
+        self.calls.append(LayerCall(op_name(func), weight, bias, view, parsed.x.detach(), edge))
 
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, or a view or cast of one."""
@@ -167,7 +167,7 @@ def tapes_behind(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> Sequence[T
     return [tape for tape in tapes if tape in found] or tapes[-1:]
 
 
-def refuse_selective_checkpointing() -> None:
+def check_selective_checkpointing() -> None:
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     if any(type(m).__name__ == "_CachingTorchDispatchMode" for m in modes):
         raise CaptureError(

@@ -2,9 +2,9 @@
 
     out[n, p, k, :] = W[k] @ a[n, p, k, :]      a (data, positions, groups, d_in), out (data, positions, groups, d_out)
 
-`View.input_rows` and `View.gradient_rows` bring a tensor to (*leading, groups, d); which leading dimension counts the
-data is not known from the op alone (a transformer may run on (time, batch, features)), so it is named later and
-`canonical` moves it to the front. Convolutions as products with unfolded patches: Grosse & Martens 2016,
+`LinearForm.input_rows` and `LinearForm.gradient_rows` bring a tensor to (*leading, groups, d); which leading dimension
+counts the data is not known from the op alone (a transformer may run on (time, batch, features)), so it is named later
+and `canonical` moves it to the front. Convolutions as products with unfolded patches: Grosse & Martens 2016,
 arXiv:1602.01407, §3.
 """
 
@@ -21,7 +21,7 @@ from natgrad.capture.layouts import Layout
 from natgrad.capture.rows import OneHot, Rows
 
 
-class View:
+class LinearForm:
     """One call's way from its tensors to rows."""
 
     layout: Layout
@@ -73,7 +73,7 @@ def flattened(t: Tensor, axis: int, data: int, kept: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DimsView(View):
+class DimsView(LinearForm):
     """An op whose dimensions each count positions, groups, inputs or outputs: linear, matmul, einsum, scales."""
 
     layout: Layout
@@ -112,7 +112,7 @@ def arranged(t: Tensor, positions: tuple[int, ...], group: tuple[int, ...], last
 
 
 @dataclass(frozen=True)
-class ConvView(View):
+class ConvView(LinearForm):
     """Convolution in any number of spatial dimensions."""
 
     layout: Layout
@@ -162,7 +162,7 @@ def zeros_between(x: Tensor, steps: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IndexView(View):
+class IndexView(LinearForm):
     """A table looked up by index. Input: indices, (*leading) or (*leading, bag) with a scale for each."""
 
     layout: Layout
@@ -195,7 +195,7 @@ class IndexView(View):
 
 
 @dataclass(frozen=True)
-class GradientView(View):
+class GradientView(LinearForm):
     """A parameter seen through its per-datum gradients (data, P) alone: flat (dense) or an element a group."""
 
     layout: Layout

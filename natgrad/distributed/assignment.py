@@ -54,7 +54,7 @@ def footprint(block: Block) -> float:
     return float(2 * sum(map(prod, block.sides())) + block.dimension)
 
 
-def settle(blocks: Sequence[Block], ranks: int) -> None:
+def assign_owners(blocks: Sequence[Block], ranks: int) -> None:
     """Give every block that has none an owner, for good: its statistics will live there and nowhere else.
 
     Blocks that share a parameter share an owner. Work and memory both count: blocks go, the largest first, to the rank
@@ -69,10 +69,10 @@ def settle(blocks: Sequence[Block], ranks: int) -> None:
     shares = [tuple(s[i] / total[i] for i in range(2)) for s in sizes]
     load = [[0.0, 0.0] for _ in range(ranks)]
 
-    def give(unit: int, rank: int) -> None:
-        for block in units[unit]:
+    def give(update_unit: int, rank: int) -> None:
+        for block in units[update_unit]:
             block.owner = rank
-        load[rank] = [a + b for a, b in zip(load[rank], shares[unit])]
+        load[rank] = [a + b for a, b in zip(load[rank], shares[update_unit])]
 
     free = []
     for i, u in enumerate(units):
@@ -86,6 +86,6 @@ def settle(blocks: Sequence[Block], ranks: int) -> None:
 def work_on(block: Block) -> list[tuple[float, int]]:
     """(multiplications, numbers in the result) of each of a block's jobs: kept, as jobs hold what they work on."""
     found: list[tuple[float, int]] = block.cached(
-        "work", lambda: [(job.cost, job.like.numel()) for job in block.relative_jobs(1.0)]
+        "work", lambda: [(job.cost, job.like.numel()) for job in block.factor_jobs(1.0)]
     )
     return found

@@ -36,8 +36,8 @@ from natgrad.blocks.base import Block, Job
 from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.blocks.structures import block_to_json
-from natgrad.distributed.assignment import owners, settle, work_on
-from natgrad.distributed.ddp import refuse_join
+from natgrad.distributed.assignment import assign_owners, owners, work_on
+from natgrad.distributed.ddp import check_join
 from natgrad.distributed.exchange import Entry, digest_of, entries_of, reconcile
 from natgrad.distributed.ranks import Ranks
 from natgrad.distributed.strategy import Preconditioning, Strategy
@@ -72,13 +72,13 @@ class DataParallel(Strategy):
         return self.ranks.seed(seed)
 
     def at_step(self, step: int) -> None:
-        self.ranks.attendance.moment = f"step {step}"
+        self.ranks.monitor.moment = f"step {step}"
 
     def check_same(self, said: Mapping[str, Any]) -> None:
         self.ranks.check_same(said)
 
     def all_fine(self, model: nn.Module, fine: Tensor) -> Tensor:
-        refuse_join(model)
+        check_join(model)
         return self.ranks.all_fine(fine)
 
     # statistics ----------------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ class DataParallel(Strategy):
             return None
         if len({a[0] for a in answers}) > 1:
             texts = self.ranks.texts(told)
-            self.ranks.refuse_differences([t["said"] for t in texts])
+            self.ranks.check_differences([t["said"] for t in texts])
             entries, sources = reconcile(collection, texts)
         if self.sharded:
-            settle(collection.blocks, self.size)
+            assign_owners(collection.blocks, self.size)
         return self._summed(collection, batch, entries, sources, data, plain)
 
     def _summed(
@@ -138,7 +138,7 @@ class DataParallel(Strategy):
         read = [(e, next(left), s, next(left) if e.mass is not None else None) for e, s in rebuild]
         nats, masses = summed[-1][:2], dict(zip(sources, summed[-1][2:].unbind()))
         here = [collection.blocks[e.block].owner == self.rank or not self.sharded for e in entries]
-        elsewhere = dict.fromkeys(collection.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
+        is_remote = dict.fromkeys(collection.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
         for (e, flat, symmetric, own), held_here in zip(read, here):
             if not held_here:
@@ -151,7 +151,7 @@ class DataParallel(Strategy):
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
         found = [(collection.blocks[i], new) for i, new in statistics.items()]
-        return BatchStatistics(found, data, masses, list(elsewhere), nats)
+        return BatchStatistics(found, data, masses, list(is_remote), nats)
 
     # steps ---------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def shared_inverses(ranks: Ranks, stale: Sequence[Preconditioning]) -> list[Call
 
     What comes back raises a `FactorisationError`, on every rank, where an owner's factorisation failed.
     """
-    jobs = [s.block.relative_jobs(s.damping) for s in stale]
+    jobs = [s.block.factor_jobs(s.damping) for s in stale]
     flat = [job for of_block in jobs for job in of_block]
     whose = owners([job.cost for job in flat], ranks.size)
     results = [computed(job) if r == ranks.rank else torch.empty_like(job.like) for job, r in zip(flat, whose)]

@@ -23,7 +23,7 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
     return next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
 
 
-def refuse_structures(structures: Mapping[str, str]) -> None:
+def check_structures(structures: Mapping[str, str]) -> None:
     """Raise a ValueError for a structure that several ranks cannot share, given {name: structure}."""
     for name, structure in structures.items():
         if structure == "ekfac":
@@ -33,7 +33,7 @@ def refuse_structures(structures: Mapping[str, str]) -> None:
             )
 
 
-def refuse_rule(rule: Any, sharded: bool) -> None:
+def check_rule(rule: Any, sharded: bool) -> None:
     """Raise a ValueError for a step rule whose steps would differ between ranks."""
     if not rule.on_ranks:
         raise ValueError(
@@ -57,7 +57,7 @@ def warn_alone(metric: str) -> None:
         )
 
 
-def refuse_join(model: nn.Module) -> None:
+def check_join(model: nn.Module) -> None:
     """Raise a RuntimeError inside DistributedDataParallel's ``join``, where some ranks have stopped stepping."""
     wrapper = wrapper_of(model)
     if wrapper is not None and wrapper._join_config.enable:
@@ -110,7 +110,7 @@ def kept_attributes(module: nn.Module) -> Iterator[None]:
                 t.copy_(value)
 
 
-def refuse_wrappers(model: nn.Module) -> None:
+def check_wrappers(model: nn.Module) -> None:
     """Raise a ValueError for what shares a model out in a way that is not followed."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # what was never imported wraps nothing, and is slow to import
     for path, module in model.named_modules():

@@ -32,7 +32,7 @@ from natgrad.linalg.kronecker import FactorisationError
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Which part of a tensor each rank of a group holds: a stretch of one dimension."""
 
     shape: torch.Size
@@ -50,7 +50,7 @@ class Layout:
         return self.shape_on(rank).numel()
 
 
-def layout_of(name: str, p: Any, ranks: Sequence[int]) -> Layout:
+def layout_of(name: str, p: Any, ranks: Sequence[int]) -> ShardLayout:
     """Where the shards of a DTensor lie. `ranks`: the group, as global ranks.
 
     Raises:
@@ -81,7 +81,7 @@ def layout_of(name: str, p: Any, ranks: Sequence[int]) -> Layout:
         start = min(where[axis] * long, p.shape[dim])
         stretches.append((start, min(long, p.shape[dim] - start)))
         copies.append(0 if mesh.dim() == 1 else where[1 - axis])
-    return Layout(p.shape, dim, stretches, copies)
+    return ShardLayout(p.shape, dim, stretches, copies)
 
 
 class FullySharded(DataParallel):
@@ -98,7 +98,7 @@ class FullySharded(DataParallel):
         super().__init__(ranks)
         self.parameters: Mapping[str, Tensor] = {}
         self._members = dist.get_process_group_ranks(ranks.group)
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, ShardLayout] = {}
         self._travelling: dict[str, int] = {}  # {name: owner} of the gradients of this step
         self._failed: FactorisationError | None = None  # of `directions`: other ranks have to hear of it first
 
@@ -108,7 +108,7 @@ class FullySharded(DataParallel):
             self.layout(name)
         self._live = LiveNames(model, parameters)
 
-    def layout(self, name: str) -> Layout:
+    def layout(self, name: str) -> ShardLayout:
         """Return where the shards of a parameter lie."""
         if name not in self._layouts:
             self._layouts[name] = layout_of(name, self.parameters[name], self._members)
@@ -244,7 +244,7 @@ class FullySharded(DataParallel):
         flat = [t.reshape(-1) for r in self._every for t in sent[r]]
         outgoing = torch.cat(flat) if flat else like.new_empty(0)
         incoming = like.new_empty(sum(in_sizes))
-        with self.ranks.attendance.meeting(what):
+        with self.ranks.monitor.collective(what):
             dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=self.ranks.group)
         self.ranks.sent[what] += (sum(out_sizes) - out_sizes[self.rank]) * like.element_size()
         self.ranks.messages[what] += 1
@@ -271,7 +271,7 @@ class FullySharded(DataParallel):
     def union(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors go through host memory."""
         texts: list[Any] = [None] * self.size
-        with self.ranks.attendance.meeting("what each rank holds"):
+        with self.ranks.monitor.collective("what each rank holds"):
             dist.all_gather_object(texts, moved_to(held, torch.device("cpu")), self.ranks.group)
         found = {k: v for text in texts for k, v in text.items()}
         return {k: moved_to(found[k], self.ranks.device) for k in sorted(found)}

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 GRACE = 2.0  # seconds that a failed meeting waits for notes of ranks that are on their way
 
 
-class Attendance:
+class Monitor:
     """The notes of one process group.
 
     Args:
@@ -37,7 +37,7 @@ class Attendance:
         self._note("the start")  # a note from before a restart may be in the store
 
     @contextmanager
-    def meeting(self, what: str) -> Iterator[None]:
+    def collective(self, what: str) -> Iterator[None]:
         """Around a collective.
 
         Raises:

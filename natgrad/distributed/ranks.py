@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from natgrad.distributed.exchange import digest_of, flattened
-from natgrad.distributed.monitor import Attendance, first_line, timeout_of
+from natgrad.distributed.monitor import Monitor, first_line, timeout_of
 
 BUCKET = 2**22  # numbers in one message, so that packing needs little memory beside the statistics
 SEED_STRIDE = 1_000_003  # between the seeds of ranks: seeds that users choose close together do not meet
@@ -41,7 +41,7 @@ class Ranks:
                 f"not all of the ranks {ranks} made this metric: {first_line(error)}. Every rank of the process group "
                 "must build it, in the same order as other metrics"
             ) from error
-        self.attendance = Attendance(self.group, ranks, timeout)
+        self.monitor = Monitor(self.group, ranks, timeout)
         self.rank, self.size = dist.get_rank(self.group), len(ranks)
         self.device = device
         self.sent: Counter[str] = Counter()  # bytes a rank sent, by what they hold
@@ -59,7 +59,7 @@ class Ranks:
     def all_fine(self, fine: Tensor) -> Tensor:
         """Whether a condition holds on every rank. Collective."""
         flag = fine.to(torch.int32, copy=True)
-        with self.attendance.meeting("whether gradients are finite"):
+        with self.monitor.collective("whether gradients are finite"):
             dist.all_reduce(flag, dist.ReduceOp.MIN, self.group)
         self.count("agreement", flag, 2 * (self.size - 1) / self.size)
         return flag.bool()
@@ -68,7 +68,7 @@ class Ranks:
         """The numbers of every rank. Collective."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         held = [torch.empty_like(mine) for _ in range(self.size)]
-        with self.attendance.meeting("digests"):
+        with self.monitor.collective("digests"):
             dist.all_gather(held, mine, self.group)
         self.count("agreement", mine, self.size - 1)
         return [h.tolist() for h in held]
@@ -76,16 +76,16 @@ class Ranks:
     def check_same(self, said: Mapping[str, Any]) -> None:
         """Raise a RuntimeError on every rank if what they say is not the same. Collective."""
         if len({digest for (digest,) in self.gather([digest_of(said)])}) > 1:
-            self.refuse_differences(self.texts(said))
+            self.check_differences(self.texts(said))
 
     def texts(self, said: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return what every rank says, as JSON has it. Collective."""
         texts: list[Any] = [None] * self.size
-        with self.attendance.meeting("descriptions"):
+        with self.monitor.collective("descriptions"):
             dist.all_gather_object(texts, json.dumps(said), self.group)
         return [json.loads(t) for t in texts]
 
-    def refuse_differences(self, said: Sequence[Mapping[str, Any]]) -> None:
+    def check_differences(self, said: Sequence[Mapping[str, Any]]) -> None:
         """Raise a RuntimeError that names what ranks say differently from rank 0, if they do."""
         first = flattened(said[0])
         found = []
@@ -107,7 +107,7 @@ class Ranks:
 
     def total(self, numbers: Tensor) -> Tensor:
         """Few numbers, each summed over the ranks. Collective."""
-        with self.attendance.meeting("totals"):
+        with self.monitor.collective("totals"):
             dist.all_reduce(numbers, group=self.group)
         self.count("agreement", numbers, 2 * (self.size - 1) / self.size)
         return numbers
@@ -122,7 +122,7 @@ class Ranks:
                 buckets.append([])
             buckets[-1].append(piece)
         flat = [torch.cat(bucket) for bucket in buckets]
-        with self.attendance.meeting(what):
+        with self.monitor.collective(what):
             works = [dist.all_reduce(f, group=self.group, async_op=True) for f in flat]
             for work in works:
                 work.wait()
@@ -142,7 +142,7 @@ class Ranks:
                     taken += 1
                 some, theirs = theirs[:taken], theirs[taken:]
                 flat = torch.cat([pieces[i] for i in some])
-                with self.attendance.meeting(what):
+                with self.monitor.collective(what):
                     dist.reduce(flat, dist.get_global_rank(self.group, rank), group=self.group)
                 self.count(what, flat, float(rank != self.rank))
                 for i, t in zip(some, flat.split([pieces[i].numel() for i in some])):
@@ -152,7 +152,7 @@ class Ranks:
     def broadcast(self, pieces: Sequence[Sequence[Tensor]], what: str) -> None:
         """Fill the tensors ``pieces[r]`` of every rank with those of rank r, one message a rank that has any."""
         flat = [torch.cat([t.flatten() for t in ts]) if ts else None for ts in pieces]
-        with self.attendance.meeting(what):
+        with self.monitor.collective(what):
             works = []
             for r, f in enumerate(flat):
                 if f is not None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from natgrad.distributed.data_parallel import DataParallel
-from natgrad.distributed.ddp import refuse_wrappers, wrapper_of
+from natgrad.distributed.ddp import check_wrappers, wrapper_of
 from natgrad.distributed.fsdp import mesh_ranks
 from natgrad.distributed.fully_shard import FullySharded
 from natgrad.distributed.ranks import Ranks
@@ -31,7 +31,7 @@ def strategy_of(model: nn.Module, process_group: Any, device: torch.device, exch
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"unknown exchange {exchange!r}; there are {', '.join(map(repr, EXCHANGES))}")
-    refuse_wrappers(model)
+    check_wrappers(model)
     sharded = mesh_ranks(model)
     if not (dist.is_available() and dist.is_initialized()):
         if wrapper_of(model) is not None:

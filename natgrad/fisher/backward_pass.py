@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.capture.tape import Call, CaptureError, as_gradient_edge
+from natgrad.capture.tape import CaptureError, LayerCall, as_gradient_edge
 from natgrad.fisher.batch_axis import of_data
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
 
@@ -23,7 +23,7 @@ class BackwardPass:
 
     live: Sequence[Tensor]  # outputs that carry a graph
     carries: Sequence[bool]  # which of all outputs those are
-    calls: Sequence[Call]  # those without an op rule last
+    calls: Sequence[LayerCall]  # those without an op rule last
     parameters: Mapping[str, Tensor]
 
     def backward(self, v: Tensors, data: int) -> list[Tensor | None]:

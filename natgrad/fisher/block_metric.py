@@ -16,8 +16,8 @@ from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import Block
-from natgrad.blocks.kronecker import FULL_SIDE, KroneckerBlock
-from natgrad.distributed.assignment import settle
+from natgrad.blocks.kronecker import FULL_FACTOR_DIM, KroneckerBlock
+from natgrad.distributed.assignment import assign_owners
 from natgrad.distributed.strategy import Strategy
 from natgrad.linalg.block_diagonal import dense_of, diagonal_of, is_diagonal
 from natgrad.metric.metric import Metric, Vector
@@ -94,9 +94,9 @@ class BlockMetric(Metric):
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
         inputs.
 
-        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What `max_side`,
-        or the limit of 250 in training, leaves out is zero. Where a side longer than
-        `natgrad.blocks.kronecker.FULL_SIDE` is not kept whole, it comes as it is kept: its diagonal (d,), or the
+        A layer's bias is the last row and column of V. A grouped convolution gives stacks (groups, …). What
+        `max_factor_dim`, or the limit of 250 in training, leaves out is zero. Where a side longer than
+        `natgrad.blocks.kronecker.FULL_FACTOR_DIM` is not kept whole, it comes as it is kept: its diagonal (d,), or the
         columns (p, d) of its blocks, see `natgrad.linalg.block_diagonal`.
 
         Raises:
@@ -125,7 +125,7 @@ class BlockMetric(Metric):
                 else "call update(inputs, targets) or fit(loader) first"
             )
             raise RuntimeError(f"the metric has seen no data yet; {hint}")
-        if any(b.elsewhere for b in self.blocks):
+        if any(b.is_remote for b in self.blocks):
             raise RuntimeError(
                 "the model is sharded, and each rank holds the statistics of some blocks only. Let all ranks enter "
                 "`with metric.whole():` together, and ask inside; this takes the memory of all blocks"
@@ -144,26 +144,26 @@ class BlockMetric(Metric):
             return
         held = {str(i): statistics_to_plain(b.statistics) for i, b in enumerate(self.blocks) if b.statistics}
         gathered = self.strategy.union(held)
-        away = [b for b in self.blocks if b.elsewhere]
+        away = [b for b in self.blocks if b.is_remote]
         try:
             for i, block in enumerate(self.blocks):
                 if block in away:
-                    block.statistics, block.elsewhere = statistics_from_plain(gathered[str(i)]), False
+                    block.statistics, block.is_remote = statistics_from_plain(gathered[str(i)]), False
                     block.version += 1
             yield self
         finally:
             for block in away:
-                block.statistics, block.elsewhere = {}, True
+                block.statistics, block.is_remote = {}, True
                 block.forget()
 
     def share_out(self) -> None:
         """Let go of the statistics that other ranks own, where this rank holds them all."""
         if not self.strategy.sharded:
             return
-        settle(self.blocks, self.strategy.size)
+        assign_owners(self.blocks, self.strategy.size)
         for block in self.blocks:
             if block.statistics and block.owner != self.strategy.rank:
-                block.statistics, block.elsewhere = {}, True
+                block.statistics, block.is_remote = {}, True
                 block.forget()
 
     def _like(self) -> Tensor:
@@ -185,6 +185,6 @@ def statistics_from_plain(plain: Mapping[str, Any]) -> Statistics:
 
 def shown(side: Tensor) -> Tensor:
     """A Kronecker side as a matrix, or as it is kept where the matrix is too large."""
-    if side.shape[-1] <= FULL_SIDE:
+    if side.shape[-1] <= FULL_FACTOR_DIM:
         return dense_of(side)
     return diagonal_of(side) if is_diagonal(side) else side

@@ -76,9 +76,9 @@ class Coverage:
 def readable(size: int) -> str:
     """Bytes for people."""
     value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    for update_unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or update_unit == "GB":
+            return f"{value:.0f} {update_unit}" if update_unit == "B" else f"{value:.1f} {update_unit}"
         value /= 1000
     raise AssertionError
 
@@ -100,7 +100,7 @@ def notes_of(collection: BlockCollection) -> list[str]:
             "as many as its larger side has"
         )
     if any(isinstance(b, kronecker_blocks.KroneckerBlock) and b.cut_in_training for b in collection.blocks):
-        limit = kronecker_blocks.TRAINING_SIDE
+        limit = kronecker_blocks.TRAINING_FACTOR_DIM
         notes.append(f"while an optimizer trains, a side longer than {limit} is kept as blocks")
     return notes
 

@@ -17,13 +17,13 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.capture.tape import Tape
-from natgrad.distributed.ddp import refuse_rule, undisturbed
+from natgrad.distributed.ddp import check_rule, undisturbed
 from natgrad.distributed.fsdp import kept_open, sharded_modules
 from natgrad.fisher.block_metric import BlockMetric
 from natgrad.fisher.estimator import Estimator
-from natgrad.fisher.hooks import Called, Watcher
-from natgrad.fisher.likelihoods.base import Reading
-from natgrad.fisher.likelihoods.multi_head import Heads
+from natgrad.fisher.hooks import Called, CriterionHooks
+from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.fisher.likelihoods.multi_head import MultiHead
 from natgrad.fisher.options import (
     chosen_parameters,
     received,
@@ -37,15 +37,15 @@ class DrivenMetric(BlockMetric):
     module: nn.Module  # without wrappers
     kind: str
     samples: int
-    reading: Reading
+    likelihood: CriterionLikelihood
     collection: BlockCollection
     estimator: Estimator
-    nats: Tensor | None  # (Σ m u, Σ m) of `Reading.nats` at the last refresh
+    nats: Tensor | None  # (Σ m u, Σ m) of `CriterionLikelihood.nats` at the last refresh
     dropped: int  # batches whose statistics were not finite
     _driver: Any  # the optimizer, if one drives
     _pending: list[BatchStatistics]
     _masses: dict[str, Tensor]  # of the loss terms counted, by head
-    _watcher: Watcher
+    _watcher: CriterionHooks
     _output: Callable[[Any], Any] | None
     _targets: Callable[[Any], Any] | None
 
@@ -57,7 +57,7 @@ class DrivenMetric(BlockMetric):
     @property
     def _plain(self) -> bool:
         """Whether sums are never divided."""
-        return self.reading.reduction == "sum"
+        return self.likelihood.reduction == "sum"
 
     def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
         """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
@@ -66,8 +66,8 @@ class DrivenMetric(BlockMetric):
         )
         if draw is None or (self.strategy.size > 1 and not self._usable_everywhere(draw)):
             return False
-        for block in draw.elsewhere:
-            block.elsewhere = True
+        for block in draw.is_remote:
+            block.is_remote = True
             block.version += 1
         for block, new in draw.statistics:
             if decay is None and not block.statistics:
@@ -84,12 +84,12 @@ class DrivenMetric(BlockMetric):
         """What must be the same on every rank."""
         found = {
             "parameter": {n: [list(p.shape), str(p.dtype)] for n, p in self.parameters.items()},
-            "criterion": f"{self.reading.name}, reduction {self.reading.reduction}",
+            "criterion": f"{self.likelihood.name}, reduction {self.likelihood.reduction}",
             "kind": self.kind,
             "samples": self.samples,
             "structure": {n: self.collection.structure_of(n) for n in self.parameters},
             "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
-            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "max_factor_dim": {n: self.collection.max_factor_dim_of(n) for n in self.parameters},
             "max_positions": self.collection.max_positions,
         }
         return found if self._driver is None else {**found, "optimizer": self._driver.schedule}
@@ -110,12 +110,12 @@ class DrivenMetric(BlockMetric):
         return self.strategy.parameter_names(self.parameters)
 
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None:
-        if isinstance(self.reading, Heads):
-            split = {k: self.reading.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
+        if isinstance(self.likelihood, MultiHead):
+            split = {k: self.likelihood.heads[k].split(*args, **kwargs) for k, (args, kwargs) in called.items()}
             output, targets = ({k: s[i] for k, s in split.items()} for i in range(2))
         else:
             args, kwargs = called[""]
-            output, targets = self.reading.split(*args, **kwargs)
+            output, targets = self.likelihood.split(*args, **kwargs)
         return self._draw_training(output, targets, tapes)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
@@ -165,7 +165,7 @@ class DrivenMetric(BlockMetric):
             )
         self._driver = driver
         if self.strategy.size > 1:
-            refuse_rule(driver.rule, self.strategy.sharded)
+            check_rule(driver.rule, self.strategy.sharded)
             self.strategy.check_same(self._described())
             self.strategy.refresh = driver.refresh
         self.collection.train()
@@ -236,7 +236,7 @@ class DrivenMetric(BlockMetric):
         self._pending = []
 
     @property
-    def gradient_share(self) -> float | None:
+    def gradient_scale(self) -> float | None:
         """Data-parallel ranks take the mean of their gradients, of losses that are sums over data too. The empirical
         kind has the size of the gradients squared and not that of the curvature.
         """
@@ -246,10 +246,10 @@ class DrivenMetric(BlockMetric):
 
     @property
     def nat(self) -> Tensor | None:
-        if self.nats is None or self.gradient_share is None:
+        if self.nats is None or self.gradient_scale is None:
             return None
         total, mass = self.nats.unbind()
-        return torch.where(mass > 0, self.gradient_share * total if self._plain else total / mass, torch.nan)
+        return torch.where(mass > 0, self.gradient_scale * total if self._plain else total / mass, torch.nan)
 
     @property
     def loss_terms(self) -> Tensor | None:

@@ -15,15 +15,15 @@ from natgrad.blocks.average import Statistics
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
-from natgrad.capture.layers import Use, key_of, use_of
+from natgrad.capture.layers import LayerIO, key_of, use_of
 from natgrad.capture.layouts import element_layout, flat_layout
-from natgrad.capture.parameters import Piece
-from natgrad.capture.tape import Call, CaptureError, Tape, Uncaptured, coverage_walk, tapes_behind
+from natgrad.capture.parameters import ParameterSlice
+from natgrad.capture.tape import CaptureError, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
 from natgrad.capture.views import GradientView
 from natgrad.distributed.strategy import Strategy
 from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
 from natgrad.fisher.batch_axis import axes_that_fit, count_data, data_axes
-from natgrad.fisher.likelihoods.base import Reading
+from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.pseudo_gradients import cotangents
 
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
@@ -34,7 +34,7 @@ class LossTerms:
     """One source of loss terms behind an output (one a criterion), with what is needed to take its statistics."""
 
     source: str
-    reading: Reading
+    likelihood: CriterionLikelihood
     outputs: Tensors  # detached
     output: Any
     targets: Any
@@ -60,14 +60,14 @@ class Estimator:
     def __init__(
         self,
         module: nn.Module,
-        reading: Reading,
+        likelihood: CriterionLikelihood,
         kind: str,
         samples: int,
         seed: int,
         collection: BlockCollection,
         strategy: Strategy,
     ) -> None:
-        self.module, self.reading, self.kind, self.samples, self.seed = module, reading, kind, samples, seed
+        self.module, self.likelihood, self.kind, self.samples, self.seed = module, likelihood, kind, samples, seed
         self.collection, self.strategy = collection, strategy
         self.generators: dict[torch.device, torch.Generator] = {}  # of labels
         self._axes: dict[tuple[object, ...], list[int] | None] = {}
@@ -105,20 +105,20 @@ class Estimator:
         return [(g, g.get_state()) for g in (*self.generators.values(), self.collection.rows)]
 
     def _draw(self, output: Any, targets: Any, tapes: Sequence[Tape], per_datum: bool) -> BatchStatistics | None:
-        found = self.reading.outputs(output)
+        found = self.likelihood.outputs(output)
         live = [o for o in found if o.requires_grad]
         tapes = tapes_behind(live, tapes)
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
         from_inputs = next((t.data for t in tapes if t.data), None)
-        data = 1 if self.reading.unbatched(found) else count_data(found, from_inputs)
+        data = 1 if self.likelihood.unbatched(found) else count_data(found, from_inputs)
         fine = usable(found)
         if not self.strategy.meet(fine, data):
             return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
-        noted = [c for tape in tapes for c in tape.calls if c.out in reached]
-        self._sort_out(noted, missed, any(tape.differentiated for tape in tapes))
+        traced_forward = [c for tape in tapes for c in tape.calls if c.out in reached]
+        self._sort_out(traced_forward, missed, any(tape.differentiated for tape in tapes))
         for tape in tapes:
             tape.drawn = True
 
@@ -126,34 +126,41 @@ class Estimator:
         detached = tuple(o.detach().to(dtype) for o in found)
         local = replace_tensors(output, found, detached)
         extra = self._per_datum_calls(missed, data) if per_datum else []
-        calls = self.collection.learn([*noted, *extra])
+        calls = self.collection.learn([*traced_forward, *extra])
         parts = [
-            self._part(source, reading, here, there, labels, calls, data)
-            for (source, reading, here, labels), (_, _, there, _) in zip(
-                self.reading.parts(self.kind, local, targets), self.reading.parts(self.kind, output, targets)
+            self._part(source, likelihood, here, there, labels, calls, data)
+            for (source, likelihood, here, labels), (_, _, there, _) in zip(
+                self.likelihood.parts(self.kind, local, targets), self.likelihood.parts(self.kind, output, targets)
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
-        nats = [part.reading.nats(part.outputs, part.targets) for part in parts]
+        nats = [part.likelihood.nats(part.outputs, part.targets) for part in parts]
         known = [n.to(dtype) for n in nats if n is not None]
         return BatchStatistics(
-            self._look(parts, calls, dtype, settled=per_datum),
+            self._look(parts, calls, dtype, added=per_datum),
             data,
             masses,
             nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
         )
 
     def _part(
-        self, source: str, reading: Reading, local: Any, output: Any, targets: Any, calls: Sequence[Call], data: int
+        self,
+        source: str,
+        likelihood: CriterionLikelihood,
+        local: Any,
+        output: Any,
+        targets: Any,
+        calls: Sequence[LayerCall],
+        data: int,
     ) -> LossTerms:
-        attached = reading.outputs(output)
-        outputs = reading.outputs(local)  # last: the reading remembers what it was shown
+        attached = likelihood.outputs(output)
+        outputs = likelihood.outputs(local)  # last: the reading remembers what it was shown
         parameters = self.strategy.live(self.collection.parameters)
         passes = BackwardPass(
             [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, parameters
         )
         axes = self._data_axes(source, outputs, passes, data)
-        mass = self._mass(reading, outputs, targets, data)
+        mass = self._mass(likelihood, outputs, targets, data)
         apart = axes is None
         if apart and self.strategy.uneven:
             raise RuntimeError(
@@ -161,13 +168,15 @@ class Estimator:
                 "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
                 "rank the same"
             )
-        return LossTerms(source, reading, outputs, local, targets, passes, mass, axes or [0] * len(calls), data, apart)
+        return LossTerms(
+            source, likelihood, outputs, local, targets, passes, mass, axes or [0] * len(calls), data, apart
+        )
 
     def _look(
-        self, parts: Sequence[LossTerms], calls: Sequence[Call], dtype: torch.dtype, settled: bool
+        self, parts: Sequence[LossTerms], calls: Sequence[LayerCall], dtype: torch.dtype, added: bool
     ) -> list[tuple[Block, Statistics]]:
         """Statistics of every block; those that look twice see the same cotangents again."""
-        twice = [b for b in self.collection.blocks if b.looks_twice]
+        twice = [b for b in self.collection.blocks if b.two_pass]
         self.generator(parts[0].outputs[0].device)
         generators = {d: g.get_state() for d, g in self.generators.items()}
         statistics: dict[Block, Statistics] = {}
@@ -189,22 +198,22 @@ class Estimator:
             counted |= {i for i, g in enumerate(grads) if g is not None}
         if not twice:
             return [(block, new) for block, new in statistics.items() if new]
-        plain = self.reading.reduction == "sum"
+        plain = self.likelihood.reduction == "sum"
         for block in twice:
-            block.between_looks(statistics[block], settled, plain)
+            block.choose_basis(statistics[block], added, plain)
         if not kept:
             for d, state in generators.items():
                 self.generators[d].set_state(state)
         for part, grads in kept or self._passes(parts):
             for block, uses, like in self._uses(twice, part, calls, grads, dtype, counted):
-                block.observe_again(statistics[block], uses, part.mass, part.source, like)
+                block.second_pass(statistics[block], uses, part.mass, part.source, like)
         return [(block, new) for block, new in statistics.items() if new]
 
     def _passes(self, parts: Sequence[LossTerms]) -> Iterator[tuple[LossTerms, list[Tensor | None]]]:
         """One backward pass after another: gradients at the calls."""
         for part in parts:
             for v in cotangents(
-                part.reading,
+                part.likelihood,
                 part.outputs,
                 part.output,
                 part.targets,
@@ -220,13 +229,13 @@ class Estimator:
         self,
         blocks: Iterable[Block],
         part: LossTerms,
-        calls: Sequence[Call],
+        calls: Sequence[LayerCall],
         grads: Sequence[Tensor | None],
         dtype: torch.dtype,
         counted: set[int],
-    ) -> Iterator[tuple[Block, list[list[Use]], Tensor]]:
+    ) -> Iterator[tuple[Block, list[list[LayerIO]], Tensor]]:
         """The uses of each block's layers in one pass; one block at a time, so that its inputs can be let go."""
-        of_layer: dict[Piece, list[int]] = {}
+        of_layer: dict[ParameterSlice, list[int]] = {}
         for i, call in enumerate(calls):
             if grads[i] is not None:
                 of_layer.setdefault(key_of(call), []).append(i)
@@ -235,7 +244,7 @@ class Estimator:
             if not any(self.collection.parameters[n].requires_grad for n in block.names):
                 continue  # frozen: its curvature stays as it was
             aligned = None if not block.needs_data else 1 if part.apart else part.data
-            uses: list[list[Use]] = []
+            uses: list[list[LayerIO]] = []
             for layer in block.layers:
                 here = []
                 for i in of_layer.get(layer.key, []):
@@ -247,13 +256,13 @@ class Estimator:
                 uses.append(here)
             yield block, uses, like
 
-    def _mass(self, reading: Reading, outputs: Tensors, targets: Any, data: int) -> Tensor | None:
+    def _mass(self, likelihood: CriterionLikelihood, outputs: Tensors, targets: Any, data: int) -> Tensor | None:
         """What to divide the sum over cotangents by; None for a sum."""
-        if reading.reduction == "sum":
+        if likelihood.reduction == "sum":
             return None
         if self.kind == "empirical":
             return outputs[0].new_tensor(float(data))
-        return reading.term_mass(outputs, targets).sum()
+        return likelihood.term_mass(outputs, targets).sum()
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
@@ -265,7 +274,9 @@ class Estimator:
     def _check_targets(self, targets: Any) -> None:
         if targets is not None:
             return
-        why = "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.reading.why_targets()
+        why = (
+            "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.likelihood.why_targets()
+        )
         if why is not None:
             raise ValueError(
                 f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
@@ -273,7 +284,7 @@ class Estimator:
                 "receives"
             )
 
-    def _sort_out(self, calls: Sequence[Call], missed: Sequence[Uncaptured], differentiated: bool) -> None:
+    def _sort_out(self, calls: Sequence[LayerCall], missed: Sequence[Uncaptured], differentiated: bool) -> None:
         used_by = {p.name: c.op for c in calls for p in (c.weight, c.bias) if p is not None}
         for use in missed:
             earlier = use.name in self.collection.layers.captured_names() and use.name not in self.collection.uncovered
@@ -297,15 +308,20 @@ class Estimator:
         found = dict(self.module.named_modules()).get(path)
         return f"module {path!r}, a {type(found).__name__}" if path and found is not None else "the model itself"
 
-    def _per_datum_calls(self, missed: Sequence[Uncaptured], data: int) -> list[Call]:
+    def _per_datum_calls(self, missed: Sequence[Uncaptured], data: int) -> list[LayerCall]:
         found = []
         for use in missed:
             p = self.collection.parameters[use.name]
             shape = tuple(p.shape)
             view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
             found.append(
-                Call(
-                    PER_DATUM, Piece(use.name), None, view, torch.ones(data, dtype=p.dtype, device=p.device), (None, 0)
+                LayerCall(
+                    PER_DATUM,
+                    ParameterSlice(use.name),
+                    None,
+                    view,
+                    torch.ones(data, dtype=p.dtype, device=p.device),
+                    (None, 0),
                 )
             )
         return found

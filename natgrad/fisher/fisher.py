@@ -23,25 +23,25 @@ from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.blocks.structures import STRUCTURES
 from natgrad.capture.tape import CaptureError
-from natgrad.distributed.ddp import refuse_structures
+from natgrad.distributed.ddp import check_structures
 from natgrad.distributed.setup import strategy_of
 from natgrad.fisher import state as metric_file
 from natgrad.fisher.coverage import Coverage, coverage_of
 from natgrad.fisher.driven import DrivenMetric
 from natgrad.fisher.estimator import Estimator, usable
-from natgrad.fisher.forward import aside, check_output, noted
-from natgrad.fisher.hooks import Watcher
-from natgrad.fisher.likelihoods.multi_head import Heads
-from natgrad.fisher.likelihoods.registry import read
+from natgrad.fisher.forward import check_output, isolated, traced_forward
+from natgrad.fisher.hooks import CriterionHooks
+from natgrad.fisher.likelihoods.multi_head import MultiHead
+from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.fisher.options import (
     arguments,
     by_pattern,
     check_curvature_batch,
+    check_modules,
     choose,
     chosen_parameters,
-    max_side_by_pattern,
+    max_factor_dim_by_pattern,
     received,
-    refuse_modules,
     unwrapped,
 )
 
@@ -71,10 +71,10 @@ class Fisher(DrivenMetric):
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
             `update`, and 1024, or as many as the layer's larger side has, while an optimizer drives the metric.
-        max_side: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal of at
-            most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 250 for blocks first
-            seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096 (a
-            vocabulary) the diagonal. Or ``{name pattern: either}``.
+        max_factor_dim: a side of a Kronecker factor that is longer than this is kept as equal blocks along its diagonal
+            of at most this many rows, which are inverted one by one; 1 keeps the diagonal alone. None is 250 for blocks
+            first seen while an optimizer drives the metric and keeps sides whole otherwise, and of one longer than 4096
+            (a vocabulary) the diagonal. Or ``{name pattern: either}``.
         process_group: the data-parallel ranks; None takes those of the DistributedDataParallel wrapper. Making the
             metric, `update` and `fit` are then calls that all ranks make together, each with data of its own.
         exchange: what ranks send each other of the inverses: "inverses" (each computed by one rank, applied by every
@@ -101,14 +101,14 @@ class Fisher(DrivenMetric):
         targets: Callable[[Any], Any] | None = None,
         seed: int = 0,
         max_positions: int | None = None,
-        max_side: int | Mapping[str, int | None] | None = None,
+        max_factor_dim: int | Mapping[str, int | None] | None = None,
         process_group: Any = None,
         exchange: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
-        self.reading = Heads(criterion) if isinstance(criterion, Mapping) else read(criterion)
+        self.likelihood = MultiHead(criterion) if isinstance(criterion, Mapping) else likelihood_of(criterion)
         check_curvature_batch(kind, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
@@ -118,7 +118,7 @@ class Fisher(DrivenMetric):
         self.criterion: Any = criterion  # a module, or one a head
         self.model, self.kind = model, kind
         self.module = unwrapped(model)
-        refuse_modules(self.module)
+        check_modules(self.module)
         device = next(iter(model.parameters()), torch.empty(0)).device
         # before names are read: it has shards in place
         self.strategy = strategy_of(model, process_group, device, exchange)
@@ -131,21 +131,21 @@ class Fisher(DrivenMetric):
             self.parameters,
             by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
-            max_side_by_pattern(max_side, self.parameters),
+            max_factor_dim_by_pattern(max_factor_dim, self.parameters),
             kind == "sampled",
             torch.Generator().manual_seed(seed),
             max_positions,
         )
-        self.estimator = Estimator(self.module, self.reading, kind, samples, seed, self.collection, self.strategy)
+        self.estimator = Estimator(self.module, self.likelihood, kind, samples, seed, self.collection, self.strategy)
         if self.strategy.size > 1:
-            refuse_structures({n: self.collection.structure_of(n) for n in self.parameters})
-        self.nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats` at the last refresh
+            check_structures({n: self.collection.structure_of(n) for n in self.parameters})
+        self.nats: Tensor | None = None  # (Σ m u, Σ m) of `CriterionLikelihood.nats` at the last refresh
         self.seen = 0  # data counted so far
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[BatchStatistics] = []
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
-        self._watcher = Watcher(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
+        self._watcher = CriterionHooks(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
     # adding data ---------------------------------------------------------------------------------------
 
@@ -171,12 +171,12 @@ class Fisher(DrivenMetric):
         args, kwargs = arguments(inputs)
         if targets is None and self._targets is not None:
             targets = self._targets(received(args, kwargs))
-        with aside(self.module, self.parameters.values()):
-            result, tape = noted(self.module, self.parameter_names(), args, kwargs)
+        with isolated(self.module, self.parameters.values()):
+            result, tape = traced_forward(self.module, self.parameter_names(), args, kwargs)
             output = self.output_of(result)
-            check_output(self.reading, output, targets)
+            check_output(self.likelihood, output, targets)
             self.estimator.warn_of_batch_norm()
-            if not self.strategy.everywhere(usable(self.reading.outputs(output))):
+            if not self.strategy.everywhere(usable(self.likelihood.outputs(output))):
                 raise ValueError(
                     "the model's output holds NaN or Inf for this batch, so there is no distribution to take the "
                     "metric of; nothing was added. Look at the inputs and the parameters"
@@ -220,7 +220,7 @@ class Fisher(DrivenMetric):
     def reset(self) -> None:
         """Forget all statistics."""
         for block in self.blocks:
-            block.statistics, block.elsewhere = {}, False
+            block.statistics, block.is_remote = {}, False
             block.version += 1
         self.seen, self._pending, self._masses, self.nats = 0, [], {}, None
 
@@ -268,11 +268,11 @@ class Fisher(DrivenMetric):
             "format": metric_file.FORMAT,
             "parameters": {n: list(p.shape) for n, p in self.parameters.items()},
             "kind": self.kind,
-            "criterion": self.reading.name,
-            "reduction": self.reading.reduction,
+            "criterion": self.likelihood.name,
+            "reduction": self.likelihood.reduction,
             "structure": {n: self.collection.structure_of(n) for n in self.parameters},
             "sharing": {n: self.collection.sharing_of(n) for n in self.parameters},
-            "max_side": {n: self.collection.max_side_of(n) for n in self.parameters},
+            "max_factor_dim": {n: self.collection.max_factor_dim_of(n) for n in self.parameters},
             "seen": self.seen,
             "rank": self.strategy.rank,
             "masses": {source: float(mass) for source, mass in self._masses.items()},

@@ -16,11 +16,11 @@ from natgrad._tree import describe
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
-from natgrad.fisher.likelihoods.base import Reading
+from natgrad.fisher.likelihoods.base import CriterionLikelihood
 
 
 @contextmanager
-def aside(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+def isolated(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
     """For forward passes of a metric's own."""
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     drawn = random.getstate()
@@ -31,7 +31,7 @@ def aside(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
         random.setstate(drawn)
 
 
-def noted(
+def traced_forward(
     module: nn.Module, names: Mapping[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Tape]:
     """Return what the model returns, and the calls behind it. `names`: of the parameters, by id.
@@ -50,16 +50,16 @@ def noted(
         tape.close()
 
 
-def check_output(reading: Reading, output: Any, targets: Any) -> None:
+def check_output(likelihood: CriterionLikelihood, output: Any, targets: Any) -> None:
     """Raise a ValueError if the criterion cannot take the output with these labels."""
-    reading.outputs(output)
+    likelihood.outputs(output)
     if targets is None:
         return
     try:
         with torch.no_grad():
-            reading.sum_loss(output, targets)
+            likelihood.sum_loss(output, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
-            f"{reading.name} cannot take {describe(output)} with targets {describe(targets)}: "
+            f"{likelihood.name} cannot take {describe(output)} with targets {describe(targets)}: "
             f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
         ) from error

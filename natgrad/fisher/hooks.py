@@ -54,7 +54,7 @@ class Watched(Protocol):
     def count(self, draw: BatchStatistics) -> None: ...
 
 
-class Watcher:
+class CriterionHooks:
     """Opens tapes on the root's forward passes and asks the metric for draws."""
 
     def __init__(self, metric: Watched, root: nn.Module, criteria: Mapping[str, nn.Module]) -> None:
@@ -182,7 +182,7 @@ class Watcher:
 class Listener:
     """Tells the watcher which head's criterion was called."""
 
-    def __init__(self, watcher: Watcher, key: str) -> None:
+    def __init__(self, watcher: CriterionHooks, key: str) -> None:
         self._watcher, self.key = weakref.ref(watcher), key
 
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
@@ -198,7 +198,7 @@ def remove(handles: list[RemovableHandle]) -> None:
 class Once:
     """Draws at the output when it is backpropagated, unless the criterion has drawn before."""
 
-    def __init__(self, watcher: Watcher, tape: Tape) -> None:
+    def __init__(self, watcher: CriterionHooks, tape: Tape) -> None:
         # weak: the tape holds the graph, and the graph holds this hook
         self._watcher, self._tape = weakref.ref(watcher), weakref.ref(tape)
 

@@ -27,16 +27,18 @@ def check_curvature_batch(kind: str, max_positions: int | None) -> None:
         raise ValueError(f"kind={kind!r} uses all the data; max_positions belongs to kind='sampled'")
 
 
-def check_max_side(max_side: Any) -> None:
+def check_max_factor_dim(max_factor_dim: Any) -> None:
     """Raise a ValueError unless it is a whole number of at least 1, or None."""
-    if max_side is not None and (not isinstance(max_side, int) or isinstance(max_side, bool) or max_side < 1):
+    if max_factor_dim is not None and (
+        not isinstance(max_factor_dim, int) or isinstance(max_factor_dim, bool) or max_factor_dim < 1
+    ):
         raise ValueError(
-            "max_side must be a whole number of at least 1 (the longest block kept of a Kronecker side), None, or "
-            f"{{name pattern: either}}, got {max_side!r}"
+            "max_factor_dim must be a whole number of at least 1 (the longest block kept of a Kronecker factor), None, "
+            f"or {{name pattern: either}}, got {max_factor_dim!r}"
         )
 
 
-def refuse_modules(root: nn.Module) -> None:
+def check_modules(root: nn.Module) -> None:
     """Raise a ValueError for modules that no metric can follow."""
     for path, module in root.named_modules():
         if ".quantized" in type(module).__module__:
@@ -65,7 +67,7 @@ def by_pattern(
     return rules_of(what, given, default, lambda value: choose(what, value, known), names)
 
 
-def max_side_by_pattern(
+def max_factor_dim_by_pattern(
     given: int | Mapping[str, int | None] | None, names: Iterable[str]
 ) -> Callable[[str], int | None]:
     """Name → the longest block kept of a Kronecker side, None for no limit.
@@ -73,7 +75,7 @@ def max_side_by_pattern(
     Raises:
         ValueError: it is no number of rows, or a pattern matches no name.
     """
-    return rules_of("max_side", given, None, check_max_side, names)
+    return rules_of("max_factor_dim", given, None, check_max_factor_dim, names)
 
 
 def rules_of(

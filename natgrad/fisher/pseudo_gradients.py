@@ -20,13 +20,13 @@ from torch import Tensor
 
 from natgrad._tree import Tensors
 from natgrad.fisher.batch_axis import of_data
-from natgrad.fisher.likelihoods.base import Reading
+from natgrad.fisher.likelihoods.base import CriterionLikelihood
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 
 
 def cotangents(
-    reading: Reading,
+    likelihood: CriterionLikelihood,
     outputs: Tensors,
     output: object,
     targets: object,
@@ -42,7 +42,7 @@ def cotangents(
         ValueError: there would be more than `MAX_PASSES`.
     """
     if kind == "exact":
-        yield from exact_cotangents(reading, outputs, targets, data, apart)
+        yield from exact_cotangents(likelihood, outputs, targets, data, apart)
         return
     if apart and data * samples > MAX_PASSES:
         raise ValueError(
@@ -51,9 +51,9 @@ def cotangents(
         )
     for _ in range(1 if kind == "empirical" else samples):
         if kind == "empirical":
-            v = reading.observed(outputs, output, targets, data)
+            v = likelihood.observed(outputs, output, targets, data)
         else:
-            v = reading.draw(outputs, targets, generator)
+            v = likelihood.draw(outputs, targets, generator)
             v = v if samples == 1 else tuple(t * samples**-0.5 for t in v)
         if not apart:
             yield v
@@ -64,8 +64,10 @@ def cotangents(
             yield tuple(of_data(t, keep) for t in v)
 
 
-def exact_cotangents(reading: Reading, outputs: Tensors, targets: object, data: int, apart: bool) -> Iterator[Tensors]:
-    roots = reading.roots(outputs, targets)
+def exact_cotangents(
+    likelihood: CriterionLikelihood, outputs: Tensors, targets: object, data: int, apart: bool
+) -> Iterator[Tensors]:
+    roots = likelihood.roots(outputs, targets)
     passes = sum(r.term_count if apart else -(-r.term_count // data) for r in roots)
     if passes > MAX_PASSES:
         why = (

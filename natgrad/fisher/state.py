@@ -22,7 +22,7 @@ from natgrad.blocks.average import Average
 from natgrad.blocks.base import Block
 from natgrad.blocks.structures import block_from_json, block_to_json
 
-FORMAT = 10
+FORMAT = 11
 
 
 def state_of(
@@ -64,7 +64,7 @@ def restored(
     if missing := {"about", "tensors"} - set(state):
         raise ValueError(f"this is no state of a Fisher metric: it lacks {sorted(missing)} and has {sorted(state)}")
     there = json.loads(state["about"])
-    refuse_differences(said, there)
+    check_differences(said, there)
     if lacks := sorted(set(there["tensors"]) - set(state["tensors"])):
         raise ValueError(
             f"the metric's state lacks {len(lacks)} of its statistics, {lacks[0]!r} the first: it was not read in "
@@ -90,7 +90,7 @@ def blocks_from(
     return blocks
 
 
-def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+def check_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise a ValueError that names what differs."""
     if there.get("format") != FORMAT:
         raise ValueError(
@@ -114,7 +114,7 @@ def refuse_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Non
     ]
     said += [
         f"the {k} of {n} is {here[k][n]!r} here and {there[k][n]!r} in the state"
-        for k in ("structure", "sharing", "max_side")
+        for k in ("structure", "sharing", "max_factor_dim")
         for n in here[k]
         if n in there[k] and here[k][n] != there[k][n]
     ]

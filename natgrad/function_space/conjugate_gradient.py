@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from natgrad.function_space.jacobian import Rows
+from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.linalg.krylov import CG_ITERATIONS, CG_TOLERANCE, conjugate_gradient, nystrom
 
 NYSTROM_RANK = 100
@@ -19,7 +19,7 @@ NYSTROM_RANK = 100
 class Nystrom:
     """r ↦ (ĝ_rank + λI)⁻¹r up to a constant, with a Nyström approximation of ĝ = JᵀJ."""
 
-    def __init__(self, rows: Rows, damping: float, rank: int = NYSTROM_RANK) -> None:
+    def __init__(self, rows: JacobianOperator, damping: float, rank: int = NYSTROM_RANK) -> None:
         self.basis, self.values = nystrom(
             lambda v: rows.vjp(rows.jvp(v)), rows.parameters, min(rank, rows.count, rows.parameters), rows.like
         )
@@ -38,7 +38,7 @@ class ConjugateGradient:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: JacobianOperator,
         damping: float,
         precondition: Callable[[Tensor], Tensor] | None = None,
         tolerance: float = CG_TOLERANCE,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from natgrad.function_space.jacobian import Rows
-from natgrad.function_space.jacobian_metric import RootMetric
+from natgrad.function_space.jacobian import JacobianOperator
+from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.operators import value_and_gradient
 from natgrad.function_space.residuals import CHUNK_BYTES, Batch, check_batch
 from natgrad.metric.metric import Vector, named
@@ -26,7 +26,7 @@ from natgrad.metric.metric import Vector, named
 Density = Callable[..., Tensor]
 
 
-class Energy(RootMetric):
+class Energy(JacobianMetric):
     """The second variation of Σ_terms Σ_n w_n F(u, ∇u, x_n, *data_n) as a metric, and that sum as the loss.
 
     Args:
@@ -80,7 +80,7 @@ class Energy(RootMetric):
                         f"shape ({len(x)},)"
                     )
                 energy.append(self._second_order(name))
-        self.rows = Rows(
+        self.rows = JacobianOperator(
             sum(r.shape[0] * r.shape[1] for r in self._roots.values()),
             sum(p.numel() for p in self.point.values()),
             self._chunks,

@@ -2,7 +2,7 @@
 
 `GaussNewton` measures the change J v that a change v of the parameters makes in the residuals of a PDE ("energy natural
 gradient", Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163). Its algebra is that of
-`natgrad.function_space.jacobian_metric.RootMetric`.
+`natgrad.function_space.jacobian_metric.JacobianMetric`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from natgrad.function_space.jacobian import Rows
-from natgrad.function_space.jacobian_metric import RootMetric
+from natgrad.function_space.jacobian import JacobianOperator
+from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.layer_jacobian import Unseen, layer_rows
 from natgrad.function_space.residuals import Batch, Residuals, Term
 from natgrad.metric.metric import Vector, named
 
 
-class GaussNewton(RootMetric):
+class GaussNewton(JacobianMetric):
     """ĝ = JᵀJ of the stacked weighted residuals of a physics-informed loss Σ_terms weight · ½ mean ‖r‖².
 
     Args:
@@ -66,7 +66,7 @@ class GaussNewton(RootMetric):
         self.loss = 0.5 * (self.root @ self.root)
         return self.loss
 
-    def _linearise_by_layer(self) -> tuple[Tensor, Rows] | None:
+    def _linearise_by_layer(self) -> tuple[Tensor, JacobianOperator] | None:
         """Residuals and rows by the factors of linear layers; None where that will not do."""
         if not self._by_layer:
             return None
@@ -76,7 +76,7 @@ class GaussNewton(RootMetric):
             self._by_layer = False
             return None
 
-    def _linearise(self) -> tuple[Tensor, Rows]:
+    def _linearise(self) -> tuple[Tensor, JacobianOperator]:
         """Residuals and rows by differentiation at each point."""
         res, at = self.residuals, self.point
         with torch.no_grad():
@@ -90,7 +90,7 @@ class GaussNewton(RootMetric):
         def vjp(c: Tensor) -> Tensor:
             return self.vector_to_flat(res.vjp(at, c))
 
-        return root, Rows(res.rows, size, lambda: res.jacobian(at), jvp, vjp, root)
+        return root, JacobianOperator(res.rows, size, lambda: res.jacobian(at), jvp, vjp, root)
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
         if not increments and self.loss is not None:

@@ -13,7 +13,7 @@ KEPT_BYTES = 2**29  # a Jacobian up to this size is kept for products; a larger 
 
 
 @dataclass
-class Rows:
+class JacobianOperator:
     """The linear map J: products and, for solvers that need entries, chunks of rows.
 
     Attributes:
@@ -35,10 +35,10 @@ class Rows:
     gram: Callable[[], Tensor] | None = None
 
     @staticmethod
-    def of(matrix: Tensor) -> Rows:
+    def of(matrix: Tensor) -> JacobianOperator:
         """The rows of a matrix (N, P) that is already there."""
         n, p = matrix.shape
-        return Rows(n, p, lambda: iter([matrix]), matrix.mv, matrix.mT.mv, matrix, lambda: gram(matrix))
+        return JacobianOperator(n, p, lambda: iter([matrix]), matrix.mv, matrix.mT.mv, matrix, lambda: gram(matrix))
 
     def matrix(self) -> Tensor:
         """J as one tensor (N, P)."""
@@ -49,15 +49,15 @@ class Rows:
         """JJᵀ, (N, N)."""
         return gram(self.matrix()) if self.gram is None else self.gram()
 
-    def kept(self) -> Rows:
+    def kept(self) -> JacobianOperator:
         """The same rows with J in memory where it is small, which makes products many times quicker."""
         if self.gram is not None:
             return self
         small = self.count * self.parameters * self.like.element_size() <= KEPT_BYTES
-        return Rows.of(self.matrix()) if small else self
+        return JacobianOperator.of(self.matrix()) if small else self
 
     @staticmethod
-    def stack(parts: list[tuple[float, Rows]]) -> Rows:
+    def stack(parts: list[tuple[float, JacobianOperator]]) -> JacobianOperator:
         """Rows of Σ cᵢ JᵢᵀJᵢ: each Jᵢ scaled by √cᵢ, one above the other."""
         roots = [(math.sqrt(c), r) for c, r in parts]
         counts = [r.count for _, r in roots]
@@ -65,7 +65,7 @@ class Rows:
         def vjp(c: Tensor) -> Tensor:
             return torch.stack([s * r.vjp(part) for (s, r), part in zip(roots, c.split(counts))]).sum(0)
 
-        return Rows(
+        return JacobianOperator(
             sum(counts),
             roots[0][1].parameters,
             lambda: (s * chunk for s, r in roots for chunk in r.chunks()),

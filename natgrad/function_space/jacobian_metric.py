@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from natgrad.function_space.conjugate_gradient import ConjugateGradient
-from natgrad.function_space.jacobian import Rows
+from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.solvers import Dense, Kernel, Solver, choose
 from natgrad.linalg.cholesky import ensure_fits
 from natgrad.metric.metric import Metric, Vector
 
 log = logging.getLogger("natgrad")
-SOLVERS: dict[str, Callable[[Rows, float], Solver]] = {
+SOLVERS: dict[str, Callable[[JacobianOperator, float], Solver]] = {
     "dense": Dense,
     "kernel": Kernel,
     "cg": ConjugateGradient,
@@ -30,7 +30,7 @@ SOLVERS: dict[str, Callable[[Rows, float], Solver]] = {
 DIFFERENCE = 0.1  # h of the central difference along the velocity (Transtrum & Sethna 2012, section 5)
 
 
-class RootMetric(Metric):
+class JacobianMetric(Metric):
     """ĝ = JᵀJ, linearised by `observe` at the parameters of that moment.
 
     A subclass sets `rows` (and `root`, c with df = Jᵀc, where the gradient has that form) in `observe`.
@@ -54,7 +54,7 @@ class RootMetric(Metric):
         self.chosen = ""  # which solver serves the last batch, and why
         self.resampled: bool | None = None  # whether the last batch held other tensors than the one before it
         self.point: Vector = {}  # the parameters at which the metric is linearised
-        self.rows: Rows | None = None
+        self.rows: JacobianOperator | None = None
         self.root: Tensor | None = None
         self.loss: Tensor | None = None  # of the last batch
         self._factor: tuple[float, Solver] | None = None
@@ -92,7 +92,7 @@ class RootMetric(Metric):
             log.info("%s solves with %s", type(self).__name__, said)
         return name
 
-    def linearised(self) -> Rows:
+    def linearised(self) -> JacobianOperator:
         """The rows of the last observed batch."""
         if self.rows is None:
             raise RuntimeError(
@@ -182,11 +182,11 @@ class RootMetric(Metric):
         return {n: p + increments[n] if n in increments else p for n, p in self.point.items()}
 
     def stack(self, parts: Sequence[tuple[float, Metric]]) -> Metric | None:
-        roots = [(c, m) for c, m in parts if isinstance(m, RootMetric)]
+        roots = [(c, m) for c, m in parts if isinstance(m, JacobianMetric)]
         if len(roots) != len(parts):
             return None
-        out = RootMetric(self.parameters, self.solver)
-        out.rows = Rows.stack([(c, m.linearised()) for c, m in roots])
+        out = JacobianMetric(self.parameters, self.solver)
+        out.rows = JacobianOperator.stack([(c, m.linearised()) for c, m in roots])
         if all(m.root is not None for _, m in roots):
             out.root = torch.cat([c**0.5 * m.root for c, m in roots if m.root is not None])
         return out

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from natgrad.function_space.jacobian import KEPT_BYTES, Rows, gram
+from natgrad.function_space.jacobian import KEPT_BYTES, JacobianOperator, gram
 from natgrad.function_space.linear_tap import LinearTap
 from natgrad.function_space.residuals import CHUNK_BYTES, Residuals
 from natgrad.metric.metric import Vector
@@ -37,7 +37,7 @@ class Unseen(Exception):
     """The residuals depend on parameters by other ways than linear layers."""
 
 
-def layer_rows(residuals: Residuals, params: Vector) -> tuple[Tensor, Rows] | None:
+def layer_rows(residuals: Residuals, params: Vector) -> tuple[Tensor, JacobianOperator] | None:
     """The stacked residuals (N,) and their Jacobian; None where the factors would not fit in memory.
 
     Raises:
@@ -287,8 +287,8 @@ class LayerRows:
                 entries = {n: LayerBlock.entries(g[i : i + rows], a[i : i + rows]) for n, (g, a) in parts.items()}
                 yield self.flat(entries)
 
-    def rows(self, points: int | None) -> Rows:
+    def rows(self, points: int | None) -> JacobianOperator:
         count = sum(next(iter(self.blocks.values())).counts)
         like = next(iter(self.params.values()))
         size = sum(p.numel() for p in self.params.values())
-        return Rows(count, size, lambda: self.chunks(points), self.jvp, self.vjp, like, self.gram)
+        return JacobianOperator(count, size, lambda: self.chunks(points), self.jvp, self.vjp, like, self.gram)

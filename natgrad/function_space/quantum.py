@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from natgrad.function_space.jacobian import Rows
-from natgrad.function_space.jacobian_metric import RootMetric
+from natgrad.function_space.jacobian import JacobianOperator
+from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.metric.metric import Vector, named
 
 
-class QuantumGeometry(RootMetric):
+class QuantumGeometry(JacobianMetric):
     """Re Cov(O*, O) of a wave function with real parameters and real or complex log ψ.
 
     Args:
@@ -59,7 +59,7 @@ class QuantumGeometry(RootMetric):
         shared = min(parts.shape[1], jacobian.shape[1])  # the imaginary energy meets the imaginary part of O alone
         covector[:, :shared] = parts[:, :shared]
         rows = (root[:, None, None] * (jacobian - mean)).reshape(-1, jacobian.shape[2])
-        self.rows = Rows.of(rows)
+        self.rows = JacobianOperator.of(rows)
         self.root = (2 * root[:, None] * covector).reshape(-1)
         self.loss = energy.real if energy.is_complex() else energy
         return self.loss

@@ -1,6 +1,6 @@
 """Solving with a metric given by rows, ĝ = JᵀJ, J of shape (N, P).
 
-Each solver is made from `Rows` and a damping λ > 0 (factorise once) and has two verbs (apply many times):
+Each solver is made from `JacobianOperator` and a damping λ > 0 (factorise once) and has two verbs (apply many times):
 
 - ``sharp(g)`` is (JᵀJ + λI)⁻¹ g for any covector g;
 - ``pull(c)`` is (JᵀJ + λI)⁻¹ Jᵀc for a covector given through the rows. At small λ this is far better conditioned:
@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from natgrad.function_space.jacobian import Rows, gathered
+from natgrad.function_space.jacobian import JacobianOperator, gathered
 from natgrad.linalg.cholesky import NOT_FINITE, damped_cholesky, ensure_fits, free_bytes
 from natgrad.metric.metric import DENSE_PARAMETERS
 
@@ -39,7 +39,7 @@ class Solver(Protocol):
 class Dense:
     """Triangular factor of JᵀJ + λI in parameter space: O(NP² + P³) once, O(NP + P²) a solve."""
 
-    def __init__(self, rows: Rows, damping: float) -> None:
+    def __init__(self, rows: JacobianOperator, damping: float) -> None:
         n = rows.parameters
         ensure_fits(
             2 * n * n * rows.like.element_size(),
@@ -91,7 +91,7 @@ class Kernel:
     REFINEMENTS = 2
     REFINED = 1e-10  # a residual, relative to the right-hand side, that is small enough
 
-    def __init__(self, rows: Rows, damping: float) -> None:
+    def __init__(self, rows: JacobianOperator, damping: float) -> None:
         n, size = rows.count, rows.like.element_size()
         ensure_fits(
             2 * n * n * size,
@@ -106,7 +106,7 @@ class Kernel:
                 'solver="cg" or fewer points',
                 rows.like,
             )
-            rows = Rows.of(rows.matrix())
+            rows = JacobianOperator.of(rows.matrix())
         self.damping, self.rows = damping, rows
         self.kernel = rows.product()
         self.lower = damped_cholesky(self.kernel, damping)
@@ -142,7 +142,7 @@ class Kernel:
         return 2 * self.lower.diagonal().log().sum() + (self.rows.parameters - n) * math.log(self.damping)
 
 
-def choose(rows: Rows) -> tuple[str, str]:
+def choose(rows: JacobianOperator) -> tuple[str, str]:
     """The solver `auto` takes, and why."""
     n, p = rows.count, rows.parameters
     if n < p and (2 * n * n + n * p) * rows.like.element_size() < free_bytes(rows.like.device):

@@ -40,7 +40,7 @@ class Trained:
         return []
 
     @property
-    def gradient_share(self) -> float | None:
+    def gradient_scale(self) -> float | None:
         """What `backward` leaves of the gradient of the loss that the metric is the curvature of; None where the metric
         is not that, so that ĝ⁻¹df has no length of its own.
         """

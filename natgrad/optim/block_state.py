@@ -30,7 +30,7 @@ class BlockState:
     coherence: Tensor  # c̄
     age: Tensor  # τ
     size: Tensor | None = None  # r; None is 1, as for blocks without a matrix
-    excess: Tensor | None = None  # s
+    newton_scale: Tensor | None = None  # s
     # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
     seen: tuple[Tensor, Tensor, Tensor] | None = None
     inverse: Inverse | None = None
@@ -42,16 +42,18 @@ class BlockState:
 
         An excess that is not finite counts as 0, which sets no limit.
         """
-        now = block.excess().nan_to_num(0, 0)
-        self.excess = now if self.excess is None else torch.maximum(now, SCALE_MEMORY * self.excess.to(now))
-        return self.excess
+        now = block.newton_scale().nan_to_num(0, 0)
+        self.newton_scale = (
+            now if self.newton_scale is None else torch.maximum(now, SCALE_MEMORY * self.newton_scale.to(now))
+        )
+        return self.newton_scale
 
     def is_stale(self, block: Block, damping: float) -> bool:
         return self.inverse is None or self.inverse_of != (block.version, damping)
 
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again."""
-        kept = ("velocity", "coherence", "age", "size", "excess")
+        kept = ("velocity", "coherence", "age", "size", "newton_scale")
         state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
         return state
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from natgrad.metric.metric import Metric
 from natgrad.metric.protocols import Vector
 from natgrad.optim.adam import HALF, Adam
-from natgrad.optim.step_rule import Along, Increments, Options, StepContext, StepRule, one_value
+from natgrad.optim.step_rule import Increments, Options, ScaledStep, StepContext, StepRule, one_value
 
 
-class Descent:
+class PreconditionedGradient:
     """(ĝ + λI)⁻¹ m with m ← μ m + df: momentum as in ``torch.optim.SGD``, before the metric is applied.
 
     Parameters without curvature get Adam's direction, at the root mean square of all others, so that one learning rate
@@ -58,18 +58,18 @@ class Descent:
 
 
 class FixedStep(StepRule):
-    """Δθ = −η d along the direction of `Descent`."""
+    """Δθ = −η d along the direction of `PreconditionedGradient`."""
 
     def __init__(self, lr: float = 0.1, momentum: float = 0.0, damping: float = 1e-3) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping = lr, momentum, damping
-        self._descent = Descent()
+        self._descent = PreconditionedGradient()
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options = context.options
         d = self._descent.direction(metric, df, options)
         self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
-        return {n: Along(d[n], -options[n].lr) for n in df}
+        return {n: ScaledStep(d[n], -options[n].lr) for n in df}
 
     def cosines(self) -> dict[str, Tensor]:
         return self._descent.cosines()

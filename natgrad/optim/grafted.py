@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.fixed import Descent
+from natgrad.optim.fixed import PreconditionedGradient
 from natgrad.optim.step_rule import Increments, StepContext, StepRule
 
 
@@ -26,7 +26,7 @@ class Grafted(StepRule):
     def __init__(self, lr: float = 1e-3, momentum: float = 0.9, damping: float = 1e-3) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping = lr, momentum, damping
-        self._descent, self._adam = Descent(), Adam()
+        self._descent, self._adam = PreconditionedGradient(), Adam()
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options = context.options

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.metric.metric import Metric, Vector
-from natgrad.optim.fixed import Descent
+from natgrad.optim.fixed import PreconditionedGradient
 from natgrad.optim.step_rule import Increments, StepContext, StepRule
 
 
@@ -32,7 +32,7 @@ class KLTrustRegion(StepRule):
         if not radius > 0:
             raise ValueError(f"radius must be positive, a KL divergence that a step may cause, got {radius!r}")
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
-        self._descent = Descent()
+        self._descent = PreconditionedGradient()
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options = context.options

@@ -78,7 +78,7 @@ class NormalisedStep(StepRule):
         owned = place.owned(blocks)
         for key in {key_of(b) for b in blocks} - {key_of(b) for b in owned}:
             self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
-        if context.refreshed and metric.gradient_share is not None:
+        if context.refreshed and metric.gradient_scale is not None:
             for block in owned:  # of blocks without a gradient at this step too
                 if (state := self._blocks.get(key_of(block))) is not None:
                     state.rescale(block)
@@ -134,7 +134,7 @@ class NormalisedStep(StepRule):
             if sizes is not None:
                 look(states, grads, directions)
                 self.measure(mine, states, sizes)
-            found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_share)
+            found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_scale)
             scalars = torch.stack([found.nats, found.promise, found.at_newton * len(mine)])
         failures = sum(s.failures for s in self._blocks.values())
         totals, decay, failures = place.totals(active, scalars, None if found is None else found.decay, failures)
@@ -216,14 +216,14 @@ class NormalisedStep(StepRule):
         grads: list[Tensor],
         share: float | None,
     ) -> Lengths:
-        """Return α of each block. `share`: `Metric.gradient_share`."""
+        """Return α of each block. `share`: `Metric.gradient_scale`."""
         like = directions[0]
         one = like.new_ones(())
         sizes = torch.stack([one if s.size is None else s.size.to(one) for s in states])
-        excess = None
+        newton_scale = None
         if share is not None:
-            known = [s.rescale(b) if s.excess is None else s.excess for s, b in zip(states, blocks)]
-            excess = share * torch.stack([k.to(like) for k in known])
+            known = [s.rescale(b) if s.newton_scale is None else s.newton_scale for s, b in zip(states, blocks)]
+            newton_scale = share * torch.stack([k.to(like) for k in known])
         norms = torch.stack(torch._foreach_norm(directions))
         return lengths(
             directions,
@@ -235,7 +235,7 @@ class NormalisedStep(StepRule):
             sizes_of(blocks, directions, norms),
             like.new_tensor([o.lr for o in options]),
             sizes,
-            excess,
+            newton_scale,
         )
 
     def move(

@@ -26,7 +26,7 @@ from natgrad.optim.groups import check_decay, check_keys, check_options, check_s
 from natgrad.optim.interrupts import uninterrupted
 from natgrad.optim.registry import default_rule
 from natgrad.optim.skips import Skips, all_finite
-from natgrad.optim.step_rule import Along, Options, StepContext, StepRule
+from natgrad.optim.step_rule import Options, ScaledStep, StepContext, StepRule
 from natgrad.optim.weight_average import WeightAverage
 
 GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
@@ -212,7 +212,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
         self.metric.expect(self.refresh_due)
 
-    def _apply(self, increments: Mapping[str, Tensor | Along], fine: Tensor | None) -> None:
+    def _apply(self, increments: Mapping[str, Tensor | ScaledStep], fine: Tensor | None) -> None:
         """Decay the weights and add their increments. `fine`: where it is not known on the host, 0 for a bad step."""
         decayed: list[Tensor] = []
         kept: list[float] = []
@@ -223,7 +223,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 if (delta := increments.get(self._name_of[parameter])) is None:
                     continue
                 p = self._local(parameter)
-                way, length = delta if isinstance(delta, Along) else (delta, 1.0)
+                way, length = delta if isinstance(delta, ScaledStep) else (delta, 1.0)
                 if fine is not None:
                     way = torch.where(fine, way, torch.zeros_like(way))
                     if decay:

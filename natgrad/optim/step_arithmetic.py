@@ -48,7 +48,7 @@ def lengths(
     sizes: Tensor,
     rates: Tensor,
     weights: Tensor,
-    excess: Tensor | None,
+    newton_scale: Tensor | None,
 ) -> Lengths:
     """Return how far each block goes along its direction.
 
@@ -64,16 +64,16 @@ def lengths(
     cosines = (-along / norms / speeds).nan_to_num(0, 0, 0)  # 0 where one of them is
     now = coherence + (cosines - coherence) / (MEMORY + MEMORY_SHARE * ages)
     plain = full = torch.where(sizes > 0, rates * weights / sizes, 0.0)
-    if excess is not None:
-        plain = torch.minimum(full, NEWTON_SHARE / excess)
+    if newton_scale is not None:
+        plain = torch.minimum(full, NEWTON_SHARE / newton_scale)
     alpha = (STRETCH * now).exp() * plain
     shares = plain * sizes / weights
     decay = torch.where(rates > 0, shares.square() / rates, 0.0)
-    if excess is None:
+    if newton_scale is None:
         nothing = alpha.new_zeros(())
         return Lengths(alpha, decay, now, nothing, nothing, nothing)
     slopes = torch.stack([dot(g, d) for g, d in zip(gradients, directions)])
-    nats = 0.5 * (alpha.square() * excess * slopes).sum()
+    nats = 0.5 * (alpha.square() * newton_scale * slopes).sum()
     return Lengths(alpha, decay, now, nats, (alpha * slopes).sum(), (plain < full).to(alpha).mean())
 
 

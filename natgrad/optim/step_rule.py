@@ -29,14 +29,14 @@ class Options:
     share: float = 1.0  # what a schedule has left of lr
 
 
-class Along(NamedTuple):
+class ScaledStep(NamedTuple):
     """Δθ = length · way, written in one fused operation as `torch.optim` does."""
 
     way: Tensor
     length: float
 
 
-Increments = dict[str, Tensor | Along]
+Increments = dict[str, Tensor | ScaledStep]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StepRule:
 
     ``lr``, ``momentum``, ``damping`` and ``weight_decay`` are the defaults it brings; ``damping_meaning`` says in words
     what its damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
-    `Along`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
+    `ScaledStep`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
     """
 
     lr: float = 1.0
@@ -70,7 +70,9 @@ class StepRule:
         self.info: dict[str, Any] = {}
         self.strategy = Strategy()
 
-    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Mapping[str, Tensor | Along]:
+    def update(
+        self, metric: Metric, df: Mapping[str, Tensor], context: StepContext
+    ) -> Mapping[str, Tensor | ScaledStep]:
         """Increments of the parameters, given df at the current ones. Called once a step, after `Metric.advance`."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ def sizes_of(blocks: Sequence[Block], directions: Sequence[Tensor], norms: Tenso
     A bias counts by what it does to the layer's output, as an input of the size of the others would: inputs in
     thousands must not leave all of a step to the bias.
     """
-    out = norms * norms.new_tensor([unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)])
+    out = norms * norms.new_tensor([update_unit(b.layers[0]) / d.numel() ** 0.5 for b, d in zip(blocks, directions)])
     kron = [(i, b, b.own_columns) for i, b in enumerate(blocks) if isinstance(b, KroneckerBlock) and b.own_columns]
     if kron:
         biases = torch.stack(torch._foreach_norm([directions[i][..., -k:] for i, _, k in kron]))
@@ -37,7 +37,9 @@ def sizes_of(blocks: Sequence[Block], directions: Sequence[Tensor], norms: Tenso
 
 def joint_size(block: Block, d: Tensor) -> Tensor:
     assert isinstance(block, JointBlock)
-    squares = [part.square().sum() * unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)]
+    squares = [
+        part.square().sum() * update_unit(layer) ** 2 for part, layer in zip(d.split(block.widths), block.layers)
+    ]
     return (torch.stack(squares).sum() / d.numel()).sqrt()
 
 
@@ -54,7 +56,7 @@ def natural_sizes(blocks: Sequence[Block], tables: bool = False) -> dict[str, fl
     }
 
 
-def unit(layer: Any) -> float:
+def update_unit(layer: Any) -> float:
     """An update of rms η / unit is a natural size for this layer."""
     if layer.weight is None or layer.layout.elementwise:
         return 1 / VECTOR_SHARE

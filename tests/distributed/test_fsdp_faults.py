@@ -147,7 +147,7 @@ def saved(rank: int, size: int, folder: str) -> tuple[Any, Any]:
         opt.metric.save(f"{folder}/none/metric.safetensors")
     other = setup()[2].metric
     other.load(f"{folder}/metric.safetensors")
-    assert any(b.elsewhere for b in other.blocks)
+    assert any(b.is_remote for b in other.blocks)
     with opt.metric.whole(), other.whole():
         return opt.metric.dense().numpy(), other.dense().numpy()
 

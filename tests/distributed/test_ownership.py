@@ -13,7 +13,7 @@ from torch import nn
 import natgrad as ng
 from natgrad.blocks.base import Block
 from natgrad.blocks.kronecker import kept_rows
-from natgrad.distributed.assignment import cost_of, footprint, owners, settle, work_of
+from natgrad.distributed.assignment import assign_owners, cost_of, footprint, owners, work_of
 from natgrad.linalg import kronecker
 from natgrad.linalg.block_diagonal import spans
 from tests.distributed.pool import Pool
@@ -42,14 +42,14 @@ def resnet18() -> Sides:
     return [*sides, (1000, 513)]
 
 
-def costs_of(sides: Sides, max_side: Any = None) -> list[float]:
+def costs_of(sides: Sides, max_factor_dim: Any = None) -> list[float]:
     """Of the inverse of every factor, or of every piece of one; "training" is the default while an optimizer drives."""
-    limit, trains = (None, True) if max_side == "training" else (max_side, False)
+    limit, trains = (None, True) if max_factor_dim == "training" else (max_factor_dim, False)
     kept = [(kept_rows(d, limit, trains), d) for pair in sides for d in pair]
     return [float(stop - start) ** 3 for p, d in kept if p > 1 for start, stop in spans(p, d)]
 
 
-def excess(costs: list[float], size: int) -> float:
+def newton_scale(costs: list[float], size: int) -> float:
     """The busiest rank's work over max(1/W, the largest factor's share)."""
     return max(work_of(costs, size)) / max(sum(costs) / size, max(costs))
 
@@ -57,13 +57,14 @@ def excess(costs: list[float], size: int) -> float:
 @pytest.mark.parametrize("sides", [transformer(), resnet18()], ids=["transformer", "resnet18"])
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
 def test_work_is_even(sides: Sides, size: int) -> None:
-    assert excess(costs_of(sides), size) < 1.1
+    assert newton_scale(costs_of(sides), size) < 1.1
 
 
 def test_where_work_is_uneven() -> None:
     """Where a few more factors of the largest size are left than ranks, some rank has one more, whoever assigns."""
     uneven = [
-        {size for size in range(2, 65) if excess(costs_of(sides), size) >= 1.1} for sides in (transformer(), resnet18())
+        {size for size in range(2, 65) if newton_scale(costs_of(sides), size) >= 1.1}
+        for sides in (transformer(), resnet18())
     ]
     assert uneven == [set(range(17, 30)), {3}]
 
@@ -88,14 +89,14 @@ NETS = {"transformer": transformer(), "transformer, its table diagonal": transfo
 
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_pieces_share_out_what_dominates(case: tuple[str, Any]) -> None:
-    name, max_side = case
-    costs = costs_of(NETS[name], max_side)
+    name, max_factor_dim = case
+    costs = costs_of(NETS[name], max_factor_dim)
     share = {size: max(work_of(costs, size)) / sum(costs) for size in range(2, 65)}
     assert {size for size in share if share[size] * size >= 1.1} == SPLIT[case]
 
 
 @pytest.mark.parametrize(
-    ("name", "max_side", "uneven"),
+    ("name", "max_factor_dim", "uneven"),
     [
         ("transformer", 512, set()),
         ("transformer", 768, set()),
@@ -104,10 +105,10 @@ def test_pieces_share_out_what_dominates(case: tuple[str, Any]) -> None:
         ("resnet18", 1536, {9, 12, 13, 14, 15}),
     ],
 )
-def test_work_in_pieces_is_even(name: str, max_side: int, uneven: set[int]) -> None:
+def test_work_in_pieces_is_even(name: str, max_factor_dim: int, uneven: set[int]) -> None:
     """Within 10 % of max(1/W, the largest piece's share)."""
-    costs = costs_of(NETS[name], max_side)
-    assert {size for size in range(2, 65) if excess(costs, size) >= 1.1} == uneven
+    costs = costs_of(NETS[name], max_factor_dim)
+    assert {size for size in range(2, 65) if newton_scale(costs, size) >= 1.1} == uneven
 
 
 def test_the_assignment_is_a_function_of_the_costs() -> None:
@@ -121,15 +122,15 @@ def test_the_assignment_is_a_function_of_the_costs() -> None:
 def test_costs_of_blocks_are_those_of_their_factors() -> None:
     metric = ng.Fisher(build("mlp"), nn.CrossEntropyLoss())
     metric.update(torch.randn(4, 6, dtype=torch.float64))
-    jobs = [[job.cost for job in b.relative_jobs(0.1)] for b in metric.blocks]
+    jobs = [[job.cost for job in b.factor_jobs(0.1)] for b in metric.blocks]
     assert jobs == [[8**3, 7**3], [5**3, 9**3], [3**3, 6**3]]
 
 
 def test_costs_of_split_blocks_are_those_of_their_pieces() -> None:
-    metric = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), max_side=4)
+    metric = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), max_factor_dim=4)
     metric.update(torch.randn(4, 6, dtype=torch.float64))
     for block, (out, into) in zip(metric.blocks, SIDES):
-        costs = [job.cost for job in block.relative_jobs(0.1)]
+        costs = [job.cost for job in block.factor_jobs(0.1)]
         assert costs == costs_of([(out, into)], 4)
         assert sum(costs) == cost_of(block)
 
@@ -138,8 +139,8 @@ def test_costs_of_split_blocks_are_those_of_their_pieces() -> None:
 
 EXCHANGED: dict[str, dict[str, Any]] = {
     "kfac": {},
-    "pieces": {"options": {"max_side": 4}},
-    "pieces, conv": {"model": "conv", "options": {"max_side": 2}},
+    "pieces": {"options": {"max_factor_dim": 4}},
+    "pieces, conv": {"model": "conv", "options": {"max_factor_dim": 2}},
     "conv": {"model": "conv"},
     "dense": {"options": {"structure": "dense"}},
     "block": {"options": {"structure": "block"}},
@@ -184,7 +185,7 @@ def test_each_factor_is_inverted_once(exchange: str, pool_of: PoolOf) -> None:
 
 
 def counted_in_pieces(rank: int, size: int) -> list[int]:
-    return counted(rank, size, "inverses", max_side=4)
+    return counted(rank, size, "inverses", max_factor_dim=4)
 
 
 def test_each_piece_is_inverted_once(pool_of: PoolOf) -> None:
@@ -213,7 +214,7 @@ def test_bytes_are_those_of_the_formula(exchange: str, size: int, pool_of: PoolO
 
 
 def test_bytes_of_pieces_are_those_of_the_formula(pool_of: PoolOf) -> None:
-    info = pool_of(2).run(call, {"options": {"exchange": "inverses", "max_side": 4}})[0]["info"]
+    info = pool_of(2).run(call, {"options": {"exchange": "inverses", "max_factor_dim": 4}})[0]["info"]
     widths = [stop - start for pair in SIDES for d in pair for start, stop in spans(kept_rows(d, 4), d)]
     sent = {k: v / 8 / info["refreshes"] for k, v in info["sent_bytes"].items()}
     assert sent["statistics"] == pytest.approx(sum(w * (w + 1) / 2 for w in widths), rel=0.1)
@@ -313,9 +314,9 @@ def test_no_assignment_is_much_better(sides: Sides) -> None:
 class Shape(Block):
     """A block that is its shapes."""
 
-    def __init__(self, number: int, out: int, into: int, max_side: int | None = None) -> None:
+    def __init__(self, number: int, out: int, into: int, max_factor_dim: int | None = None) -> None:
         super().__init__([])
-        self.number, self.out, self.into, self.max_side = number, out, into, max_side
+        self.number, self.out, self.into, self.max_factor_dim = number, out, into, max_factor_dim
 
     @property
     def names(self) -> list[str]:
@@ -326,13 +327,13 @@ class Shape(Block):
         return self.out * self.into
 
     def sides(self) -> list[tuple[int, ...]]:
-        return [(1, kept_rows(d, self.max_side), d) for d in (self.out, self.into)]
+        return [(1, kept_rows(d, self.max_factor_dim), d) for d in (self.out, self.into)]
 
 
-def shares(sides: Sides, size: int, max_side: int | None = None) -> list[tuple[float, float]]:
+def shares(sides: Sides, size: int, max_factor_dim: int | None = None) -> list[tuple[float, float]]:
     """Work and memory of the busiest and the fullest rank: over the whole, and over max(1/W, the largest block's)."""
-    blocks: list[Block] = [Shape(i, *pair, max_side) for i, pair in enumerate(sides)]
-    settle(blocks, size)
+    blocks: list[Block] = [Shape(i, *pair, max_factor_dim) for i, pair in enumerate(sides)]
+    assign_owners(blocks, size)
     out = []
     for measure in (cost_of, footprint):
         sizes = [measure(b) for b in blocks]
@@ -379,7 +380,7 @@ def test_the_table_of_sharded_models(name: str, size: int, megabytes: int, work:
 
 
 @pytest.mark.parametrize(
-    ("name", "max_side", "work", "memory"),
+    ("name", "max_factor_dim", "work", "memory"),
     [
         ("transformer", None, {12, 14, 15, *range(17, 31)}, {15}),
         ("transformer", 512, set(), set()),
@@ -388,20 +389,20 @@ def test_the_table_of_sharded_models(name: str, size: int, megabytes: int, work:
         ("resnet18", 1024, set(), set()),
     ],
 )
-def test_where_whole_blocks_are_uneven(name: str, max_side: int | None, work: set[int], memory: set[int]) -> None:
+def test_where_whole_blocks_are_uneven(name: str, max_factor_dim: int | None, work: set[int], memory: set[int]) -> None:
     """15 % above max(1/W, the largest block's share), of W from 2 to 64."""
-    found = {size: shares(NETS[name], size, max_side) for size in range(2, 65)}
+    found = {size: shares(NETS[name], size, max_factor_dim) for size in range(2, 65)}
     assert {size for size, ((_, w), _) in found.items() if w >= 1.15} == work
     assert {size for size, (_, (_, m)) in found.items() if m >= 1.15} == memory
 
 
 def test_blocks_keep_their_owners() -> None:
     blocks: list[Block] = [Shape(i, 8 + i, 8) for i in range(6)]
-    settle(blocks[:4], 2)
+    assign_owners(blocks[:4], 2)
     before = [b.owner for b in blocks[:4]]
-    settle(blocks, 2)
+    assign_owners(blocks, 2)
     assert [b.owner for b in blocks[:4]] == before
     assert {b.owner for b in blocks} == {0, 1}
     again: list[Block] = [Shape(0, 8, 8), Shape(0, 9, 9), Shape(1, 4, 4)]  # two blocks of one parameter
-    settle(again, 2)
+    assign_owners(again, 2)
     assert again[0].owner == again[1].owner != again[2].owner

@@ -1,7 +1,7 @@
 """Op rules: every covered op is a stack of linear maps.
 
-A rule says of one call of an op which tensors are its weight and bias, what its input is, and by which `View` input and
-output gradient become rows,
+A rule says of one call of an op which tensors are its weight and bias, what its input is, and by which `LinearForm`
+input and output gradient become rows,
 
     out[n, p, k, :] = W[k] @ a[n, p, k, :].
 
@@ -24,24 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.views import View
+from natgrad.capture.views import LinearForm
 
 Own = Callable[[Any], bool]
 
 
 @dataclass
-class Parsed:
+class OpUse:
     """What a rule says of one call."""
 
     weight: Tensor | None
     bias: Tensor | None
     x: Tensor
-    view: View
+    view: LinearForm
     others: Sequence[Any] = ()  # further arguments that the output's graph leads to
     needs_data: bool = False  # the call counts only where a dimension besides the parameter's own may count data
 
 
-Rule = Callable[..., "Parsed | None"]
+Rule = Callable[..., "OpUse | None"]
 RULES: dict[Any, Rule] = {}  # of every covered op; filled by `op_rule`
 
 # ops that overwrite their first argument: it is kept as it was before

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import ConvLayout, TransposedConvLayout
-from natgrad.capture.ops.base import Own, Parsed, op_rule
+from natgrad.capture.ops.base import OpUse, Own, op_rule
 from natgrad.capture.views import ConvView
 
 
@@ -23,7 +23,7 @@ def conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Parsed:
+) -> OpUse:
     kernel = tuple(weight.shape[2:])
     dilation = spread(dilation, len(kernel))
     if padding == "same":
@@ -32,7 +32,7 @@ def conv(
     else:
         pads = tuple((p, p) for p in spread(0 if padding == "valid" else padding, len(kernel)))
     view = ConvView(ConvLayout(groups, kernel), kernel, spread(stride, len(kernel)), pads, dilation)
-    return Parsed(weight, bias, input, view)
+    return OpUse(weight, bias, input, view)
 
 
 @op_rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -47,7 +47,7 @@ def conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Parsed:
+) -> OpUse:
     """A convolution, with the kernel flipped, of the input with stride − 1 zeros between its entries."""
     kernel = tuple(weight.shape[2:])
     dims = len(kernel)
@@ -55,7 +55,7 @@ def conv_transpose(
     reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
     pads = tuple((r - p, r - p + e) for r, p, e in zip(reach, padding, extra))
     layout = TransposedConvLayout(groups, kernel, weight.shape[0] // groups)
-    return Parsed(weight, bias, input, ConvView(layout, kernel, (1,) * dims, pads, dilation, stride))
+    return OpUse(weight, bias, input, ConvView(layout, kernel, (1,) * dims, pads, dilation, stride))
 
 
 def spread(value: Any, dims: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import element_layout
-from natgrad.capture.ops.base import Own, Parsed, op_rule
+from natgrad.capture.ops.base import OpUse, Own, op_rule
 from natgrad.capture.views import DimsView
 
 
@@ -25,15 +25,15 @@ def elements(w: Tensor, shape: Sequence[int], start: int | None = None) -> DimsV
     return DimsView(element_layout(tuple(w.shape)), free, spanned, (), free, spanned, ())
 
 
-def scaled(w: Tensor, x: Tensor, out: Tensor) -> Parsed | None:
+def scaled(w: Tensor, x: Tensor, out: Tensor) -> OpUse | None:
     """out = w ⊙ x + …, with w broadcast to the output."""
     if w.dim() > out.dim() or any(a != b and a != 1 for a, b in zip(reversed(w.shape), reversed(out.shape))):
         return None
-    return Parsed(w, None, x.detach().expand(out.shape), elements(w, out.shape), needs_data=True)
+    return OpUse(w, None, x.detach().expand(out.shape), elements(w, out.shape), needs_data=True)
 
 
 @op_rule(torch.mul, torch.Tensor.mul, torch.Tensor.mul_)
-def mul(own: Own, out: Tensor, input: Any, other: Any) -> Parsed | None:
+def mul(own: Own, out: Tensor, input: Any, other: Any) -> OpUse | None:
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or own(input) == own(other):
         return None
     w, x = (input, other) if own(input) else (other, input)
@@ -44,7 +44,7 @@ def mul(own: Own, out: Tensor, input: Any, other: Any) -> Parsed | None:
 
 
 @op_rule(torch.add, torch.Tensor.add, torch.Tensor.add_)
-def add(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Parsed | None:
+def add(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpUse | None:
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or own(input) == own(other):
         return None
     w, rest, factor = (input, other, 1) if own(input) else (other, input, alpha)
@@ -55,22 +55,22 @@ def add(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Par
 
 
 @op_rule(torch.sub, torch.Tensor.sub, torch.Tensor.sub_)
-def sub(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> Parsed | None:
+def sub(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpUse | None:
     return add(own, out, input, other, alpha=-alpha)
 
 
 @op_rule(
     torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat
 )
-def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> Parsed | None:
+def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> OpUse | None:
     """A parameter repeated: an offset to zero."""
     return scaled(input, torch.ones((), dtype=input.dtype, device=input.device), out) if own(input) else None
 
 
 @op_rule(F.prelu)
-def prelu(own: Own, out: Tensor, input: Tensor, weight: Tensor) -> Parsed:
+def prelu(own: Own, out: Tensor, input: Tensor, weight: Tensor) -> OpUse:
     x = input.detach().clamp(max=0)
     view = (
         elements(weight, input.shape, min(1, input.dim() - 1)) if weight.numel() > 1 else elements(weight, input.shape)
     )
-    return Parsed(weight, None, x, view, (input,))
+    return OpUse(weight, None, x, view, (input,))

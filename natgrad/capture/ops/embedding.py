@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import linear_layout
-from natgrad.capture.ops.base import Own, Parsed, op_rule
+from natgrad.capture.ops.base import OpUse, Own, op_rule
 from natgrad.capture.views import IndexView
 
 
@@ -24,10 +24,10 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Parsed:
+) -> OpUse:
     size = weight.shape[0]
     padding = None if padding_idx is None else padding_idx % size
-    return Parsed(weight, None, input, IndexView(linear_layout(tuple(weight.shape), flipped=True), size, padding))
+    return OpUse(weight, None, input, IndexView(linear_layout(tuple(weight.shape), flipped=True), size, padding))
 
 
 @op_rule(F.embedding_bag)
@@ -45,7 +45,7 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
-) -> Parsed | None:
+) -> OpUse | None:
     """Sums and means of table rows; the maximum is not linear in the table."""
     if mode == "max":
         return None
@@ -57,7 +57,7 @@ def embedding_bag(
         scale = scale / (scale != 0).sum(1, keepdim=True).clamp(min=1)
     x = torch.stack([index.to(torch.float64), scale], dim=-1)  # (bags, longest, 2)
     view = IndexView(linear_layout(tuple(weight.shape), flipped=True), size, None, bags=True)
-    return Parsed(weight, None, x, view, (per_sample_weights,))
+    return OpUse(weight, None, x, view, (per_sample_weights,))
 
 
 def bags(input: Tensor, offsets: Tensor | None, weights: Tensor | None, closed: bool) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import Dims, linear_layout
-from natgrad.capture.ops.base import Own, Parsed, op_rule
+from natgrad.capture.ops.base import OpUse, Own, op_rule
 from natgrad.capture.views import DimsView
 
 
 @op_rule(F.linear)
-def linear(own: Own, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Parsed:
+def linear(own: Own, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> OpUse:
     lead, last = tuple(range(input.dim() - 1)), (input.dim() - 1,)
     if weight.dim() == 1:
         view = DimsView(Dims(tuple(weight.shape), (), (), (0,)), lead, (), last, lead, (), ())
     else:
         view = DimsView(linear_layout(tuple(weight.shape)), lead, (), last, lead, (), last)
-    return Parsed(weight, bias, input, view)
+    return OpUse(weight, bias, input, view)
 
 
 def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequence[Any], os: Sequence[Any]) -> Any:
@@ -54,13 +54,13 @@ def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequen
         dims(group, os),
         dims(outs, os),
     )
-    return Parsed(w, None, x, view, needs_data=True)
+    return OpUse(w, None, x, view, needs_data=True)
 
 
 @op_rule(
     torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv
 )
-def matmul(own: Own, out: Tensor, a: Tensor, b: Tensor) -> Parsed | None:
+def matmul(own: Own, out: Tensor, a: Tensor, b: Tensor) -> OpUse | None:
     if own(a) == own(b):
         return None
     batch = [f"batch{i}" for i in range(max(a.dim(), b.dim()) - 2)]
@@ -78,7 +78,7 @@ def labels_of(t: Tensor, batch: list[str], ends: list[str], side: str) -> list[s
 
 
 @op_rule(torch.einsum)
-def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> Parsed | None:
+def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> OpUse | None:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or own(operands[0]) == own(operands[1]):
@@ -120,10 +120,10 @@ def addmm(own: Own, out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, b
 
 
 @op_rule(F.bilinear)
-def bilinear(own: Own, out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Any = None) -> Parsed:
+def bilinear(own: Own, out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Any = None) -> OpUse:
     """x1ᵀ W[o] x2: linear in the outer product of the inputs."""
     x = input1.detach().unsqueeze(-1) * input2.detach().unsqueeze(-2)
     n = input1.dim() - 1
     lead = tuple(range(n))
     view = DimsView(Dims(tuple(weight.shape), (), (0,), (1, 2)), lead, (), (n, n + 1), lead, (), (n,))
-    return Parsed(weight, bias, x, view, (input1, input2))
+    return OpUse(weight, bias, x, view, (input1, input2))

@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from natgrad.capture.ops.base import Own, Parsed, op_rule
+from natgrad.capture.ops.base import OpUse, Own, op_rule
 from natgrad.capture.ops.elementwise import elements
 
 
-def affine(input: Tensor, normed: Tensor, weight: Any, bias: Any, start: int) -> Parsed | None:
+def affine(input: Tensor, normed: Tensor, weight: Any, bias: Any, start: int) -> OpUse | None:
     like = weight if weight is not None else bias
     if like is None:
         return None
-    return Parsed(weight, bias, normed, elements(like, input.shape, start), (input,))
+    return OpUse(weight, bias, normed, elements(like, input.shape, start), (input,))
 
 
 @op_rule(F.layer_norm)

@@ -15,7 +15,7 @@ from torch import nn
 import natgrad
 from natgrad.cli.tasks.task import Data, Task
 from natgrad.cli.training.contenders import CONTENDERS, Setup
-from natgrad.cli.training.crew import Crew
+from natgrad.cli.training.crew import Workers
 from natgrad.cli.training.display import Display
 from natgrad.cli.training.files import write_whole
 from natgrad.cli.training.report import draw_curves
@@ -46,7 +46,7 @@ class Comparison:
     seed: int
     init: str
     out: Path
-    crew: Crew = field(default_factory=Crew)
+    crew: Workers = field(default_factory=Workers)
     runs: list[Run] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
 

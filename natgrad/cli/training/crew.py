@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Crew:
+class Workers:
     """The ranks of the default process group, where there is one; else this process alone."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.cli.tasks.task import Data, Task
 from natgrad.cli.training.contenders import Contender, Setup
-from natgrad.cli.training.crew import Crew
+from natgrad.cli.training.crew import Workers
 from natgrad.cli.training.runs import Point, Run
 from natgrad.optim import journal
 from natgrad.optim.optimizer import NaturalGradient
@@ -83,14 +83,14 @@ def train(
     budget: Budget,
     seed: int,
     show: Callable[[Run, float], None],
-    crew: Crew | None = None,
+    crew: Workers | None = None,
 ) -> Setup:
     """Train `model` until the budget is spent, appending to ``run.points`` as it goes.
 
     An interrupted run so keeps what it had. `show` is called with the fraction of the budget that is spent,
     off the clock. Ranks of a crew take the same steps; the first one's clock counts.
     """
-    crew = crew or Crew()
+    crew = crew or Workers()
     criterion = task.criterion()
     stream = batches(data, task.batch_size, seed)
     clock = Clock()

@@ -64,7 +64,7 @@ def async_save(state: Mapping[str, Any], path: str | os.PathLike[str], process_g
     A second call waits for the first. The messages go through a process group of their own.
 
     Returns:
-        a future; ``result()`` waits, and raises what went wrong. Call it before ``destroy_process_group()``.
+        a future; ``result()`` waits, and raises what went wrong. LayerCall it before ``destroy_process_group()``.
     """
     group = background(process_group)
     last, group.last = group.last, None

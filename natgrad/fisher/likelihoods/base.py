@@ -29,7 +29,7 @@ from natgrad._tree import Tensors, describe, replace_tensors
 
 
 @dataclass(frozen=True)
-class Root:
+class FisherRoot:
     """One column of a root of the output Fisher matrix, for all loss terms at once.
 
     ``tensors`` are where the cotangents live: the outputs themselves, or tensors computed from them (the parameters
@@ -59,7 +59,7 @@ class Root:
         return max(int(t.max()) + 1 if t.numel() else 0 for t in self.terms)
 
 
-class Reading:
+class CriterionLikelihood:
     """A criterion read as −log p(y | f). Subclasses fill in what the module docstring lists."""
 
     reduction: str
@@ -75,7 +75,7 @@ class Reading:
         given = {**dict(zip(names, args)), **kwargs}
         return given["input"], given.get("target")
 
-    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, Reading, Any, Any]]:
+    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, CriterionLikelihood, Any, Any]]:
         """The sources of loss terms that have a mass each: (key, reading, output, targets)."""
         return [("", self, output, targets)]
 
@@ -134,7 +134,7 @@ class Reading:
         """√c times the score of labels drawn from the model."""
         raise NotImplementedError
 
-    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         """Roots of c·H, for all terms at once.
 
         Raises:

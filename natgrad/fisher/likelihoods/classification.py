@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.fisher.likelihoods.base import Reading, Root
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot
 
 
-class CrossEntropy(Reading):
+class CrossEntropy(CriterionLikelihood):
     """`nn.CrossEntropyLoss`: outputs (C,), (N, C) or (N, C, d1, …); labels or class probabilities."""
 
     def why_targets(self) -> str | None:
@@ -74,7 +74,7 @@ class CrossEntropy(Reading):
         """The part of the gradient of −log p_y that does not depend on y."""
         return p
 
-    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         (f,) = outputs
         p = self.rows(f).softmax(1)
         c, _ = self.factors(f, targets)
@@ -83,7 +83,7 @@ class CrossEntropy(Reading):
         for k in range(p.shape[1]):  # √(c p_k) (p − e_k)
             v = self.score(p).clone()
             v[:, k] -= 1
-            out.append(Root(outputs, (self.like(v * (c * p[:, k]).sqrt()[:, None], f),), (terms,)))
+            out.append(FisherRoot(outputs, (self.like(v * (c * p[:, k]).sqrt()[:, None], f),), (terms,)))
         return out
 
 

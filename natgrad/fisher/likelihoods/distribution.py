@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from natgrad._tree import Tensors, describe, leaves_of, replace_tensors
-from natgrad.fisher.likelihoods.base import Reading, Root, check_reduction
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_reduction
 from natgrad.fisher.likelihoods.closed_forms import CLOSED_FORMS
 
 
@@ -43,7 +43,7 @@ class Likelihood(nn.Module):
         return -log_p.mean() if self.reduction == "mean" else -log_p.sum()
 
 
-class FromDistribution(Reading):
+class FromDistribution(CriterionLikelihood):
     """`Likelihood`: scores by automatic differentiation of log_prob, roots from the table of closed forms."""
 
     def outputs(self, output: Any) -> Tensors:
@@ -73,7 +73,7 @@ class FromDistribution(Reading):
         grads = torch.autograd.grad(nll, leaves, allow_unused=True)
         return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, leaves))
 
-    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         leaves, dist = self.local(outputs)
         while isinstance(dist, td.Independent):
             dist = dist.base_dist
@@ -96,10 +96,10 @@ class FromDistribution(Reading):
 
 
 @dataclass(frozen=True)
-class PulledRoot(Root):
+class PulledRoot(FisherRoot):
     """A root that lives on the parameters of a distribution, pulled back to the leaves it was built from."""
 
     leaves: Tensors
 
     def pull(self, outputs: Tensors, keep: Callable[[Tensor], Tensor]) -> Tensors:
-        return Root.pull(self, self.leaves, keep)
+        return FisherRoot.pull(self, self.leaves, keep)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.fisher.likelihoods.base import Reading, Root, counted, normal_like
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, counted, normal_like
 
 
-class Elementwise(Reading):
+class Elementwise(CriterionLikelihood):
     """Losses whose terms are the elements of one output, each with curvature c·h."""
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
@@ -25,9 +25,9 @@ class Elementwise(Reading):
         """c·h of each element."""
         raise NotImplementedError
 
-    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         (f,) = outputs
-        return [Root(outputs, (self.curvature(f, targets).sqrt(),), (counted(f),))]
+        return [FisherRoot(outputs, (self.curvature(f, targets).sqrt(),), (counted(f),))]
 
 
 class Squared(Elementwise):
@@ -88,5 +88,5 @@ class PoissonCount(Elementwise):
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs
         rate = self.rate(f)
-        excess = rate - torch.poisson(rate, generator=generator)
-        return (excess if self.criterion.log_input else excess / rate,)
+        newton_scale = rate - torch.poisson(rate, generator=generator)
+        return (newton_scale if self.criterion.log_input else newton_scale / rate,)

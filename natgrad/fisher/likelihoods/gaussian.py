@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors, describe
-from natgrad.fisher.likelihoods.base import Reading, Root, counted, normal_like
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, counted, normal_like
 
 
-class GaussianNoise(Reading):
+class GaussianNoise(CriterionLikelihood):
     """`nn.GaussianNLLLoss`: mean and variance, predicted or fixed; Fisher diag(1/σ², 1/(2σ⁴)) in (μ, σ²)."""
 
     def split(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -42,15 +42,15 @@ class GaussianNoise(Reading):
         score = (1 - eps.square()) / (2 * v)
         return -eps / v.sqrt(), score.sum_to_size(v.shape).reshape(var.shape)
 
-    def roots(self, outputs: Tensors, targets: Any) -> Sequence[Root]:
+    def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         mean, var = outputs
         v = self.variance(outputs)
         shared = mean.numel() / max(v.numel(), 1)  # elements of the mean that share one variance
         spread = ((shared / 2) ** 0.5 / v).reshape(var.shape)
         terms = (counted(mean), counted(var))
         return [
-            Root(outputs, ((1 / v.sqrt()).expand_as(mean), torch.zeros_like(var)), terms),
-            Root(outputs, (torch.zeros_like(mean), spread), terms),
+            FisherRoot(outputs, ((1 / v.sqrt()).expand_as(mean), torch.zeros_like(var)), terms),
+            FisherRoot(outputs, (torch.zeros_like(mean), spread), terms),
         ]
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:

@@ -13,17 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe
-from natgrad.fisher.likelihoods.base import Reading
-from natgrad.fisher.likelihoods.registry import read
+from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.fisher.likelihoods.registry import likelihood_of
 
 
-class Heads(Reading):
+class MultiHead(CriterionLikelihood):
     """A dictionary of criteria, by the key of the output that each takes."""
 
     def __init__(self, criteria: Mapping[str, nn.Module]) -> None:
         if not criteria:
             raise ValueError("the dictionary of criteria is empty; give {output key: criterion}")
-        self.heads = {str(k): read(c) for k, c in criteria.items()}
+        self.heads = {str(k): likelihood_of(c) for k, c in criteria.items()}
         self.criterion = criteria
         reductions = {k: h.reduction for k, h in self.heads.items()}
         if len(set(reductions.values())) > 1:
@@ -36,7 +36,7 @@ class Heads(Reading):
     def name(self) -> str:
         return ", ".join(f"{k}: {h.name}" for k, h in self.heads.items())
 
-    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, Reading, Any, Any]]:
+    def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, CriterionLikelihood, Any, Any]]:
         if kind == "empirical":
             return [("", self, output, targets)]
         return [(k, h, head_of(output, k), target_of(targets, k)) for k, h in self.heads.items()]

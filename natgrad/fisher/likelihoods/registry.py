@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from natgrad.fisher.likelihoods.base import Reading, check_reduction
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, check_reduction
 from natgrad.fisher.likelihoods.classification import CrossEntropy, NegativeLogLikelihood
 from natgrad.fisher.likelihoods.distribution import FromDistribution, Likelihood
 from natgrad.fisher.likelihoods.elementwise import BinaryCrossEntropy, PoissonCount, Squared
 from natgrad.fisher.likelihoods.gaussian import GaussianNoise
 
-READINGS: dict[type[nn.Module], type[Reading]] = {
+CRITERIA: dict[type[nn.Module], type[CriterionLikelihood]] = {
     nn.CrossEntropyLoss: CrossEntropy,
     nn.NLLLoss: NegativeLogLikelihood,
     nn.MSELoss: Squared,
@@ -21,16 +21,16 @@ READINGS: dict[type[nn.Module], type[Reading]] = {
 }
 
 
-def read(criterion: nn.Module) -> Reading:
+def likelihood_of(criterion: nn.Module) -> CriterionLikelihood:
     """The reading of a criterion as −log p(y | f).
 
     Raises:
         TypeError: it is not a module of the list, or a subclass whose forward may differ.
         ValueError: its reduction is neither "mean" nor "sum".
     """
-    reading = READINGS.get(type(criterion))
-    if reading is None:
-        known = ", ".join(f"nn.{t.__name__}" if t is not Likelihood else "ng.Likelihood(…)" for t in READINGS)
+    likelihood = CRITERIA.get(type(criterion))
+    if likelihood is None:
+        known = ", ".join(f"nn.{t.__name__}" if t is not Likelihood else "ng.Likelihood(…)" for t in CRITERIA)
         shown = (
             f"the class {criterion.__name__} itself (pass an instance)"
             if isinstance(criterion, type)
@@ -41,4 +41,4 @@ def read(criterion: nn.Module) -> Reading:
             "For any other loss that is a log-likelihood, pass ng.Likelihood(lambda output: torch.distributions.…)"
         )
     check_reduction(criterion)
-    return reading(criterion)
+    return likelihood(criterion)
