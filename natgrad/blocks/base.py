@@ -52,6 +52,8 @@ class Block:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = list(layers)
+        self.key = str(self.layers[0].key)  # what the block is known by, whatever grows
+        self.names = names_of(self.layers)  # of its parameters
         self.statistics: Statistics = {}
         self.version = 0  # rises whenever the statistics change
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
@@ -72,11 +74,6 @@ class Block:
     def known(self) -> bool:
         """Whether there are statistics, here or at the owner."""
         return bool(self.statistics) or self.is_remote
-
-    @property
-    def names(self) -> list[str]:
-        found: list[str] = self.cached("names", lambda: list(dict.fromkeys(p.name for p in self.pieces)))
-        return found
 
     # statistics
 
@@ -287,3 +284,8 @@ class JointBlock(Block):
                     total = total + use.per_example_gradients(start, length)
                 parts.append(total.flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def names_of(layers: Sequence[Layer]) -> list[str]:
+    """Return the names of the parameters of layers, each once."""
+    return list(dict.fromkeys(p.name for layer in layers for p in layer.pieces))

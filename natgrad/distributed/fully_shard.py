@@ -147,8 +147,8 @@ class FullySharded(DataParallel):
 
     # steps ---------------------------------------------------------------------------------------------
 
-    def local(self, t: Tensor) -> Tensor:
-        return local_of(t)
+    def shards_of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {n: local_of(t) for n, t in tensors.items()}
 
     def numel(self, name: str, local: Tensor) -> int:
         return self.parameters[name].numel()

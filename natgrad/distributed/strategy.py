@@ -110,9 +110,9 @@ class Strategy:
 
     # steps ---------------------------------------------------------------------------------------------
 
-    def local(self, t: Tensor) -> Tensor:
-        """Return what this rank holds of a parameter or gradient."""
-        return t
+    def shards_of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what this rank holds of parameters or gradients."""
+        return tensors
 
     def numel(self, name: str, local: Tensor) -> int:
         """Return how many numbers a parameter has, given what this rank holds of it."""

@@ -167,7 +167,8 @@ class BlockMetric(Metric):
                 block.forget()
 
     def _like(self) -> Tensor:
-        return self.strategy.local(next(iter(self.parameters.values()))).detach()
+        name, p = next(iter(self.parameters.items()))
+        return self.strategy.shards_of({name: p})[name].detach()
 
     def _index(self) -> dict[str, Tensor]:
         """Position in `dense` of every entry of every parameter."""

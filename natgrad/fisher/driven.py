@@ -59,6 +59,9 @@ class DrivenMetric(BlockMetric):
         """Whether sums are never divided."""
         return self.likelihood.reduction == "sum"
 
+    _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- replaced, never changed
+    _folded = False  # whether statistics have changed since the last step
+
     def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
         """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
         draw = self.strategy.merge(
@@ -69,6 +72,7 @@ class DrivenMetric(BlockMetric):
         for block in draw.is_remote:
             block.is_remote = True
             block.version += 1
+        self._folded = True
         for block, new in draw.statistics:
             if decay is None and not block.statistics:
                 block.backdate(new, self._masses)
@@ -175,8 +179,10 @@ class DrivenMetric(BlockMetric):
 
     def expect(self, due: bool) -> None:
         self.strategy.at_step(self._driver.steps)
-        for block in self.blocks:
-            block.release()
+        if self._folded:
+            self._folded = False
+            for block in self.blocks:
+                block.release()
         self._watcher.expect(due)
 
     @property
@@ -187,9 +193,10 @@ class DrivenMetric(BlockMetric):
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = self._pending, []
         self._watcher.forget()
-        dtype = statistics_dtype(self.parameters.values())
-        for block in self.blocks:
-            block.move(self.parameters[block.names[0]].device, dtype)
+        if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where:
+            self._where, dtype = where, statistics_dtype(self.parameters.values())
+            for block in self.blocks:
+                block.move(self.parameters[block.names[0]].device, dtype)
         if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
             return bool(self._driver.refresh_due) and self._commit(draws, decay)
         draws = [d for d in draws if self._usable(d)]

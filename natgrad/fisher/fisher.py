@@ -289,6 +289,7 @@ class Fisher(DrivenMetric):
         shapes = {n: p.shape for n, p in self.parameters.items()}
         found = metric_file.restored(state, self._about(), shapes, self._like().device)
         self.collection.restore(found.blocks)
+        self._where = []
         like = torch.zeros((), dtype=statistics_dtype(self.parameters.values()), device=self._like().device)
         nats = found.said["nats"]
         self.seen, self.nats = found.said["seen"], None if nats is None else like.new_tensor(nats)

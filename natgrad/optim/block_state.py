@@ -89,10 +89,6 @@ class BlockState:
         return self.inverse
 
 
-def key_of(block: Block) -> str:
-    return str(block.layers[0].key)
-
-
 def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
     """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
     held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}

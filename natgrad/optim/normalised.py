@@ -26,7 +26,7 @@ from natgrad.blocks.collection import statistics_dtype
 from natgrad.distributed.strategy import Preconditioning
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.block_state import BlockState, key_of, look, packed_gradient, shared_options
+from natgrad.optim.block_state import BlockState, look, packed_gradient, shared_options
 from natgrad.optim.step_arithmetic import Lengths, aged, bound, in_nats, lengths, move_
 from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
 from natgrad.optim.step_sizes import VECTOR_SHARE, natural_sizes, sizes_of
@@ -76,16 +76,16 @@ class NormalisedStep(StepRule):
         blocks: list[Block] = [b for b in metric.blocks if b.known]
         active = [b for b in blocks if any(n in df for n in b.names)]
         owned = place.owned(blocks)
-        for key in {key_of(b) for b in blocks} - {key_of(b) for b in owned}:
+        for key in {b.key for b in blocks} - {b.key for b in owned}:
             self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
         if context.refreshed and metric.gradient_scale is not None:
             for block in owned:  # of blocks without a gradient at this step too
-                if (state := self._blocks.get(key_of(block))) is not None:
+                if (state := self._blocks.get(block.key)) is not None:
                     state.rescale(block)
         moved: dict[str, Tensor] = {}
         told: dict[str, Any] = {}
         if active:
-            weights = {n: place.local(p) for n, p in metric.parameters.items()}
+            weights = place.shards_of(metric.parameters)
             sizes = self.weight_sizes(active, weights) if context.refreshed else None
             moved, decay, told = self._move(metric, df, options, owned, active, sizes)
             terms = metric.loss_terms
@@ -125,7 +125,7 @@ class NormalisedStep(StepRule):
         todo += [
             Preconditioning(b, s, shared_options(b, options).damping, None)
             for b in owned
-            if b not in mine and (s := self._blocks.get(key_of(b))) is not None
+            if b not in mine and (s := self._blocks.get(b.key)) is not None
         ]
         directions = place.directions(todo)
         scalars = torch.zeros(3, dtype=statistics_dtype(df.values()), device=next(iter(df.values())).device)
@@ -199,7 +199,7 @@ class NormalisedStep(StepRule):
                 state.size = torch.maximum(state.size, grown)
 
     def state_of(self, block: Block, g: Tensor) -> BlockState:
-        key = key_of(block)
+        key = block.key
         if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
             self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()), g.new_zeros(()))
         state = self._blocks[key]

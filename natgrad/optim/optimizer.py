@@ -131,7 +131,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
                 self._next_refresh = 0  # the metric knows nothing of it yet
         if self._average is not None:
-            self._average.include({self._name_of[p]: self._local(p) for p in group["params"]})
+            self._average.include(self._held(group["params"]))
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -179,7 +179,8 @@ class NaturalGradient(torch.optim.Optimizer):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
-            df = {n: self._local(p.grad) for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
+            found = {n: p.grad for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
+            df = dict(self.strategy.shards_of(found))
         if df:
             with uninterrupted():
                 self._step(df)
@@ -209,20 +210,21 @@ class NaturalGradient(torch.optim.Optimizer):
         context = StepContext(options, self.refreshed)
         self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
         if self._average is not None:
-            self._average.follow({n: self._local(p) for p, n in self._name_of.items()})
+            self._average.follow(self._held(self._name_of))
         self.metric.expect(self.refresh_due)
 
     def _apply(self, increments: Mapping[str, Tensor | ScaledStep], fine: Tensor | None) -> None:
         """Decay the weights and add their increments. `fine`: where it is not known on the host, 0 for a bad step."""
+        held = self._held(self._name_of)
         decayed: list[Tensor] = []
         kept: list[float] = []
         moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # parameters and their ways, by length
         for group in self.param_groups:
             decay = 0.0 if self.rule.decays else float(group["lr"]) * float(group["weight_decay"])
             for parameter in group["params"]:
-                if (delta := increments.get(self._name_of[parameter])) is None:
+                if (delta := increments.get(name := self._name_of[parameter])) is None:
                     continue
-                p = self._local(parameter)
+                p = held[name]
                 way, length = delta if isinstance(delta, ScaledStep) else (delta, 1.0)
                 if fine is not None:
                     way = torch.where(fine, way, torch.zeros_like(way))
@@ -276,24 +278,24 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if self._average is None:
             raise ValueError("this optimizer keeps no average; construct it with average=0.98, for instance")
-        trained = {p: self._local(p).detach().clone() for p in self._name_of}
+        trained = {n: p.detach().clone() for n, p in self._held(self._name_of).items()}
         self._showing_average = True
         try:
-            self._write({p: self._average.values[n] for p, n in self._name_of.items()})
+            self._write(self._average.values)
             yield
         finally:
             self._write(trained)
             self._showing_average = False
 
     @torch.no_grad()
-    def _write(self, values: Mapping[Tensor, Tensor]) -> None:
+    def _write(self, values: Mapping[str, Tensor]) -> None:
         with uninterrupted():
-            for p, value in values.items():
-                self._local(p).copy_(value)
+            for n, p in self._held(self._name_of).items():
+                p.copy_(values[n])
 
-    def _local(self, t: Tensor) -> Tensor:
-        """What this rank holds of a parameter or gradient: all of it, or a shard."""
-        return self.strategy.local(t)
+    def _held(self, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+        """What this rank holds of parameters, by name: all of them, or shards."""
+        return dict(self.strategy.shards_of({self._name_of[p]: p for p in parameters}))
 
     def _options(self) -> dict[str, Options]:
         found: dict[str, Options] = {}

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad as ng
 from natgrad import checkpoint
+from natgrad.distributed.checkpoint import checkpoint as inner
 from natgrad.distributed.checkpoint.files import Reader, Writer
 from natgrad.distributed.checkpoint.packing import Pieces, pack, unpack
 from tests.distributed.pool import Pool
@@ -245,11 +246,11 @@ def in_the_background(rank: int, size: int, folder: str) -> bool:
     run = Trained(rank, size)
     run.steps(0, 7)
     checkpoint.save(run.targets, f"{folder}/step-7")
-    checkpoint.Writer = Slow
+    inner.Writer = Slow
     try:
         future = checkpoint.async_save(run.targets, f"{folder}/async-7")
     finally:
-        checkpoint.Writer = Writer
+        inner.Writer = Writer
     run.steps(7, 14)
     still_writing = not future.done()
     future.result()
@@ -271,7 +272,7 @@ def test_a_save_in_the_background_is_that_of_its_step(size: int, tmp_path: Path,
 def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Trained(0, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "Writer", Full)
+        patched.setattr(inner, "Writer", Full)
         future = checkpoint.async_save(run.targets, tmp_path / "step-1")
     with pytest.raises(OSError, match="no space left"):
         future.result()
@@ -289,13 +290,13 @@ class Full(Writer):
 def full(rank: int, size: int, folder: str) -> tuple[str, str]:
     run = Trained(rank, size)
     checkpoint.save(run.targets, f"{folder}/step-1")
-    checkpoint.Writer = Full if rank == 1 else Writer
+    inner.Writer = Full if rank == 1 else Writer
     try:
         checkpoint.save(run.targets, f"{folder}/step-2")
     except OSError as error:
         return str(error), str(checkpoint.latest(folder))
     finally:
-        checkpoint.Writer = Writer
+        inner.Writer = Writer
     return "", ""
 
 

@@ -94,12 +94,12 @@ def began(pid: int) -> bool:
 BROKEN = """
 import os
 if os.environ.get("RANK") == "1":
-    from natgrad.cli.training.crew import Crew
+    from natgrad.cli.training.workers import Workers
 
     def part(self, batch):
         raise ZeroDivisionError("of the second rank")
 
-    Crew.part = part
+    Workers.part = part
 """
 
 

@@ -15,12 +15,12 @@ from torch import nn
 import natgrad
 from natgrad.cli.tasks.task import Data, Task
 from natgrad.cli.training.contenders import CONTENDERS, Setup
-from natgrad.cli.training.crew import Workers
 from natgrad.cli.training.display import Display
 from natgrad.cli.training.files import write_whole
 from natgrad.cli.training.report import draw_curves
 from natgrad.cli.training.runs import Run, best
 from natgrad.cli.training.training import Budget, train
+from natgrad.cli.training.workers import Workers
 from natgrad.optim import journal
 
 

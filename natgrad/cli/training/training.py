@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from natgrad.cli.tasks.task import Data, Task
 from natgrad.cli.training.contenders import Contender, Setup
-from natgrad.cli.training.crew import Workers
 from natgrad.cli.training.runs import Point, Run
+from natgrad.cli.training.workers import Workers
 from natgrad.optim import journal
 from natgrad.optim.optimizer import NaturalGradient
 
