@@ -131,7 +131,7 @@ def excesses(problem: Problem, schedule: Schedule, steps: int, decay: float | No
     opt = ng.NaturalGradient(ng.Fisher(model, criterion), weight_decay=decay)
     rates = schedule(opt, steps)
     generator = torch.Generator().manual_seed(1)
-    first = float(criterion(model(x), y)) - best
+    first = float(criterion(model(x), y).detach()) - best
     for _ in range(steps):
         rows = slice(None) if problem.batch is None else torch.randint(len(x), (problem.batch,), generator=generator)
         opt.zero_grad()
