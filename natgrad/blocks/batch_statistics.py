@@ -23,6 +23,7 @@ class BatchStatistics:
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
     is_remote: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats`, over all loss terms
+    labels: int = 0  # one a datum and position
     streams: Streams = field(default_factory=list)  # where its random numbers end
 
     def sums(self) -> list[Tensor]:
@@ -46,7 +47,11 @@ def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bo
                 average.weigh(masses[source], source)  # a block's gradient is zero in batches that do not know it
     nats = [batch.nats for batch in batches if batch.nats is not None]
     return BatchStatistics(
-        statistics, sum(batch.data for batch in batches), masses, nats=torch.stack(nats).sum(0) if nats else None
+        statistics,
+        sum(batch.data for batch in batches),
+        masses,
+        nats=torch.stack(nats).sum(0) if nats else None,
+        labels=sum(batch.labels for batch in batches),
     )
 
 

@@ -7,9 +7,9 @@ With S_r the sums of statistics of rank r and M_r their masses, every rank holds
 which is what one process finds on all the data together, however unevenly they are shared out. Ranks meet when the
 metric is refreshed and at no other step:
 
-1. an ``all_gather`` of three integers a rank: a digest of the model, the options, the schedule and the layout of the
-   statistics; the number of data; whether there are any. Only where digests differ are the texts themselves gathered,
-   to say what differs, or to find the layers that some ranks have used and others have not;
+1. an ``all_gather`` of four integers a rank: a digest of the model, the options, the schedule and the layout of the
+   statistics; the number of data; whether there are any; the number of labels. Only where digests differ are the texts
+   themselves gathered, to say what differs, or to find the layers that some ranks have used and others have not;
 2. the sums, symmetric matrices as triangles, in few flat buffers, through ``all_reduce``.
 
 A sum that is not finite on one rank is so on all ranks afterwards, so all drop it together with no further message.
@@ -90,7 +90,7 @@ class DataParallel(Strategy):
         blocks = [block_to_json(b) for b in collection.blocks]
         told: dict[str, Any] = {"said": said(), "blocks": blocks, "masses": sorted(batch.masses)}
         told["entries"] = [list(vars(e).values()) for e in entries]
-        answers = self.ranks.gather([digest_of(told), batch.data, int(bool(entries))])
+        answers = self.ranks.gather([digest_of(told), batch.data, int(bool(entries)), batch.labels])
         data, sources = sum(a[1] for a in answers), told["masses"]
         if not any(a[2] for a in answers):
             return None
@@ -100,7 +100,9 @@ class DataParallel(Strategy):
             entries, sources = reconcile(collection, texts)
         if self.sharded:
             assign_owners(collection.blocks, self.size)
-        return self._summed(collection, batch, entries, sources, data, plain)
+        summed = self._summed(collection, batch, entries, sources, data, plain)
+        summed.labels = sum(a[3] for a in answers)
+        return summed
 
     def _summed(
         self,

@@ -82,6 +82,8 @@ class DrivenMetric(BlockMetric):
         self.seen += draw.data
         if decay is not None and draw.nats is not None:
             self.nats = draw.nats
+        if decay is not None:
+            self.labels = draw.labels
         return True
 
     def _described(self) -> dict[str, Any]:
@@ -257,9 +259,5 @@ class DrivenMetric(BlockMetric):
             return None
         total, mass = self.nats.unbind()
         return torch.where(mass > 0, self.gradient_scale * total if self._plain else total / mass, torch.nan)
-
-    @property
-    def loss_terms(self) -> Tensor | None:
-        return None if self.nats is None else self.nats[1]
 
     default_step = "normalised"

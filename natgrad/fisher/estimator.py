@@ -141,6 +141,7 @@ class Estimator:
             data,
             masses,
             nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
+            labels=sum(part.likelihood.labels(part.outputs) for part in parts),
         )
 
     def _part(

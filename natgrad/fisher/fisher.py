@@ -222,7 +222,7 @@ class Fisher(DrivenMetric):
         for block in self.blocks:
             block.statistics, block.is_remote = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses, self.nats = 0, [], {}, None
+        self.seen, self._pending, self._masses, self.nats, self.labels = 0, [], {}, None, 0
 
     def precondition_(self, damping: float) -> None:
         """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
@@ -277,6 +277,7 @@ class Fisher(DrivenMetric):
             "rank": self.strategy.rank,
             "masses": {source: float(mass) for source, mass in self._masses.items()},
             "nats": None if self.nats is None else self.nats.tolist(),
+            "labels": self.labels,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -292,7 +293,8 @@ class Fisher(DrivenMetric):
         self._where = []
         like = torch.zeros((), dtype=statistics_dtype(self.parameters.values()), device=self._like().device)
         nats = found.said["nats"]
-        self.seen, self.nats = found.said["seen"], None if nats is None else like.new_tensor(nats)
+        self.seen, self.labels = found.said["seen"], found.said["labels"]
+        self.nats = None if nats is None else like.new_tensor(nats)
         self._masses = {source: like.new_tensor(mass) for source, mass in found.said["masses"].items()}
         self.estimator.generators.clear()  # one that had not drawn yet starts from its seed again
         for which, saved in found.generators.items():

@@ -34,6 +34,8 @@ class Trained:
     default_step = "fixed"  # the step rule where the user names none, by its name in `natgrad.optim.registry`
     step_options: Mapping[str, float] = {}  # and what it is made with
 
+    labels = 0  # in a batch, one a datum and position, over all ranks; 0 where that is not known
+
     @property
     def blocks(self) -> list[Any]:
         """The blocks of curvature that are kept layer by layer, of metrics made so."""
@@ -49,11 +51,6 @@ class Trained:
     @property
     def nat(self) -> Tensor | None:
         """How much of the loss one nat is, a scalar tensor; None where that is not known."""
-        return None
-
-    @property
-    def loss_terms(self) -> Tensor | None:
-        """How many loss terms a batch has, by its mass, a scalar tensor; None where that is not known."""
         return None
 
     @property

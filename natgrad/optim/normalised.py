@@ -6,7 +6,7 @@ For every block with weights W, gradient g and damped inverse factors G̃, Ã (`
     α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
     α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)           no step moves the predictions by more than ε nats
     v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
-    W ← W − w min(1, 128 / M) ρ²/η W,  ρ = min(η, ν size(d) / s r)  decay by the square of the way gone, M loss terms
+    W ← W − w min(1, 128 / M) ρ²/η W,  ρ = min(η, ν size(d) / s r)  decay by the square of the way gone, M labels
 
 size(d) = rms(d) √(fan_in + 1), and r is the size of W over that which PyTorch's layers start with, 1 / √(3 (fan_in +
 1)); c̄ is the running cosine of −d and v, and τ, the age of the mean, is halved where c̄ falls below −0.3. Parameters
@@ -31,9 +31,9 @@ from natgrad.optim.step_arithmetic import Lengths, aged, bound, in_nats, lengths
 from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
 from natgrad.optim.step_sizes import VECTOR_SHARE, natural_sizes, sizes_of
 
-# loss terms in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is
-# more to go by than a prior (docs/step.md)
-DECAY_TERMS = 128.0
+# labels in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is more
+# to go by than a prior (docs/step.md)
+DECAY_LABELS = 128.0
 AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
@@ -48,7 +48,7 @@ class NormalisedStep(StepRule):
         damping: λ, relative: √λ of the mean eigenvalue is added to each Kronecker factor, to a bias of its own.
         weight_decay: w. Each step takes lr · w of each matrix away (of no bias, norm or embedding table), as AdamW
             does. Where the Newton step is shorter than lr says, it takes less, by the square of that share; and where
-            batches have more than 128 loss terms (labels, or numbers that are fitted), less in proportion. So it is a
+            batches have more than 128 labels (one a datum and position), less in proportion. So it is a
             penalty in proportion to the variance of the gradients' noise. Where gradients vanish it does too: with full
             batches a minimum of the loss stays one. 0 switches it off.
 
@@ -88,8 +88,7 @@ class NormalisedStep(StepRule):
             weights = place.shards_of(metric.parameters)
             sizes = self.weight_sizes(active, weights) if context.refreshed else None
             moved, decay, told = self._move(metric, df, options, owned, active, sizes)
-            terms = metric.loss_terms
-            few = 1.0 if terms is None else (DECAY_TERMS / terms).clamp(max=1).to(decay)
+            few = min(1.0, DECAY_LABELS / metric.labels) if metric.labels else 1.0
             moved = self.decayed(moved, weights, active, few * decay, options)
         covered = {n for b in blocks for n in b.names}
         for n, g in df.items():

@@ -315,12 +315,8 @@ class Shape(Block):
     """A block that is its shapes."""
 
     def __init__(self, number: int, out: int, into: int, max_factor_dim: int | None = None) -> None:
-        super().__init__([])
-        self.number, self.out, self.into, self.max_factor_dim = number, out, into, max_factor_dim
-
-    @property
-    def names(self) -> list[str]:
-        return [str(self.number)]
+        self.owner, self.names = None, [str(number)]  # no layers: of a block only its shapes count here
+        self.out, self.into, self.max_factor_dim = out, into, max_factor_dim
 
     @property
     def dimension(self) -> int:

@@ -122,6 +122,11 @@ class CriterionLikelihood:
             loss = self.sum_loss(outputs[0], targets).to(mass)
         return torch.stack([torch.maximum(mass, (loss / nothing).nan_to_num(0, 0, 0)), mass])
 
+    def labels(self, outputs: Tensors) -> int:
+        """Return how many labels these outputs are of: one a datum and position, whatever the size of a label."""
+        (f, *_) = outputs
+        return f.numel() // max(1, f.shape[-1]) if f.dim() > 1 else f.numel()
+
     def ignorance(self, outputs: Tensors) -> float | None:
         """Return the loss of a term for predictions that are the same whatever the label; None where there is none."""
         return None

@@ -56,6 +56,10 @@ class CrossEntropy(CriterionLikelihood):
     def ignorance(self, outputs: Tensors) -> float | None:
         return math.log(max(2, self.classes(outputs[0])))
 
+    def labels(self, outputs: Tensors) -> int:
+        (f,) = outputs
+        return f.numel() // max(1, f.shape[1]) if f.dim() > 1 else 1
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
 
