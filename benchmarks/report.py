@@ -32,8 +32,8 @@ HEAD = """# Benchmarks
 <!-- Written by `python -m benchmarks.report` from benchmarks/runs; what is changed here by hand is lost. -->
 """
 NOTHING = (
-    "There are no runs of a whole study in `benchmarks/runs` yet, and so no results; `python -m benchmarks.bench` makes "
-    "them."
+    "There are no runs of a whole study in `benchmarks/runs` yet, and so no results; `python -m benchmarks.bench` makes"
+    " them."
 )
 
 

@@ -21,8 +21,8 @@ class BatchStatistics:
     statistics: list[tuple[Block, Statistics]]
     data: int
     masses: dict[str, Tensor] = field(default_factory=dict)  # of the loss terms, by head; none for a sum
-    is_remote: list[Block] = field(default_factory=list)  # whose statistics other ranks own
-    nats: Tensor | None = None  # (Σ m u, Σ m) of `Reading.nats`, over all loss terms
+    remote_blocks: list[Block] = field(default_factory=list)  # whose statistics other ranks own
+    nats: Tensor | None = None  # (Σ m u, Σ m) of `CriterionLikelihood.nats`, over all loss terms
     labels: int = 0  # one a datum and position
     streams: Streams = field(default_factory=list)  # where its random numbers end
 

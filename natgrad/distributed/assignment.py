@@ -69,10 +69,10 @@ def assign_owners(blocks: Sequence[Block], ranks: int) -> None:
     shares = [tuple(s[i] / total[i] for i in range(2)) for s in sizes]
     load = [[0.0, 0.0] for _ in range(ranks)]
 
-    def give(update_unit: int, rank: int) -> None:
-        for block in units[update_unit]:
+    def give(unit: int, rank: int) -> None:
+        for block in units[unit]:
             block.owner = rank
-        load[rank] = [a + b for a, b in zip(load[rank], shares[update_unit])]
+        load[rank] = [a + b for a, b in zip(load[rank], shares[unit])]
 
     free = []
     for i, u in enumerate(units):

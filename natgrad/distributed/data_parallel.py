@@ -4,8 +4,8 @@ With S_r the sums of statistics of rank r and M_r their masses, every rank holds
 
     Σ_r S_r / Σ_r M_r,
 
-which is what one process finds on all the data together, however unevenly they are shared out. Ranks meet when the
-metric is refreshed and at no other step:
+which is what one process finds on all the data together, however unevenly they are shared out. Ranks agree whether
+their gradients are finite and share statistics when the metric is refreshed, and at no other step:
 
 1. an ``all_gather`` of four integers a rank: a digest of the model, the options, the schedule and the layout of the
    statistics; the number of data; whether there are any; the number of labels. Only where digests differ are the texts
@@ -140,7 +140,7 @@ class DataParallel(Strategy):
         read = [(e, next(left), s, next(left) if e.mass is not None else None) for e, s in rebuild]
         nats, masses = summed[-1][:2], dict(zip(sources, summed[-1][2:].unbind()))
         here = [collection.blocks[e.block].owner == self.rank or not self.sharded for e in entries]
-        is_remote = dict.fromkeys(collection.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
+        remote = dict.fromkeys(collection.blocks[e.block] for e, held_here in zip(entries, here) if not held_here)
         statistics: dict[int, Statistics] = {}
         for (e, flat, symmetric, own), held_here in zip(read, here):
             if not held_here:
@@ -153,7 +153,7 @@ class DataParallel(Strategy):
             else:
                 average.masses[e.source] = total.new_ones(()) if plain else masses[e.source]
         found = [(collection.blocks[i], new) for i, new in statistics.items()]
-        return BatchStatistics(found, data, masses, list(is_remote), nats)
+        return BatchStatistics(found, data, masses, list(remote), nats)
 
     # steps ---------------------------------------------------------------------------------------------
 

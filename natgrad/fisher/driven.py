@@ -69,7 +69,7 @@ class DrivenMetric(BlockMetric):
         )
         if draw is None or (self.strategy.size > 1 and not self._usable_everywhere(draw)):
             return False
-        for block in draw.is_remote:
+        for block in draw.remote_blocks:
             block.is_remote = True
             block.version += 1
         self._folded = True

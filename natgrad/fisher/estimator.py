@@ -50,7 +50,7 @@ class Estimator:
 
     Args:
         module: the model, as it is without wrappers.
-        reading: the likelihood that its criterion stands for.
+        likelihood: what its criterion stands for.
         kind: "exact", "sampled" or "empirical"; `samples`: labels drawn for each datum where they are.
         seed: of the labels drawn.
         collection: the blocks, which grows by what the forward passes use.
@@ -329,9 +329,9 @@ class Estimator:
 
     # which rows belong to which datum ------------------------------------------------------------------
 
-    def _data_axes(self, source: str, outputs: Tensors, shot: BackwardPass, data: int) -> list[int] | None:
+    def _data_axes(self, source: str, outputs: Tensors, backward: BackwardPass, data: int) -> list[int] | None:
         """Which dimension of each call's rows counts data, if all data can share a backward pass; else None."""
-        calls = shot.calls
+        calls = backward.calls
         leading = [c.view.leading(c.x) for c in calls]
         if self.kind == "sampled" and not any(b.needs_data for b in self.collection.blocks):
             return [0] * len(calls)
@@ -346,7 +346,7 @@ class Estimator:
         )
         if key not in self._axes:
             views = [(sizes, c.view.gradient_rows) for sizes, c in zip(leading, calls) if c.op != PER_DATUM]
-            self._axes[key] = data_axes(outputs, shot.at_calls, views, data)
+            self._axes[key] = data_axes(outputs, backward.at_calls, views, data)
         axes = self._axes[key]
         return None if axes is None else axes + [0] * (len(calls) - len(axes))
 

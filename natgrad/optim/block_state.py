@@ -40,7 +40,7 @@ class BlockState:
     def rescale(self, block: Block) -> Tensor:
         """Return s for new statistics: from these, which all ranks have, and not from the inverse, which may be older.
 
-        An excess that is not finite counts as 0, which sets no limit.
+        One that is not finite counts as 0, which sets no limit.
         """
         now = block.newton_scale().nan_to_num(0, 0)
         self.newton_scale = (

@@ -57,7 +57,7 @@ def lengths(
         coherence: c̄, (blocks,); `ages`: τ, (blocks,).
         norms: ‖d‖, (blocks,); `sizes`: size(d), (blocks,).
         rates: η, (blocks,); `weights`: r, (blocks,).
-        excess: s, how many times the Newton step each direction is, (blocks,); None where that is not known.
+        newton_scale: s, how many times the Newton step each direction is, (blocks,); None where that is not known.
     """
     speeds = torch.stack(torch._foreach_norm(velocities))
     along = torch.stack([dot(d, v) for d, v in zip(directions, velocities)])
