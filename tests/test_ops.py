@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import natgrad as ng
+from natgrad.capture import ops
+from natgrad.capture.ops import elementwise
 from tests.layer_oracle import block_mask, empirical, gauss_newton, relative
 from tests.op_cases import CASES, Case, N, criteria
 
@@ -86,3 +88,38 @@ def test_verbs_are_those_of_the_dense_matrix(case, structure):
     assert torch.isclose(found.logdet(0.1), torch.logdet(damped), rtol=1e-9)
     assert torch.isclose(found.trace(), dense.trace(), rtol=1e-9)
     assert relative(found.vector_to_flat(found.diagonal()), dense.diagonal()) < TOLERANCE
+
+
+class Blended(torch.nn.Module):
+    """A scale inside an op that natgrad has no rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        self.w = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(torch.addcmul(h, self.w, h))
+
+
+def test_a_rule_of_ones_own_is_one_function():
+    def addcmul(own, out, input, tensor1, tensor2):
+        use = elementwise.scaled(tensor1, tensor2, out)
+        use.others = (input, tensor2)
+        return use
+
+    torch.manual_seed(0)
+    model, x, y = Blended().double(), torch.randn(6, 3).double(), torch.randint(0, 2, (6,))
+    loss = torch.nn.CrossEntropyLoss()
+    without = metric(model, x, y, loss, kind="exact", structure="dense").coverage()["w"]
+    assert "no op rule" in without.why
+    ops.op_rule(torch.addcmul)(addcmul)
+    try:
+        found = metric(model, x, y, loss, kind="exact", structure="dense")
+        assert found.coverage()["w"].op == "addcmul"
+        assert relative(found.dense(), gauss_newton(model, loss, x, y)) < TOLERANCE
+        with pytest.raises(ValueError, match="addcmul has a rule already, addcmul"):
+            ops.op_rule(torch.addcmul)(addcmul)
+    finally:
+        del ops.RULES[torch.addcmul]
