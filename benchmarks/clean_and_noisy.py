@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.against_tuned import ALL, FIXED, RATES
 from benchmarks.fresh import fresh
-from benchmarks.step_rule import STEPS, default, train
+from benchmarks.step_rule import STEPS, default, fit, train
 from benchmarks.workloads import Workload
 
 
@@ -46,13 +46,7 @@ def adamw(workload: Workload, rate: float, steps: int, seed: int) -> list[float]
         model.parameters(), lr=rate, weight_decay=fixed["weight_decay"], betas=(fixed["beta1"], 0.999)
     )
     rates = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x, y = workload.draw(generator)
-        opt.zero_grad()
-        workload.loss(model, x, y).backward()
-        opt.step()
-        rates.step()
+    fit(workload, model, opt, rates, steps, seed)
     return [workload.evaluate(model, rows) for rows in (workload.train_eval, workload.valid)]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -118,6 +119,20 @@ CONSTANTS = (
 )
 
 
+def fit(
+    workload: Workload, model: torch.nn.Module, opt: torch.optim.Optimizer, rates: Any, steps: int, seed: int
+) -> None:
+    """Train for so many steps. `rates`: a scheduler, or None."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x, y = workload.draw(generator)
+        opt.zero_grad()
+        workload.loss(model, x, y).backward()
+        opt.step()
+        if rates is not None:
+            rates.step()
+
+
 def train(workload: Workload, make: Make, steps: int, seed: int, schedule: str = "none") -> tuple[list[float], int]:
     """Training and held-out loss, as the weights are and averaged; and the number of refreshes."""
     before = [(module, name, getattr(module, name)) for module, name in CONSTANTS]
@@ -126,14 +141,7 @@ def train(workload: Workload, make: Make, steps: int, seed: int, schedule: str =
     try:
         opt = make(model, workload.criterion)
         rates = SCHEDULES[schedule](opt, steps)
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            x, y = workload.draw(generator)
-            opt.zero_grad()
-            workload.loss(model, x, y).backward()
-            opt.step()
-            if rates is not None:
-                rates.step()
+        fit(workload, model, opt, rates, steps, seed)
     finally:
         for module, name, value in before:
             setattr(module, name, value)

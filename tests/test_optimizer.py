@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.blocks.base import Block
+from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.optim.block_state import BlockState
 from natgrad.optim.fixed import FixedStep
 from natgrad.optim.optimizer import AVERAGE_LIMIT
@@ -505,7 +506,7 @@ def test_the_scale_of_the_newton_step_rises_at_once_and_falls_slowly(monkeypatch
     monkeypatch.setattr(block, "newton_scale", lambda: torch.tensor(next(values)).double())
     found = [float(state.rescale(block)) for _ in range(6)]
     assert found == pytest.approx([2.0, 2 * 0.97, 2 * 0.97**2, 5.0, 4.9, 4.9 * 0.97])
-    assert float(BlockState.restored(state.state_dict()).newton_scale) == found[-1]
+    assert float(BlockState(**state.state_dict()).newton_scale) == found[-1]
 
 
 def test_scales_are_taken_once_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,3 +710,33 @@ def test_the_bound_takes_what_is_not_finite() -> None:
         assert float(bound(nats, promise, one)) == 0  # no step rather than one without bound
     for nats, promise, nat in ((zero, zero, one), (one / 100, -one, one), (one, one, zero), (one, one, one * math.nan)):
         assert float(bound(nats, promise, nat)) == 1
+
+
+@pytest.mark.parametrize(("rows", "share"), [(8, 1.0), (64, 1.0), (512, 0.25)])
+def test_the_decay_is_less_where_a_batch_has_many_labels(rows: int, share: float, close: Close) -> None:
+    """The same data over and over: mean gradient and metric are the same, and 128 / M of the decay is left."""
+    moved = []
+    for decay in (0.0, 0.25):
+        torch.manual_seed(0)
+        model, criterion = nn.Linear(3, 2).double(), nn.MSELoss()
+        before = model.weight.detach().clone()
+        x = X.repeat(rows // 8, 1)
+        opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind="exact"), weight_decay=decay)
+        criterion(model(x), x[:, :2]).backward()
+        opt.step()
+        assert opt.metric.labels == rows
+        moved.append(model.weight.detach())
+    close(moved[1] - moved[0], -share * 0.25 * 0.1 * before, 1e-9)
+
+
+def test_labels_are_rows_of_the_output() -> None:
+    for criterion, shape, labels in (
+        (nn.CrossEntropyLoss(), (6, 4), 6),
+        (nn.CrossEntropyLoss(), (6, 4, 5), 30),
+        (nn.CrossEntropyLoss(), (4,), 1),
+        (nn.MSELoss(), (6, 4), 6),
+        (nn.MSELoss(), (6, 5, 4), 30),
+        (nn.MSELoss(), (6,), 6),
+        (nn.BCEWithLogitsLoss(), (6, 1), 6),
+    ):
+        assert likelihood_of(criterion).labels((torch.zeros(shape),)) == labels

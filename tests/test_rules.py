@@ -210,3 +210,26 @@ def test_the_default_step_averages_its_iterates(monkeypatch: pytest.MonkeyPatch)
                 p.copy_(0.1 * z[i] + 0.9 * x[i])
         for p, q in zip(model.parameters(), twin.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_grafting_takes_each_parameter_by_itself_where_a_metric_has_no_blocks() -> None:
+    """Along the gradient, which is natural in the Euclidean metric, and as far as Adam's first step: η a number."""
+    model = nn.Linear(3, 2).double()
+    opt = ng.NaturalGradient(ng.Euclidean(model), step=ng.Grafted(lr=0.01, damping=1e-9, momentum=0.0))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(torch.randn(5, 3).double()).square().sum().backward()
+    opt.step()
+    for n, p in model.named_parameters():
+        expected = -0.01 * p.grad * p.numel() ** 0.5 / p.grad.norm()
+        torch.testing.assert_close(p.detach() - before[n], expected, rtol=1e-6, atol=0)
+
+
+def test_a_step_rule_that_is_none_and_a_metric_that_names_none() -> None:
+    model = nn.Linear(2, 1)
+    for wrong in ("fixed", ng.FixedStep):
+        with pytest.raises(TypeError, match="step takes a step rule"):
+            ng.NaturalGradient(ng.Euclidean(model), step=wrong)  # type: ignore[arg-type]
+    metric = ng.Euclidean(model)
+    metric.default_step = "no such"
+    with pytest.raises(ValueError, match=r"Euclidean.default_step is 'no such'; there are 'normalised', 'fixed'"):
+        ng.NaturalGradient(metric)

@@ -54,7 +54,8 @@ class Average:
         """value ← decay·value + (1 − decay)·new value."""
         value = new.value()
         if self.sums and decay > 0:
-            value.lerp_(self.value(), decay)
+            before = self.value()
+            value = value.to(before).lerp_(before, decay)  # a model may be cast between a batch and its step
         self.sums, self.masses = {"": value}, {"": value.new_ones(())}
 
     def move(self, device: torch.device, dtype: torch.dtype) -> bool:

@@ -46,9 +46,6 @@ class ShardLayout:
     def shape_on(self, rank: int) -> torch.Size:
         return torch.Size([*self.shape[: self.dim], self.stretches[rank][1], *self.shape[self.dim + 1 :]])
 
-    def numel_on(self, rank: int) -> int:
-        return self.shape_on(rank).numel()
-
 
 def layout_of(name: str, p: Any, ranks: Sequence[int]) -> ShardLayout:
     """Where the shards of a DTensor lie. `ranks`: the group, as global ranks.

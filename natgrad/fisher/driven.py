@@ -33,6 +33,10 @@ from natgrad.fisher.options import (
 class DrivenMetric(BlockMetric):
     """The part of `natgrad.Fisher` that an optimizer drives."""
 
+    default_step = "normalised"
+    _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
+    _folded = False  # whether statistics have changed since the last step
+
     model: nn.Module
     module: nn.Module  # without wrappers
     kind: str
@@ -58,9 +62,6 @@ class DrivenMetric(BlockMetric):
     def _plain(self) -> bool:
         """Whether sums are never divided."""
         return self.likelihood.reduction == "sum"
-
-    _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- replaced, never changed
-    _folded = False  # whether statistics have changed since the last step
 
     def _commit(self, draws: list[BatchStatistics], decay: float | None) -> bool:
         """Add what was drawn to the statistics, on all ranks together; whether there was anything."""
@@ -195,7 +196,7 @@ class DrivenMetric(BlockMetric):
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
         draws, self._pending = self._pending, []
         self._watcher.forget()
-        if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where:
+        if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where or draws:
             self._where, dtype = where, statistics_dtype(self.parameters.values())
             for block in self.blocks:
                 block.move(self.parameters[block.names[0]].device, dtype)
@@ -259,5 +260,3 @@ class DrivenMetric(BlockMetric):
             return None
         total, mass = self.nats.unbind()
         return torch.where(mass > 0, self.gradient_scale * total if self._plain else total / mass, torch.nan)
-
-    default_step = "normalised"

@@ -289,13 +289,17 @@ class Fisher(DrivenMetric):
         """
         shapes = {n: p.shape for n, p in self.parameters.items()}
         found = metric_file.restored(state, self._about(), shapes, self._like().device)
-        self.collection.restore(found.blocks)
-        self._where = []
+        said, nats = found.said, found.said["nats"]
         like = torch.zeros((), dtype=statistics_dtype(self.parameters.values()), device=self._like().device)
-        nats = found.said["nats"]
-        self.seen, self.labels = found.said["seen"], found.said["labels"]
-        self.nats = None if nats is None else like.new_tensor(nats)
-        self._masses = {source: like.new_tensor(mass) for source, mass in found.said["masses"].items()}
+        taken = {
+            "seen": said["seen"],
+            "labels": said["labels"],
+            "nats": None if nats is None else like.new_tensor(nats),
+            "_masses": {source: like.new_tensor(mass) for source, mass in said["masses"].items()},
+            "_where": [],  # the blocks may be of another dtype
+        }
+        self.collection.restore(found.blocks)  # all has been read: from here on nothing fails
+        vars(self).update(taken)
         self.estimator.generators.clear()  # one that had not drawn yet starts from its seed again
         for which, saved in found.generators.items():
             generator = self.collection.rows if which == ROWS else self.estimator.generator(torch.device(which))

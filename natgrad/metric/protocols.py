@@ -37,9 +37,9 @@ class Trained:
     labels = 0  # in a batch, one a datum and position, over all ranks; 0 where that is not known
 
     @property
-    def blocks(self) -> list[Any]:
-        """The blocks of curvature that are kept layer by layer, of metrics made so."""
-        return []
+    def blocks(self) -> list[Any] | None:
+        """The blocks of curvature that are kept layer by layer; None where the metric is not made of blocks."""
+        return None
 
     @property
     def gradient_scale(self) -> float | None:

@@ -54,12 +54,7 @@ class BlockState:
     def state_dict(self) -> dict[str, Any]:
         """Without the inverse, which the statistics give again."""
         kept = ("velocity", "coherence", "age", "size", "newton_scale")
-        state: dict[str, Any] = {k: t for k in kept if (t := getattr(self, k)) is not None}
-        return state
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> BlockState:
-        return cls(**state)
+        return {k: t for k in kept if (t := getattr(self, k)) is not None}
 
     def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
         """The inverse for the block's present statistics; the last good one where it cannot be had.

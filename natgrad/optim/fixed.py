@@ -57,19 +57,12 @@ class PreconditionedGradient:
         return {n: cosine(d, g) for n, (d, g) in self._last.items()}
 
 
-class FixedStep(StepRule):
-    """Δθ = −η d along the direction of `PreconditionedGradient`."""
+class AlongGradient(StepRule):
+    """A rule whose only state is that of its `PreconditionedGradient`."""
 
-    def __init__(self, lr: float = 0.1, momentum: float = 0.0, damping: float = 1e-3) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.lr, self.momentum, self.damping = lr, momentum, damping
         self._descent = PreconditionedGradient()
-
-    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
-        options = context.options
-        d = self._descent.direction(metric, df, options)
-        self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
-        return {n: ScaledStep(d[n], -options[n].lr) for n in df}
 
     def cosines(self) -> dict[str, Tensor]:
         return self._descent.cosines()
@@ -79,6 +72,20 @@ class FixedStep(StepRule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._descent.load_state_dict(state)
+
+
+class FixedStep(AlongGradient):
+    """Δθ = −η d along the direction of `PreconditionedGradient`."""
+
+    def __init__(self, lr: float = 0.1, momentum: float = 0.0, damping: float = 1e-3) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.damping = lr, momentum, damping
+
+    def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
+        options = context.options
+        d = self._descent.direction(metric, df, options)
+        self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
+        return {n: ScaledStep(d[n], -options[n].lr) for n in df}
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

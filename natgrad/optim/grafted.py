@@ -10,11 +10,11 @@ from torch import Tensor
 
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.fixed import PreconditionedGradient
-from natgrad.optim.step_rule import Increments, StepContext, StepRule
+from natgrad.optim.fixed import AlongGradient
+from natgrad.optim.step_rule import Increments, StepContext
 
 
-class Grafted(StepRule):
+class Grafted(AlongGradient):
     """Δ_b = −η ‖a_b‖ d_b / ‖d_b‖ for every block b, with a Adam's direction and d the natural one.
 
     Args:
@@ -26,7 +26,7 @@ class Grafted(StepRule):
     def __init__(self, lr: float = 1e-3, momentum: float = 0.9, damping: float = 1e-3) -> None:
         super().__init__()
         self.lr, self.momentum, self.damping = lr, momentum, damping
-        self._descent, self._adam = PreconditionedGradient(), Adam()
+        self._adam = Adam()
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options = context.options
@@ -43,9 +43,6 @@ class Grafted(StepRule):
         self.info = {"damping": first.damping, "step_length": first.lr}
         return dict(step)
 
-    def cosines(self) -> dict[str, Tensor]:
-        return self._descent.cosines()
-
     def state_dict(self) -> dict[str, Any]:
         return {"descent": self._descent.state_dict(), "adam": self._adam.state_dict()}
 
@@ -56,10 +53,9 @@ class Grafted(StepRule):
 
 def blocks_of(metric: Metric) -> list[list[str]]:
     """Names of the parameters that share a block; every parameter by itself where the metric has no blocks."""
-    blocks = getattr(metric, "blocks", None)
-    if blocks is None:
+    if metric.blocks is None:
         return [[n] for n in metric.parameters]
-    return [b.names for b in blocks if b.statistics]
+    return [b.names for b in metric.blocks if b.statistics]
 
 
 def norm(tensors: list[Tensor]) -> Tensor:

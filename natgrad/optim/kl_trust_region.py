@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.metric.metric import Metric, Vector
-from natgrad.optim.fixed import PreconditionedGradient
-from natgrad.optim.step_rule import Increments, StepContext, StepRule
+from natgrad.optim.fixed import AlongGradient
+from natgrad.optim.step_rule import Increments, StepContext
 
 
-class KLTrustRegion(StepRule):
+class KLTrustRegion(AlongGradient):
     """Δθ = −ν η d with ν = min(1, √(r / ½ g(ηd, ηd))): a fixed step, shortened where it would change too much.
 
     Args:
@@ -32,7 +31,6 @@ class KLTrustRegion(StepRule):
         if not radius > 0:
             raise ValueError(f"radius must be positive, a KL divergence that a step may cause, got {radius!r}")
         self.lr, self.momentum, self.damping, self.radius = lr, momentum, damping, radius
-        self._descent = PreconditionedGradient()
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options = context.options
@@ -53,12 +51,3 @@ class KLTrustRegion(StepRule):
             "predicted_kl": divergence * shorter.square(),
         }
         return {n: t * shorter.to(t.dtype) for n, t in step.items()}
-
-    def cosines(self) -> dict[str, Tensor]:
-        return self._descent.cosines()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._descent.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._descent.load_state_dict(state)

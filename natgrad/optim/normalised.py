@@ -73,7 +73,7 @@ class NormalisedStep(StepRule):
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
         options, place = context.options, self.strategy
-        blocks: list[Block] = [b for b in metric.blocks if b.known]
+        blocks: list[Block] = [b for b in metric.blocks or [] if b.known]
         active = [b for b in blocks if any(n in df for n in b.names)]
         owned = place.owned(blocks)
         for key in {b.key for b in blocks} - {b.key for b in owned}:
@@ -127,7 +127,6 @@ class NormalisedStep(StepRule):
             if b not in mine and (s := self._blocks.get(b.key)) is not None
         ]
         directions = place.directions(todo)
-        scalars = torch.zeros(3, dtype=statistics_dtype(df.values()), device=next(iter(df.values())).device)
         found = None
         if mine:
             if sizes is not None:
@@ -135,6 +134,9 @@ class NormalisedStep(StepRule):
                 self.measure(mine, states, sizes)
             found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_scale)
             scalars = torch.stack([found.nats, found.promise, found.at_newton * len(mine)])
+        else:  # of the dtype that ranks with blocks of their own have
+            dtype = statistics_dtype(metric.parameters.values())
+            scalars = torch.zeros(3, dtype=dtype, device=next(iter(df.values())).device)
         failures = sum(s.failures for s in self._blocks.values())
         totals, decay, failures = place.totals(active, scalars, None if found is None else found.decay, failures)
         nats, promise, at_newton = totals.unbind()
@@ -277,7 +279,7 @@ class NormalisedStep(StepRule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._blocks = {k: BlockState.restored(s) for k, s in state["blocks"].items()}
+        self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
         adam = state["adam"]
         parts = {f: self.strategy.shard({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
         self._adam.load_state_dict({n: {**m, **{f: parts[f][n] for f in parts}} for n, m in adam.items()})

@@ -24,7 +24,7 @@ from natgrad.metric.metric import Metric, Vector
 from natgrad.optim import skips
 from natgrad.optim.groups import check_decay, check_keys, check_options, check_state, split_groups
 from natgrad.optim.interrupts import uninterrupted
-from natgrad.optim.registry import default_rule
+from natgrad.optim.registry import rule_of
 from natgrad.optim.skips import Skips, all_finite
 from natgrad.optim.step_rule import Options, ScaledStep, StepContext, StepRule
 from natgrad.optim.weight_average import WeightAverage
@@ -82,7 +82,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.metric = metric
         self.steps = self.refreshes = self._next_refresh = 0
         self.refreshed = False
-        self.rule = default_rule(metric) if step is None else step
+        self.rule = rule_of(metric, step)
         self.strategy = self.rule.strategy = metric.strategy or Strategy()
         self.refresh = refresh
         defaults = {

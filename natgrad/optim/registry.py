@@ -38,3 +38,16 @@ def default_rule(metric: Metric) -> StepRule:
             f"{type(metric).__name__}.default_step is {metric.default_step!r}; there are {', '.join(map(repr, RULES))}"
         )
     return RULES[metric.default_step](**metric.step_options)
+
+
+def rule_of(metric: Metric, step: StepRule | None) -> StepRule:
+    """Return the step rule that was given, or the metric's own.
+
+    Raises:
+        TypeError: what was given is no step rule.
+    """
+    if step is None:
+        return default_rule(metric)
+    if not isinstance(step, StepRule):
+        raise TypeError(f"step takes a step rule, ng.FixedStep() for instance, got {step!r}")
+    return step
