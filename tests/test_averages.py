@@ -117,3 +117,16 @@ def test_factors_that_were_shown_stay_as_they_were() -> None:
     shown = [t.clone() for t in found]
     train(model, opt, batches(3))
     assert all(torch.equal(a, b) for a, b in zip(shown, found))
+
+
+def test_a_model_may_be_cast_between_a_batch_and_its_step() -> None:
+    model = Grouped(torch.float32)
+    opt = ng.NaturalGradient(metric_of(model), refresh=1)
+    train(model, opt, batches(3, dtype=torch.float32))
+    x, y = next(batches(1, dtype=torch.float32))
+    opt.zero_grad()
+    opt.metric.criterion(model(x), y).backward()  # type: ignore[attr-defined]
+    model.double()
+    opt.step()
+    for block in opt.metric.blocks:  # type: ignore[union-attr]
+        assert all(block.value(key).dtype == F64 for key in block.statistics)
