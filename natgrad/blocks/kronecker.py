@@ -28,7 +28,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import VALUE, Block, Job
 from natgrad.capture.layers import Layer, LayerIO
-from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
+from natgrad.capture.rows import Rows, count, of_data, second_moment, thinned
 from natgrad.linalg.block_diagonal import (
     diagonal_of,
     is_diagonal,
@@ -105,7 +105,7 @@ class KroneckerBlock(Block):
     def _rows(self, use: LayerIO) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":
-            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+            return use.summed_gradients(), use.mean_inputs() if use.first else None, 1.0
         data, positions = use.gradients.shape[:2]
         rows = data * positions
         if self.max_rows is None or rows <= self.max_rows:
@@ -285,10 +285,6 @@ def size_text(p: int, d: int) -> str:
     pieces, rest = divmod(d, p)
     equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
     return f"({equal} + {rest}²)" if rest else equal
-
-
-def summed_positions(rows: Rows) -> Rows:
-    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
 
 
 def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Tensor:

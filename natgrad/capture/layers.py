@@ -10,9 +10,20 @@ from torch import Tensor
 
 from natgrad.capture.layouts import Layout
 from natgrad.capture.parameters import ParameterSlice, overlap
-from natgrad.capture.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
+from natgrad.capture.rows import (
+    OneHot,
+    Rows,
+    gathered,
+    mean_position,
+    narrow,
+    outer,
+    project,
+    regroup,
+    summed_positions,
+    with_columns,
+)
 from natgrad.capture.tape import CaptureError, LayerCall
-from natgrad.capture.views import GradientView, IndexView, canonical
+from natgrad.capture.views import GradientView, IndexView, Place, canonical
 
 Turn = tuple["Tensor | None", "Tensor | None"]
 
@@ -85,17 +96,18 @@ class LayerIO:
     large, and most passes of K-FAC need gradients alone.
     """
 
-    gradients: Tensor  # (data, positions, groups, d)
+    gradients: Tensor  # (data, positions, groups, d), or in any order where there is a `table`
     make_inputs: Callable[[Tensor | None], Rows]  # of all data, or of those chosen
     swapped: bool = False
     region: tuple[int, int] | None = None  # groups that the call uses; None for all
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
+    table: Tensor | None = None  # row numbers of each datum, as `gathered` takes them
     _inputs: Rows | None = None
 
     @property
     def data(self) -> int:
-        return self.gradients.shape[0]
+        return len(self.gradients if self.table is None else self.table)
 
     @property
     def inputs(self) -> Rows:
@@ -114,10 +126,25 @@ class LayerIO:
 
     def per_example_gradients(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
         """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
-        left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        if self.table is None:
+            left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        else:
+            part = self.table[start : start + length]
+            left, right = gathered(self.left, part), gathered(self.right, part)
         if turn is not None:
             left, right = project(left, turn[0]), project(right, turn[1])
         return outer(left, right)
+
+    def summed_gradients(self) -> Rows:
+        """Gradients summed over the positions of each datum, (data, 1, groups, d)."""
+        return summed_positions(self.gradients if self.table is None else gathered(self.gradients, self.table))
+
+    def mean_inputs(self) -> Rows:
+        """The mean input of each datum that has any, (data, 1, groups, d)."""
+        if self.table is None:
+            return mean_position(self.inputs)
+        counts = (self.table < self.gradients.shape[0] * self.gradients.shape[1]).sum(1)
+        return mean_position(gathered(self.inputs, self.table[counts > 0]), counts[counts > 0])
 
 
 class Layers:
@@ -196,11 +223,23 @@ def fan_in_of(call: LayerCall, layer: Layer) -> int:
 
 
 def use_of(
-    call: LayerCall, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype
+    call: LayerCall, layer: Layer, g: Tensor, place: Place, data: int, aligned: int | None, dtype: torch.dtype
 ) -> LayerIO:
-    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
+    """Rows of one call.
+
+    Args:
+        call: the call.
+        layer: its layer.
+        g: the gradient of its output.
+        place: where its data are.
+        data: how many there are.
+        aligned: regroup rows into so many data; None leaves them as they are.
+        dtype: of the rows.
+    """
     swapped = call.weight is not None and layer.layout != call.view.layout
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
+    table = place if isinstance(place, Tensor) and aligned is not None else None
+    axis, aligned = (0, None) if isinstance(place, Tensor) else (place, aligned)
 
     def inputs(keep: Tensor | None) -> Rows:
         some = x if keep is None else call.view.take(x, keep)
@@ -215,7 +254,7 @@ def use_of(
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
     assert isinstance(gradients, Tensor)
-    use = LayerIO(gradients, inputs, swapped, call.view.region)
+    use = LayerIO(gradients, inputs, swapped, call.view.region, table=table)
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on

@@ -43,10 +43,11 @@ class OneHot:
         bag = self.index.shape[-1]
         return OneHot(self.index.reshape(data, -1, bag), self.scale.reshape(data, -1, bag), self.size)
 
-    def mean_position(self) -> OneHot:
+    def mean_position(self, counts: Tensor | None) -> OneHot:
         """The mean over positions, as one row a datum."""
         n, p, _ = self.index.shape
-        return OneHot(self.index.reshape(n, 1, -1), self.scale.reshape(n, 1, -1) / p, self.size)
+        scale = self.scale.reshape(n, 1, -1)
+        return OneHot(self.index.reshape(n, 1, -1), scale / (p if counts is None else counts[:, None, None]), self.size)
 
 
 Rows = Tensor | OneHot
@@ -59,8 +60,30 @@ def regroup(rows: Rows, data: int | None) -> Rows:
     return rows.reshape(data) if isinstance(rows, OneHot) else rows.reshape(data, -1, *rows.shape[2:])
 
 
-def mean_position(rows: Rows) -> Rows:
-    return rows.mean_position() if isinstance(rows, OneHot) else rows.mean(1, keepdim=True)
+def gathered(rows: Rows, table: Tensor) -> Rows:
+    """Rows of each datum by their numbers, data and positions counted together: `table` (data, positions), filled up
+    with numbers one past the last, which give rows of zeros.
+    """
+    if isinstance(rows, OneHot):
+        return OneHot(picked(rows.index, table), picked(rows.scale, table), rows.size)
+    return picked(rows, table)
+
+
+def picked(t: Tensor, table: Tensor) -> Tensor:
+    t = t.flatten(0, 1)
+    return torch.cat([t, t.new_zeros(1, *t.shape[1:])])[table]
+
+
+def mean_position(rows: Rows, counts: Tensor | None = None) -> Rows:
+    """The mean over the positions of a datum. `counts` (data,): how many it has, where zeros fill up the rest."""
+    if isinstance(rows, OneHot):
+        return rows.mean_position(counts)
+    return rows.mean(1, keepdim=True) if counts is None else rows.sum(1, keepdim=True) / counts[:, None, None, None]
+
+
+def summed_positions(rows: Rows) -> Rows:
+    """The sum over the positions of a datum."""
+    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
 
 
 def narrow(rows: Rows, start: int, length: int) -> Rows:

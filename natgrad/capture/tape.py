@@ -64,6 +64,7 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs
     sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
     outputs: set[Edge] = field(default_factory=set)
     drawn: bool = False
@@ -76,6 +77,7 @@ class Tape:
         tensors = leaves_of((args, kwargs))
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         self.sizes = {n for t in tensors for n in t.shape[:2]}
+        self.shapes = [tuple(t.shape) for t in tensors]
         self.data = next((t.shape[0] for t in tensors if t.dim()), None)
         self._stack = ExitStack()
         self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched

@@ -51,6 +51,7 @@ class LinearForm:
 
 
 INNER = -1  # the first leading dimension is (positions · data): attention flattens (time, batch)
+Place = int | Tensor  # where a call's data are: a leading dimension, or INNER; else the row numbers of each datum
 
 
 def data_first(t: Tensor, axis: int, data: int) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe, replace_tensors
+from natgrad.fisher.owners import Data
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class CriterionLikelihood:
         """
         raise NotImplementedError
 
-    def observed(self, outputs: Tensors, output: Any, targets: Any, data: int) -> Tensors:
+    def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
         """∇ℓ_n at the observed labels, ℓ_n the loss of datum n alone at the criterion's own reduction."""
         leaves = tuple(o.detach().requires_grad_() for o in outputs)
         with torch.enable_grad():
@@ -156,9 +157,11 @@ class CriterionLikelihood:
         grads = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, leaves))
         if self.reduction == "sum":
             return grads
-        mass = self.term_mass(outputs, targets).view(data, -1).sum(1)
+        rows = 1 if data.count == 1 else outputs[0].shape[0]
+        by_row = self.term_mass(outputs, targets).view(rows, -1).sum(1)
+        mass = by_row.new_zeros(data.count).index_add(0, data.of_rows(rows).to(by_row.device), by_row)
         scale = torch.where(mass > 0, 1 / mass, torch.zeros_like(mass))
-        return tuple(per_datum(g, scale, data) for g in grads)
+        return tuple(data.scaled(g, scale) for g in grads)
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
         """The loss summed over its terms."""
@@ -183,10 +186,3 @@ def normal_like(f: Tensor, generator: torch.Generator) -> Tensor:
 def counted(f: Tensor) -> Tensor:
     """Entries numbered in order, in the shape of f."""
     return torch.arange(f.numel(), device=f.device).reshape(f.shape)
-
-
-def per_datum(g: Tensor, scale: Tensor, data: int) -> Tensor:
-    """g with the rows of datum n multiplied by scale[n]."""
-    if g.dim() == 0 or g.shape[0] % data:
-        return g * scale.reshape(()) if data == 1 else g
-    return (g.reshape(data, -1) * scale[:, None]).reshape(g.shape)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from natgrad._tree import Tensors, describe
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.likelihoods.registry import likelihood_of
+from natgrad.fisher.owners import Data
 
 
 class MultiHead(CriterionLikelihood):
@@ -47,7 +48,7 @@ class MultiHead(CriterionLikelihood):
     def why_targets(self) -> str | None:
         return next((f"head {k!r}: {why}" for k, h in self.heads.items() if (why := h.why_targets())), None)
 
-    def observed(self, outputs: Tensors, output: Any, targets: Any, data: int) -> Tensors:
+    def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
         found: list[Tensor] = []
         for k, h in self.heads.items():
             mine = head_of(output, k)
