@@ -43,6 +43,7 @@ class LossTerms:
     places: list[Place]  # of each call: where the rows of each datum are
     data: Data
     apart: bool  # whether each datum has a backward pass of its own
+    weight: float  # of this source in the loss
 
 
 class Estimator:
@@ -110,11 +111,12 @@ class Estimator:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
-        likely = [Data(1)] if self.likelihood.unbatched(found) else likely_data(found, [t.shapes for t in tapes])
         fine = usable(found)
+        self._check_targets(targets)
+        one = fine and self.likelihood.unbatched(found, targets)
+        likely = [Data(1)] if one else likely_data(found, [t.shapes for t in tapes])
         if not self.strategy.meet(fine, likely[0].count):
             return None  # the gradient is not finite either, and the optimizer skips its step
-        self._check_targets(targets)
         traced_forward = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(traced_forward, missed, any(tape.differentiated for tape in tapes))
         for tape in tapes:
@@ -133,7 +135,7 @@ class Estimator:
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
         nats = [part.likelihood.nats(part.outputs, part.targets) for part in parts]
-        known = [n.to(dtype) for n in nats if n is not None]
+        known = [n.to(dtype) * n.new_tensor([p.weight, 1]) for n, p in zip(nats, parts) if n is not None]
         return BatchStatistics(
             self._look(parts, calls, dtype, added=per_datum),
             parts[0].data.count,
@@ -167,9 +169,9 @@ class Estimator:
                 "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
                 "rank the same"
             )
-        return LossTerms(
-            source, likelihood, outputs, local, targets, passes, mass, found or [0] * len(calls), data, apart
-        )
+        places = found or [0] * len(calls)
+        weight = self.likelihood.weight_of(source)
+        return LossTerms(source, likelihood, outputs, local, targets, passes, mass, places, data, apart, weight)
 
     def _look(
         self, parts: Sequence[LossTerms], calls: Sequence[LayerCall], dtype: torch.dtype, added: bool
@@ -222,6 +224,8 @@ class Estimator:
                 part.apart,
                 self.generator(part.outputs[0].device),
             ):
+                if part.weight != 1:
+                    v = tuple(t * part.weight**0.5 for t in v)
                 yield part, part.backward.backward(v, Data(1) if part.apart else part.data)
 
     def _uses(

@@ -31,7 +31,7 @@ from natgrad.fisher.driven import DrivenMetric
 from natgrad.fisher.estimator import Estimator, usable
 from natgrad.fisher.forward import check_output, isolated, traced_forward
 from natgrad.fisher.hooks import CriterionHooks
-from natgrad.fisher.likelihoods.multi_head import MultiHead
+from natgrad.fisher.likelihoods.multi_head import MultiHead, Weight
 from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.fisher.options import (
     arguments,
@@ -57,7 +57,7 @@ class Fisher(DrivenMetric):
         model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile``, sharded by
             ``fully_shard``, or none of these.
         criterion: the loss module it is trained with (see `natgrad.fisher.likelihoods`), or a `Likelihood`; for several
-            heads a dictionary ``{output key: criterion}``, whose sum is the loss.
+            heads a dictionary ``{output key: criterion}``, whose sum is the loss. `Loss` makes a criterion of any loss.
         kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
             labels; one outer product a datum).
         structure: "dense", "block", "diagonal", "kfac", "ekfac" or "input" (the input factor alone), or
@@ -65,6 +65,8 @@ class Fisher(DrivenMetric):
         sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
         samples: labels drawn for each datum with kind "sampled".
         params: names or patterns of the parameters to take; None takes all that require grad.
+        weights: of several heads, ``{output key: weight}``, where the loss is the sum of weight times criterion: a
+            number, or a callable that is asked at every refresh. A head without one has weight 1.
         output: callable from what the model returns to what the criterion takes, where that is not the same.
         targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
         seed: of the labels drawn; the global random state is never touched.
@@ -82,7 +84,7 @@ class Fisher(DrivenMetric):
             model it is always a direction, from the owner of the block.
 
     Raises:
-        TypeError: the criterion cannot be read as −log p(y|f).
+        TypeError: there is no metric for the criterion.
         ValueError: an option that does not exist (the message lists those that do), or a model without a trainable
             parameter.
     """
@@ -97,6 +99,7 @@ class Fisher(DrivenMetric):
         sharing: str | Mapping[str, str] = "expand",
         samples: int = 1,
         params: str | Iterable[str] | None = None,
+        weights: Mapping[str, Weight] | None = None,
         output: Callable[[Any], Any] | None = None,
         targets: Callable[[Any], Any] | None = None,
         seed: int = 0,
@@ -108,7 +111,9 @@ class Fisher(DrivenMetric):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
-        self.likelihood = MultiHead(criterion) if isinstance(criterion, Mapping) else likelihood_of(criterion)
+        if weights is not None and not isinstance(criterion, Mapping):
+            raise ValueError("weights= are those of several heads; give criterion={output key: criterion} with them")
+        self.likelihood = MultiHead(criterion, weights) if isinstance(criterion, Mapping) else likelihood_of(criterion)
         check_curvature_batch(kind, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")

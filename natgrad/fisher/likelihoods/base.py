@@ -80,6 +80,10 @@ class CriterionLikelihood:
         """The sources of loss terms that have a mass each: (key, reading, output, targets)."""
         return [("", self, output, targets)]
 
+    def weight_of(self, source: str) -> float:
+        """Return what a source of loss terms is multiplied by in the loss."""
+        return 1.0
+
     def outputs(self, output: Any) -> Tensors:
         """The tensors the likelihood depends on.
 
@@ -103,8 +107,8 @@ class CriterionLikelihood:
         """Why the metric depends on the labels, or None where it does not."""
         return None
 
-    def unbatched(self, outputs: Tensors) -> bool:
-        """Whether the output is that of one datum, without a dimension of data."""
+    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
+        """Whether the output is that of one datum, without a dimension of data, or of data that the loss couples."""
         return False
 
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
@@ -172,7 +176,7 @@ class CriterionLikelihood:
 
 
 def check_reduction(criterion: Any) -> None:
-    if criterion.reduction not in ("mean", "sum"):
+    if criterion.reduction not in ("mean", "sum", *["batchmean"] * isinstance(criterion, nn.KLDivLoss)):
         raise ValueError(
             f"{type(criterion).__name__}(reduction={criterion.reduction!r}) has no single loss to take the metric of; "
             'use reduction="mean" or "sum", the one you train with'
