@@ -73,7 +73,7 @@ class BlockCollection:
         block.generator = self.rows
         block.max_rows = self.max_positions
         if self.trains and self.sampled and self.max_positions is None:
-            block.max_rows = max(TRAINING_ROWS, *block.matrix_shape[1:])
+            block.max_rows = max(TRAINING_ROWS, *block.shape[1:])
 
     def train(self) -> None:
         """An optimizer takes over: what a refresh costs counts from now on."""

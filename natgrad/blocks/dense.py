@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.blocks.base import Job, JointBlock, names_of
+from natgrad.blocks.base import Job, JointBlock
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.linalg.inverse import DenseInverse, Inverse
 from natgrad.linalg.kronecker import damped_inverse, safe_eigh
@@ -42,8 +42,7 @@ class DenseBlock(JointBlock):
 
     def extend(self, layer: Layer) -> None:
         """Take in a layer first used now; over the data seen before, its gradient was zero."""
-        self.layers.append(layer)
-        self.names = names_of(self.layers)
+        self.take([*self.layers, layer])
         self.version += 1
         for average in self.statistics.values():
             average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}

@@ -55,7 +55,7 @@ class EigenvalueBlock(KroneckerBlock):
             return
         average = Average()
         qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
-        average.add(like.new_zeros(self.matrix_shape), None, source)
+        average.add(like.new_zeros(self.shape), None, source)
         data = uses[0][0].data if uses[0] else 0
         step = max(1, CHUNK // max(1, self.dimension))
         for start in range(0, data, step):
@@ -123,7 +123,7 @@ class EigenvalueBlock(KroneckerBlock):
         return self.value("S").sum()
 
     def sizes(self) -> str:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
 
 

@@ -19,7 +19,7 @@ U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ from natgrad.blocks.base import VALUE, Block, Job
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
 from natgrad.linalg.block_diagonal import (
+    both_times,
     diagonal_of,
     is_diagonal,
     pieces_of,
@@ -37,7 +38,7 @@ from natgrad.linalg.block_diagonal import (
     trace_of,
 )
 from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into_basis, out_of_basis
-from natgrad.linalg.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
+from natgrad.linalg.kronecker import eigen_of, relative_inverse, relative_inverse_of_piece, relative_system
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_FACTOR_DIM = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_factor_dim` is given
@@ -58,7 +59,7 @@ class KroneckerBlock(Block):
         self.needs_data = sharing == "reduce"
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
-        _, out, into = self.matrix_shape
+        _, out, into = self.shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
         self.kept = (
@@ -90,7 +91,7 @@ class KroneckerBlock(Block):
         return new
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         side = int(key[0] == "V")
         return groups, self.kept[side], (out, into)[side]
 
@@ -124,18 +125,6 @@ class KroneckerBlock(Block):
 
     def is_symmetric(self, key: str) -> bool:
         return key[0] in "UV" and self.kept[key[0] == "V"] > 1
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.layer.pack(tensors)
-
-    def matrices(self, x: Tensor) -> list[Tensor]:
-        return [x]
-
-    @property
-    def matrix_shape(self) -> torch.Size:
-        """(groups, d_out, d_in)"""
-        shape: torch.Size = self.cached("shape", lambda: self.layer.matrix_shape)
-        return shape
 
     @property
     def u(self) -> Tensor:
@@ -175,7 +164,7 @@ class KroneckerBlock(Block):
         return lu[..., :, None] * lv[..., None, :], qu, qv
 
     def flat(self, x: Tensor) -> Tensor:
-        return kron_apply(self.u, x, self.v)
+        return both_times(self.u, x, self.v)
 
     def inverse(self, damping: float) -> Inverse:
         values, qu, qv = self.eigen()
@@ -213,7 +202,7 @@ class KroneckerBlock(Block):
         return found
 
     def _bias_scale(self) -> Tensor:
-        diagonal, width = diagonal_of(self.v), self.matrix_shape[2] - self.own_columns
+        diagonal, width = diagonal_of(self.v), self.shape[2] - self.own_columns
         inputs, biases = diagonal[..., :width].mean(), diagonal[..., width:].mean()
         return torch.where((inputs > 0) & (biases > 0), biases / inputs, 1.0).clamp(max=1)
 
@@ -233,12 +222,8 @@ class KroneckerBlock(Block):
         values, qu, qv = self.eigen()
         return out_of_basis(into_basis(z, qu, qv) * (values + damping).rsqrt(), qu, qv)
 
-    @property
-    def dimension(self) -> int:
-        return self.matrix_shape.numel()
-
     def sizes(self) -> str:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         sides = " ⊗ ".join(size_text(p, d) for p, d in zip(self.kept, (out, into)))
         return sides + (f" × {groups}" if groups > 1 else "")
 

@@ -22,7 +22,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from natgrad.linalg.block_diagonal import diagonal_of, is_diagonal, left_times, pieces_of, side_of, times
+from natgrad.linalg.block_diagonal import diagonal_of, is_diagonal, pieces_of, side_of
 
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
@@ -30,11 +30,6 @@ TRIES = 3
 
 class FactorisationError(RuntimeError):
     """A curvature factor could not be factorised by any means: it holds NaN or Inf."""
-
-
-def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in), of two sides."""
-    return times(left_times(u, x), v)
 
 
 def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
