@@ -26,7 +26,7 @@ from natgrad.blocks.average import Average, Statistics
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg.inverse import Inverse
-from natgrad.linalg.kronecker import FactorisationError
+from natgrad.linalg.kronecker import FactorisationError, damped_inverse
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -39,9 +39,11 @@ class Job:
 
     cost: float  # multiplications
     like: Tensor  # of the shape, dtype and device of the result
-    compute: Callable[[], Tensor]
-    # (M, a) where the result is (M + aI)⁻¹ by whatever means, so that several can be found at once
-    system: Callable[[], tuple[Tensor, float]] | None = None
+    system: Callable[[], tuple[Tensor, float]]  # gives (M, a), where the result is (M + aI)⁻¹
+    relative: bool = True  # whether a follows from the damping alone, so that several can be found at once
+
+    def compute(self) -> Tensor:
+        return damped_inverse(*self.system())
 
 
 class Block:
@@ -70,6 +72,7 @@ class Block:
         """Be over these layers."""
         self.layers = list(layers)
         self.shapes = [layer.matrix_shape for layer in layers]  # (groups, d_out, d_in)
+        self.shape = self.shapes[0]  # of the coordinates
         self.dimension = sum(shape.numel() for shape in self.shapes)
         self.pieces: list[ParameterSlice] = [p for layer in layers for p in layer.pieces]
         self.names = list(dict.fromkeys(p.name for p in self.pieces))  # of its parameters
@@ -78,7 +81,7 @@ class Block:
     @property
     def dtype(self) -> torch.dtype:
         """Of the statistics, as they are computed with."""
-        return next(a.dtype for a in self.statistics.values())
+        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
 
     @property
     def known(self) -> bool:
@@ -108,6 +111,8 @@ class Block:
 
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
         """Statistics of several batches together; sources with a mass are weighed by it."""
+        if len(parts) == 1:
+            return parts[0]
         out: Statistics = {}
         for part in parts:
             for key, average in part.items():
@@ -168,11 +173,6 @@ class Block:
 
     # coordinates
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the coordinates: (groups, d_out, d_in), where a structure has no others."""
-        return self.shapes[0]
-
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.layers[0].pack(tensors)
 
@@ -209,8 +209,7 @@ class Block:
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
 
-        `results`: of the `factor_jobs`, where they have been done elsewhere; None for one that is to be done here,
-        which only those may be that have a `Job.system`.
+        `results`: of the `factor_jobs`, where they have been done elsewhere; None for one that is to be done here.
         """
         return self.inverse(self.relative_to_mean(damping))
 
@@ -290,9 +289,10 @@ class Block:
 class JointBlock(Block):
     """Blocks whose coordinates are one flat vector over all their layers."""
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.dimension,))
+    def take(self, layers: Sequence[Layer]) -> None:
+        super().take(layers)
+        self.widths = [s.numel() for s in self.shapes]
+        self.shape = torch.Size((self.dimension,))
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([layer.pack(tensors).flatten(-3) for layer in self.layers], dim=-1)
@@ -300,10 +300,6 @@ class JointBlock(Block):
     def matrices(self, x: Tensor) -> list[Tensor]:
         parts = zip(x.split(self.widths, dim=-1), self.shapes)
         return [part.reshape(*x.shape[:-1], *shape) for part, shape in parts]
-
-    @property
-    def widths(self) -> list[int]:
-        return [s.numel() for s in self.shapes]
 
     def per_datum(self, uses: Sequence[Sequence[LayerIO]], like: Tensor) -> Iterator[Tensor]:
         """Chunks (data, P) of per-datum gradients."""

@@ -101,8 +101,8 @@ def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Ca
     jobs = [block.factor_jobs(damping) for block, damping in zip(blocks, dampings)]
     flat = [(damping, job) for damping, mine in zip(dampings, jobs) for job in mine]
     done: dict[int, Tensor | None] = {}
-    for members in alike((d, kind_of(job.like)) if job.system else None for d, job in flat):
-        systems = [system() for m in members if (system := flat[m][1].system)]
+    for members in alike((d, kind_of(job.like)) if job.relative else None for d, job in flat):
+        systems = [flat[m][1].system() for m in members]
         done.update(zip((id(flat[m][1]) for m in members), solved(systems)))
     return [
         partial(block.relative_inverse, damping, [done.get(id(job)) for job in mine])

@@ -63,7 +63,7 @@ class DenseBlock(JointBlock):
 
     def factor_jobs(self, damping: float) -> list[Job]:
         m = self.matrix
-        return [Job(len(m) ** 3, m, lambda: damped_inverse(m, self.relative_to_mean(damping)))]
+        return [Job(len(m) ** 3, m, lambda: (m, self.relative_to_mean(damping)), relative=False)]
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal()

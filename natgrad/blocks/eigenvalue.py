@@ -71,8 +71,6 @@ class EigenvalueBlock(KroneckerBlock):
             new["S"] = average
 
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
-        if len(parts) == 1:
-            return parts[0]
         bases = {k: a for k, a in parts[-1].items() if k in ("Q_U", "Q_V")}
         rest = [turned(p, bases) for p in parts]
         return {**super().merged(rest, plain), **bases}

@@ -17,6 +17,7 @@ from natgrad.optim.step_sizes import DirectionSizes
 # s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
 # of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
 SCALE_MEMORY = 0.97
+AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
 @dataclass
@@ -41,6 +42,20 @@ class BlockState:
             now if self.newton_scale is None else torch.maximum(now, SCALE_MEMORY * self.newton_scale.to(now))
         )
         return self.newton_scale
+
+    def measure(self, sizes: Sequence[Tensor]) -> None:
+        """Let r follow rms(W) / W₀ of the block's matrices: up to the size that layers start with, and beyond while its
+        steps agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with
+        it.
+        """
+        if not sizes:
+            return
+        now = torch.stack(list(sizes)).square().mean().sqrt().to(self.coherence)
+        if self.size is None:
+            self.size = torch.where(now > 0, now, torch.ones_like(now))
+        else:
+            grown = torch.where(self.coherence > AGREE, now, now.clamp(max=1))
+            self.size = torch.maximum(self.size, grown)
 
     def state_dict(self) -> dict[str, Any]:
         kept = ("velocity", "coherence", "age", "size", "newton_scale")

@@ -30,12 +30,11 @@ from natgrad.optim.adam import Adam
 from natgrad.optim.block_state import BlockState, Plan, look, shared_options
 from natgrad.optim.step_arithmetic import aged, bound, lengths, move_
 from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
-from natgrad.optim.step_sizes import VECTOR_SHARE, DirectionSizes, natural_sizes
+from natgrad.optim.step_sizes import VECTOR_SHARE, DirectionSizes, Matrix, matrices_of
 
 # labels in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is more
 # to go by than a prior (docs/step.md)
 DECAY_LABELS = 128.0
-AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
 class NormalisedStep(StepRule):
@@ -105,8 +104,11 @@ class NormalisedStep(StepRule):
                     state.rescale(block)
         likes = place.likes(metric.parameters, mine)
         states = [self.state_of(b, likes) for b in mine]
-        if refreshed and active:
-            self.measure(mine, states, self.weight_sizes(active, place.shards_of(metric.parameters)))
+        matrices = {b: matrices_of(b) for b in active}
+        if refreshed:
+            sizes = self.weight_sizes([m for each in matrices.values() for m in each], metric)
+            for state, block in zip(states, mine):
+                state.measure([sizes[m.name] for m in matrices[block]])
         dtype = statistics_dtype(metric.parameters.values())
         like = torch.zeros((), dtype=dtype, device=next(iter(df.values())).device)
         scales = None
@@ -122,7 +124,7 @@ class NormalisedStep(StepRule):
             states=states,
             likes=likes,
             missing=[n for b in mine for n in b.names if n not in df],
-            matrices=[(n, i) for i, b in enumerate(active) for n in natural_sizes(b)],
+            matrices=[(m.name, i) for i, each in enumerate(matrices.values()) for m in each if m.decays],
             sizes=DirectionSizes(mine, like),
             weights=stacked([torch.ones_like(like) if s.size is None else s.size for s in states], like),
             newton_scale=None if scales is None or scale is None else scale * stacked(scales, like),
@@ -206,32 +208,18 @@ class NormalisedStep(StepRule):
             out[n] = torch.addcmul(out[n], weights[n].detach(), rate.to(out[n]), value=-1)
         return out
 
-    def weight_sizes(self, blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return rms(W) / W₀ of every matrix of the blocks, by name. Collective where there are shards."""
-        found = {n: w for b in blocks for n, w in natural_sizes(b, tables=True).items()}
+    def weight_sizes(self, matrices: Sequence[Matrix], metric: Metric) -> dict[str, Tensor]:
+        """Return rms(W) / W₀ of every matrix, by name. Collective where there are shards."""
+        found = {m.name: m.natural for m in matrices}
         if not found:
             return {}
+        weights = self.strategy.shards_of({n: metric.parameters[n] for n in found})
         norms = torch._foreach_norm([weights[n].detach() for n in found])
         dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         squares = torch.stack([norm.to(dtype) for norm in norms]).square()
         squares = self.strategy.sum_over_shards(squares, list(found))
         scale = squares.new_tensor([w * self.strategy.numel(n, weights[n]) ** 0.5 for n, w in found.items()])
         return dict(zip(found, (squares.sqrt() / scale).unbind()))
-
-    def measure(self, blocks: Sequence[Block], states: Sequence[BlockState], sizes: Mapping[str, Tensor]) -> None:
-        """Let r of each block follow its weights: up to the size that layers start with, and beyond while its steps
-        agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with it.
-        """
-        for block, state in zip(blocks, states):
-            mine = natural_sizes(block, tables=True)
-            if not mine:
-                continue
-            now = torch.stack([sizes[n] for n in mine]).square().mean().sqrt().to(state.coherence)
-            if state.size is None:
-                state.size = torch.where(now > 0, now, torch.ones_like(now))
-            else:
-                grown = torch.where(state.coherence > AGREE, now, now.clamp(max=1))
-                state.size = torch.maximum(state.size, grown)
 
     def state_of(self, block: Block, likes: Mapping[str, Tensor]) -> BlockState:
         key, zero = block.key, torch.zeros((), dtype=block.dtype, device=likes[block.names[0]].device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,16 +54,20 @@ class DirectionSizes:
         return out
 
 
-def natural_sizes(block: Block, tables: bool = False) -> dict[str, float]:
-    """Return W₀ of every matrix of a block, by name: the rms that PyTorch's layers start with.
+class Matrix(NamedTuple):
+    """A weight that mixes inputs."""
 
-    `tables`: with embeddings, of which a row that is not in the batch has no gradient to answer a decay.
-    """
-    return {
-        layer.weight.name: (3 * (layer.fan_in + 1)) ** -0.5
+    name: str
+    natural: float  # W₀: the rms that PyTorch's layers start with
+    decays: bool  # not a table, of which a row that is not in the batch has no gradient to answer a decay
+
+
+def matrices_of(block: Block) -> list[Matrix]:
+    return [
+        Matrix(layer.weight.name, (3 * (layer.fan_in + 1)) ** -0.5, not layer.one_hot)
         for layer in block.layers
-        if layer.weight is not None and not layer.layout.elementwise and (tables or not layer.one_hot)
-    }
+        if layer.weight is not None and not layer.layout.elementwise
+    ]
 
 
 def update_unit(layer: Layer) -> float:
