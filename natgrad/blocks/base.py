@@ -25,8 +25,9 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.capture.parameters import ParameterSlice
+from natgrad.linalg import kronecker
 from natgrad.linalg.inverse import Inverse
-from natgrad.linalg.kronecker import FactorisationError, damped_inverse
+from natgrad.linalg.kronecker import FactorisationError
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -43,7 +44,7 @@ class Job:
     relative: bool = True  # whether a follows from the damping alone, so that several can be found at once
 
     def compute(self) -> Tensor:
-        return damped_inverse(*self.system())
+        return kronecker.damped_inverse(*self.system())
 
 
 class Block:
@@ -53,9 +54,13 @@ class Block:
     """
 
     structure: str
+    joins = False  # whether one block is over all layers of this structure; `extend` takes in one more
     needs_data = True  # whether statistics need the rows of each datum apart
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
+    ) -> None:
+        self.sharing, self.max_factor_dim, self.trains = sharing, max_factor_dim, trains  # Kronecker structures ask
         self.key = str(layers[0].key)  # what the block is known by, whatever grows
         self.take(layers)
         self.statistics: Statistics = {}
@@ -67,6 +72,10 @@ class Block:
         self.last_inverse: Inverse | None = None  # the last good `relative_inverse`
         self._last_made: tuple[int, float] = (-1, 0.0)  # (version, damping) that it belongs to
         self.failures = 0  # factorisations in a row that failed
+
+    def extend(self, layer: Layer) -> None:
+        """Take in a layer first used now; over the data seen before, its gradient was zero."""
+        raise NotImplementedError(f"{type(self).__name__} does not define extend")
 
     def take(self, layers: Sequence[Layer]) -> None:
         """Be over these layers."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import LayerIO
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
 from natgrad.linalg.kronecker import eigen_of
@@ -26,12 +26,6 @@ class EigenvalueBlock(KroneckerBlock):
 
     structure = "ekfac"
     two_pass = True
-
-    def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
-    ) -> None:
-        super().__init__(layers, sharing, max_factor_dim, trains)
-        self.needs_data = True
 
     def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""

@@ -49,23 +49,23 @@ class KroneckerBlock(Block):
     """U ⊗ V of one layer, a pair for each group. Coordinates: (…, groups, d_out, d_in)."""
 
     structure = "kfac"
+    inputs_alone = False  # whether U is kept as its diagonal, for its mean
 
     def __init__(
         self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
     ) -> None:
-        super().__init__(layers)
+        super().__init__(layers, sharing, max_factor_dim, trains)
         (self.layer,) = self.layers
-        self.sharing, self.max_factor_dim, self.trains = sharing, max_factor_dim, trains
         # how many columns, the last ones, are biases beside a weight
         self.own_columns = len(self.layer.biases) if self.layer.weight is not None else 0
-        self.needs_data = sharing == "reduce"
+        self.needs_data = sharing == "reduce" or self.two_pass
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
         _, out, into = self.shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
         self.kept = (
-            kept_rows(out, max_factor_dim, trains),
+            1 if self.inputs_alone else kept_rows(out, max_factor_dim, trains),
             1 if exactly_diagonal else kept_rows(into, max_factor_dim, trains),
         )
 
@@ -234,12 +234,7 @@ class InputBlock(KroneckerBlock):
     """c·I ⊗ V."""
 
     structure = "input"
-
-    def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
-    ) -> None:
-        super().__init__(layers, sharing, max_factor_dim, trains)
-        self.kept = (1, self.kept[1])
+    inputs_alone = True
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         u, v = super()._sides()
