@@ -41,10 +41,6 @@ class Average:
     def copy(self) -> Average:
         return Average(dict(self.sums), dict(self.masses))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.sums.values())).dtype
-
     def value(self) -> Tensor:
         """Return the mean, a tensor of its own."""
         parts = [s * reciprocal(self.masses[h]) for h, s in self.sums.items()]

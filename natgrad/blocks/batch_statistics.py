@@ -41,7 +41,7 @@ def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bo
     for batch in batches:
         for source, mass in batch.masses.items():
             masses[source] = masses[source] + mass if source in masses else mass
-    for block, new in statistics:
+    for block, new in statistics if len(batches) > 1 else ():
         for key, average in new.items():
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in batches that do not know it

@@ -56,7 +56,11 @@ class Layer:
     @property
     def matrix_shape(self) -> torch.Size:
         """(groups, d_out, d_in)"""
-        return self.pack({n: torch.empty(self.shapes[n], device="meta") for n in self.names}).shape
+        first = self._slice(self.key, {n: torch.empty(self.shapes[n], device="meta") for n in self.names})
+        if self.weight is None:
+            return torch.Size((self.layout.groups, first.numel() // self.layout.groups, len(self.biases)))
+        groups, out, into = self.layout.matrix(first).shape
+        return torch.Size((groups, out, into + len(self.biases)))
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """{name: (…, *shape)} → (…, groups, d_out, d_in)"""

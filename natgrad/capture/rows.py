@@ -107,6 +107,8 @@ def second_moment(rows: Rows, kept: int) -> Tensor:
         rows = rows.dense()
     if kept == 1:
         return rows.square().sum((0, 1)).unsqueeze(1)
+    if kept == rows.shape[3]:
+        return gram(rows)
     return side_of([gram(rows[..., start:stop]) for start, stop in spans(kept, rows.shape[3])])
 
 

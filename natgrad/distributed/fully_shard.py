@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from natgrad.blocks.base import Block
+from natgrad.blocks.batching import Preconditioning
 from natgrad.distributed.data_parallel import DataParallel, applied
 from natgrad.distributed.fsdp import REPLACE, LiveNames
 from natgrad.distributed.ranks import Ranks
-from natgrad.distributed.strategy import Preconditioning
 from natgrad.linalg.kronecker import FactorisationError
 
 

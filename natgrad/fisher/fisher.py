@@ -134,7 +134,7 @@ class Fisher(DrivenMetric):
         seed = self.strategy.seed(seed)
         self.collection = BlockCollection(
             self.parameters,
-            by_pattern("structure", structure, STRUCTURES, "kfac", self.parameters),
+            by_pattern("structure", structure, tuple(STRUCTURES), "kfac", self.parameters),
             by_pattern("sharing", sharing, SHARINGS, "expand", self.parameters),
             max_factor_dim_by_pattern(max_factor_dim, self.parameters),
             kind == "sampled",

@@ -47,7 +47,9 @@ def check_keys(group: Any) -> None:
 
 
 def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
-    """Raise an error for an option that is no number or out of range."""
+    """Raise an error for an option that is no number or out of range, and where a step would take the weights to zero
+    and beyond.
+    """
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "lr": (lambda v: v >= 0, "at least 0"),
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -63,11 +65,7 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
             )
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")
-
-
-def check_decay(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a step would take the weights to zero and beyond."""
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    lr, weight_decay = float(values["lr"]), float(values["weight_decay"])
     if lr * weight_decay >= 1:
         raise ValueError(
             f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "

@@ -22,7 +22,7 @@ from natgrad.distributed.ddp import warn_alone
 from natgrad.distributed.strategy import Strategy
 from natgrad.metric.metric import Metric, Vector
 from natgrad.optim import skips
-from natgrad.optim.groups import check_decay, check_keys, check_options, check_state, split_groups
+from natgrad.optim.groups import check_keys, check_options, check_state, split_groups
 from natgrad.optim.interrupts import uninterrupted
 from natgrad.optim.registry import rule_of
 from natgrad.optim.skips import Skips, all_finite
@@ -92,7 +92,6 @@ class NaturalGradient(torch.optim.Optimizer):
             "weight_decay": self.rule.weight_decay if weight_decay is None else weight_decay,
             "maximize": maximize,
         }
-        check_options(defaults, metric.positive_definite)
         self._average = None if average is None else WeightAverage(average)
         self._showing_average = False
         self._name_of: dict[Tensor, str] = {p: n for n, p in metric.parameters.items()}
@@ -115,7 +114,6 @@ class NaturalGradient(torch.optim.Optimizer):
         check_keys(param_group)  # before anything is taken over
         values = {**self.defaults, **param_group}
         check_options(values, self.metric.positive_definite)
-        check_decay(values)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault(FULL_LR, float(group["lr"]))  # schedules overwrite lr
@@ -301,7 +299,6 @@ class NaturalGradient(torch.optim.Optimizer):
         found: dict[str, Options] = {}
         for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
             check_options(g, self.metric.positive_definite)  # schedules write here at any time
-            check_decay(g)
             lr, full = float(g["lr"]), g[FULL_LR]
             mine = Options(
                 lr,
