@@ -17,8 +17,10 @@ from natgrad.capture.rows import (
     mean_position,
     narrow,
     outer,
+    outer_sum,
     project,
     regroup,
+    squared,
     summed_positions,
     with_columns,
 )
@@ -139,6 +141,18 @@ class LayerIO:
             left, right = project(left, turn[0]), project(right, turn[1])
         return outer(left, right)
 
+    @property
+    def one_row(self) -> bool:
+        """Whether each datum has one row."""
+        return self.table is None and self.gradients.shape[1] == 1
+
+    def sum_of_squares(self, turn: Turn | None = None) -> Tensor:
+        """Σ_n G_n∘G_n (groups, d_out, d_in) of data of one row, G_n = g_n a_nᵀ: that is Σ_n (g_n∘g_n)(a_n∘a_n)ᵀ."""
+        left, right = self.left, self.right
+        if turn is not None:
+            left, right = project(left, turn[0]), project(right, turn[1])
+        return outer_sum(squared(left), squared(right))
+
     def summed_gradients(self) -> Rows:
         """Gradients summed over the positions of each datum, (data, 1, groups, d)."""
         return summed_positions(self.gradients if self.table is None else gathered(self.gradients, self.table))
@@ -149,6 +163,26 @@ class LayerIO:
             return mean_position(self.inputs)
         counts = (self.table < self.gradients.shape[0] * self.gradients.shape[1]).sum(1)
         return mean_position(gathered(self.inputs, self.table[counts > 0]), counts[counts > 0])
+
+
+def sum_of_squared_gradients(calls: Sequence[LayerIO], most: int, turn: Turn | None = None) -> Tensor:
+    """Return Σ_n G_n∘G_n (groups, d_out, d_in), G_n the gradient of datum n summed over positions and calls.
+
+    Args:
+        calls: of one layer, at least one.
+        most: data whose gradients are formed at once, where a datum has several rows.
+        turn: bases of the gradients' rows and columns.
+    """
+    if len(calls) == 1 and calls[0].one_row:
+        return calls[0].sum_of_squares(turn)
+    found = []
+    for start in range(0, calls[0].data, most):
+        length = min(most, calls[0].data - start)
+        total = calls[0].per_example_gradients(start, length, turn)
+        for use in calls[1:]:
+            total = total + use.per_example_gradients(start, length, turn)
+        found.append(total.square().sum(0))
+    return torch.stack(found).sum(0)
 
 
 class Layers:

@@ -132,6 +132,24 @@ def outer(left: Rows, right: Rows) -> Tensor:
     return torch.einsum("npgo,npgi->ngoi", left, right)
 
 
+def squared(rows: Rows) -> Rows:
+    """Rows entry by entry squared."""
+    if isinstance(rows, OneHot):
+        single = rows.index.shape[-1] == 1
+        return OneHot(rows.index, rows.scale.square(), rows.size) if single else rows.dense().square()
+    return rows.square()
+
+
+def outer_sum(left: Rows, right: Rows) -> Tensor:
+    """Σ left rightᵀ over all rows, (groups, d_left, d_right)."""
+    if isinstance(right, OneHot):
+        return outer_sum(right, left.dense() if isinstance(left, OneHot) else left).mT
+    if isinstance(left, OneHot):
+        rows = (right.squeeze(2).unsqueeze(2) * left.scale[..., None]).flatten(0, 2)
+        return rows.new_zeros(left.size, rows.shape[-1]).index_add(0, left.index.flatten(), rows)[None]
+    return torch.einsum("npgo,npgi->goi", left, right)
+
+
 def scatter_outer(dense: Tensor, hot: OneHot) -> Tensor:
     """Σ_p hot_p dense_pᵀ of each datum, (data, 1, size, d)."""
     n = hot.index.shape[0]
