@@ -134,7 +134,7 @@ class GaussNewtonLoss(CriterionLikelihood):
         return [FisherRoot(outputs, split.like(column), terms) for column in root.unbind(-1)]
 
     def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
-        if data.count == 1 and rows_of(outputs) > 1:
+        if data.count == 1 and rows_of(outputs) > 1 and self.unbatched(outputs, targets):
             raise ValueError(
                 f"kind='empirical' takes the loss of each datum alone, but {self.name} couples the data of a batch; "
                 "take kind='exact' or 'sampled'"
