@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import Layer, LayerIO, summed_gradients
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg.inverse import Inverse
 
@@ -171,7 +171,7 @@ class Block:
 
     def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
-        if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
+        if len(self.layers) == 1 and not any(p.ranges for p in self.pieces):
             return self.layers[0].views(self.matrices(x)[0])
         out = {n: torch.zeros_like(parameters[n]) for n in self.names}
         self.unpack(x, out)
@@ -275,14 +275,11 @@ class JointBlock(Block):
         for start in range(0, data, step):
             length = min(step, data - start)
             parts = []
-            for calls, width in zip(uses, self.widths):
+            for calls, shape in zip(uses, self.shapes):
                 if not calls:
-                    parts.append(like.new_zeros(length, width))
+                    parts.append(like.new_zeros(length, shape.numel()))
                     continue
-                total = calls[0].per_example_gradients(start, length)
-                for use in calls[1:]:
-                    total = total + use.per_example_gradients(start, length)
-                parts.append(total.flatten(1))
+                parts.append(summed_gradients(calls, shape[0], start, length).flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

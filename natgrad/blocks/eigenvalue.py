@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import Layer, LayerIO, summed_gradients
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
 from natgrad.linalg.kronecker import eigen_of
@@ -60,9 +60,7 @@ class EigenvalueBlock(KroneckerBlock):
         step = max(1, CHUNK // max(1, self.dimension))
         for start in range(0, data, step):
             length = min(step, data - start)
-            total = uses[0][0].per_example_gradients(start, length, (qu, qv))
-            for use in uses[0][1:]:
-                total = total + use.per_example_gradients(start, length, (qu, qv))
+            total = summed_gradients(uses[0], self.matrix_shape[0], start, length, (qu, qv))
             average.add(total.square().sum(0), None, source)
         average.weigh(mass, source)
         if "S" in new:

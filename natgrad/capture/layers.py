@@ -88,7 +88,7 @@ class LayerIO:
     gradients: Tensor  # (data, positions, groups, d)
     make_inputs: Callable[[Tensor | None], Rows]  # of all data, or of those chosen
     swapped: bool = False
-    region: tuple[int, int] | None = None  # groups that the call uses; None for all
+    region: tuple[int, int] | None = None  # groups that the rows are of; None for all
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
     _inputs: Rows | None = None
@@ -113,11 +113,29 @@ class LayerIO:
         return self.gradients if self.swapped else self.inputs
 
     def per_example_gradients(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
-        """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
+        """Gradients of a range of data (data, groups of the region, d_out, d_in), in other bases where `turn` is given."""
         left, right = narrow(self.left, start, length), narrow(self.right, start, length)
         if turn is not None:
-            left, right = project(left, turn[0]), project(right, turn[1])
+            bases = [q if q is None or self.region is None else q[slice(*self.region)] for q in turn]
+            left, right = project(left, bases[0]), project(right, bases[1])
         return outer(left, right)
+
+
+def summed_gradients(
+    uses: Sequence[LayerIO], groups: int, start: int, length: int, turn: Turn | None = None
+) -> Tensor:
+    """Gradients of a range of data over all calls of a layer, (data, groups, d_out, d_in)."""
+    total: Tensor | None = None
+    for use in uses:
+        part = use.per_example_gradients(start, length, turn)
+        if use.region is not None:
+            if total is None:
+                total = part.new_zeros(length, groups, *part.shape[2:])
+            total[:, slice(*use.region)] += part
+        else:
+            total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 class Layers:
@@ -195,20 +213,21 @@ def fan_in_of(call: LayerCall, layer: Layer) -> int:
     return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
 
 
-def use_of(
+def uses_of(
     call: LayerCall, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype
-) -> LayerIO:
-    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
+) -> list[LayerIO]:
+    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many.
+
+    A call whose rows go through one group each counts as one call of every group that is used.
+    """
     swapped = call.weight is not None and layer.layout != call.view.layout
+    if call.view.routes is not None:
+        return routed_uses(call, layer, g, swapped, aligned, dtype)
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
 
     def inputs(keep: Tensor | None) -> Rows:
         some = x if keep is None else call.view.take(x, keep)
-        a = canonical(call.view.input_rows(some, dtype), axis, data)
-        if layer.weight is None and isinstance(a, Tensor):
-            a = a[..., :0]
-        if not swapped:
-            a = with_columns(a, [float(b == call.bias) for b in layer.biases])
+        a = with_biases(canonical(call.view.input_rows(some, dtype), axis, data), call, layer, swapped)
         return a if keep is not None else regroup(a, aligned)
 
     gradients = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
@@ -219,4 +238,37 @@ def use_of(
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on
-    return use
+    return [use]
+
+
+def with_biases(a: Rows, call: LayerCall, layer: Layer, swapped: bool) -> Rows:
+    """Input rows with a 1 for the biases of the call."""
+    if layer.weight is None and isinstance(a, Tensor):
+        a = a[..., :0]
+    return a if swapped else with_columns(a, [float(b == call.bias) for b in layer.biases])
+
+
+def routed_uses(
+    call: LayerCall, layer: Layer, g: Tensor, swapped: bool, aligned: int | None, dtype: torch.dtype
+) -> list[LayerIO]:
+    """One for each group that rows go to. No dimension counts data (`leading`), so `aligned` is 1 or None."""
+    assert aligned in (None, 1)
+    assert call.view.routes is not None
+    routes = call.view.routes.flatten()
+    gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)
+    if swapped:
+        gradients = with_columns(gradients, [0.0] * len(layer.biases))
+    each, found = gradients.shape[1], []
+    for k in routes.unique().tolist():
+        if k < 0:  # nowhere
+            continue
+        rows = (routes == k).nonzero().squeeze(1)
+
+        def inputs(_: None, rows: Tensor = rows) -> Rows:
+            a = call.view.input_rows(call.x, dtype)
+            assert isinstance(a, Tensor)
+            return regroup(with_biases(a.flatten(end_dim=-3)[rows][:, None], call, layer, swapped), aligned)
+
+        mine = regroup(gradients[rows][:, None], aligned)
+        found.append(LayerIO(mine, inputs, swapped, (k * each, (k + 1) * each)))
+    return found

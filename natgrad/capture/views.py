@@ -10,7 +10,7 @@ arXiv:1602.01407, §3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -26,7 +26,8 @@ class LinearForm:
 
     layout: Layout
     one_hot = False  # every input row is a unit vector: its second moment is diagonal
-    region: tuple[int, int] | None = None  # of an elementwise layout: the groups that the call uses
+    region: tuple[int, int] | None = None  # the groups that the call uses, which its rows are of; None for all
+    routes: Tensor | None = None  # (*leading) where each row goes through one group alone: which
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         """Sizes of the dimensions of the call's output that may count data or positions."""
@@ -84,25 +85,21 @@ class DimsView(LinearForm):
     out_group: tuple[int, ...]
     out: tuple[int, ...]
     region: tuple[int, int] | None = None
+    routes: Tensor | None = field(default=None, compare=False)
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
+        if self.routes is not None:  # rows of a datum go to several groups, as many as it happens
+            return ()
         return tuple(x.shape[d] for d in self.positions)
 
     def take(self, x: Tensor, keep: Tensor) -> Tensor:
         return x.index_select(self.positions[0], keep)
 
     def input_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.spread(arranged(x.to(dtype), self.positions, self.group, self.into))
+        return arranged(x.to(dtype), self.positions, self.group, self.into)
 
     def gradient_rows(self, g: Tensor) -> Tensor:
-        return self.spread(arranged(g, self.out_positions, self.out_group, self.out))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Zero rows for the groups that the call does not use."""
-        if self.region is None:
-            return rows
-        start, stop = self.region
-        return F.pad(rows, (0, 0, start, self.layout.groups - stop))
+        return arranged(g, self.out_positions, self.out_group, self.out)
 
 
 def arranged(t: Tensor, positions: tuple[int, ...], group: tuple[int, ...], last: tuple[int, ...]) -> Tensor:

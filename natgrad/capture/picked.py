@@ -1,0 +1,84 @@
+"""Matrices that are picked out of a stack by index: ``torch.bmm(x[:, None], w[ids])``, an expert for each row.
+
+Picking alone is no use of the parameter. The product that follows is: each row of its input goes through the matrix of
+one group, ``routes``, as rows do in `torch.nn.functional.grouped_mm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from natgrad.capture.layouts import Dims
+from natgrad.capture.ops.base import OpUse, Picked
+from natgrad.capture.parameters import ParameterSlice, box_of, behind_views, weight_slice
+from natgrad.capture.views import DimsView, LinearForm
+
+
+def node_behind(t: Tensor) -> Any:
+    """The autograd node that made what `t` is a view or a cast of."""
+    return None if t.grad_fn is None else behind_views(t.grad_fn)[0]
+
+
+def picked_slice(parsed: OpUse, picked: Picked, names: Mapping[int, str]) -> tuple[ParameterSlice, LinearForm] | None:
+    """The piece that the matrices were picked from, and the view of the call with a route for each row.
+
+    The input of `parsed` gets a dimension for every one of the index that it lacks.
+    """
+    w, view = parsed.weight, parsed.view
+    assert w is not None
+    whole = w if w._base is None else w._base
+    shape = (*picked.index.shape, *picked.source.shape[1:])
+    if not isinstance(view, DimsView) or not isinstance(view.layout, Dims) or tuple(whole.shape) != shape:
+        return None
+    box = box_of(w, whole)
+    if box is None or box.lengths != shape:
+        return None
+    layout, count = view.layout, picked.index.dim()
+    place = {i: d for d, i in enumerate(box.dims) if i is not None}  # dimensions of w → of what was picked
+    x, routes = parsed.x.detach(), picked.index
+    along: list[tuple[int, int]] = []  # for each dimension of the index that of the input and that of the output
+    group = list(zip(layout.group, view.group, view.out_group))
+    out = list(zip(layout.out, view.out))
+    for d in range(count):
+        if shape[d] == 1:
+            continue
+        grouped = [(i, here, there) for i, here, there in group if place.get(i) == d]
+        outs = [(i, there) for i, there in out if place.get(i) == d]
+        if grouped:
+            along.append(grouped[0][1:])
+            group.remove(grouped[0])
+        elif outs:  # every picked matrix takes the same input
+            x = x.unsqueeze(-1).expand(*x.shape, shape[d])
+            along.append((x.dim() - 1, outs[0][1]))
+            out.remove(outs[0])
+        else:
+            return None
+
+    def moved(dims: Any) -> tuple[int, ...]:
+        return tuple(place[i] - count + 1 for i in dims if i in place and place[i] >= count)
+
+    alone = layout.group[len(view.group) :]  # of size 1
+    positions = (*(here for here, _ in along), *view.positions)
+    sizes = [x.shape[d] for d in positions]
+    routes = routes.reshape([*sizes[: len(along)], *[1] * len(view.positions)]).expand(sizes)
+    routed = dataclasses.replace(
+        view,
+        layout=Dims(
+            tuple(picked.source.shape),
+            (0, *moved(i for i, _, _ in group), *moved(alone)),
+            moved(i for i, _ in out),
+            moved(layout.into),
+        ),
+        positions=positions,
+        group=tuple(here for _, here, _ in group),
+        out_positions=(*(there for _, there in along), *view.out_positions),
+        out_group=tuple(there for _, _, there in group),
+        out=tuple(there for _, there in out),
+        routes=routes % len(picked.source),
+    )
+    parsed.x = x
+    return weight_slice(picked.source, routed, names)
