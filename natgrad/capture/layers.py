@@ -113,7 +113,7 @@ class LayerIO:
         return self.gradients if self.swapped else self.inputs
 
     def per_example_gradients(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
-        """Gradients of a range of data (data, groups of the region, d_out, d_in), in other bases where `turn` is given."""
+        """Gradients of a range of data (data, groups of the region, d_out, d_in), in the bases of `turn` if given."""
         left, right = narrow(self.left, start, length), narrow(self.right, start, length)
         if turn is not None:
             bases = [q if q is None or self.region is None else q[slice(*self.region)] for q in turn]
@@ -121,9 +121,7 @@ class LayerIO:
         return outer(left, right)
 
 
-def summed_gradients(
-    uses: Sequence[LayerIO], groups: int, start: int, length: int, turn: Turn | None = None
-) -> Tensor:
+def summed_gradients(uses: Sequence[LayerIO], groups: int, start: int, length: int, turn: Turn | None = None) -> Tensor:
     """Gradients of a range of data over all calls of a layer, (data, groups, d_out, d_in)."""
     total: Tensor | None = None
     for use in uses:
@@ -255,20 +253,21 @@ def routed_uses(
     assert aligned in (None, 1)
     assert call.view.routes is not None
     routes = call.view.routes.flatten()
-    gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)
-    if swapped:
-        gradients = with_columns(gradients, [0.0] * len(layer.biases))
+    gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)  # (rows, groups of a route, d)
     each, found = gradients.shape[1], []
     for k in routes.unique().tolist():
         if k < 0:  # nowhere
             continue
         rows = (routes == k).nonzero().squeeze(1)
 
-        def inputs(_: None, rows: Tensor = rows) -> Rows:
+        def inputs(_: Tensor | None, rows: Tensor = rows) -> Rows:
             a = call.view.input_rows(call.x, dtype)
             assert isinstance(a, Tensor)
             return regroup(with_biases(a.flatten(end_dim=-3)[rows][:, None], call, layer, swapped), aligned)
 
         mine = regroup(gradients[rows][:, None], aligned)
+        if swapped:
+            mine = with_columns(mine, [0.0] * len(layer.biases))
+        assert isinstance(mine, Tensor)
         found.append(LayerIO(mine, inputs, swapped, (k * each, (k + 1) * each)))
     return found

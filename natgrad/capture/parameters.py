@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from natgrad.capture.layouts import Dims, element_layout
@@ -105,13 +104,14 @@ def box_of(view: Tensor, whole: Tensor) -> Box | None:
     long = [d for d in range(whole.dim()) if whole.shape[d] > 1]
     starts, lengths = [0] * whole.dim(), [1] * whole.dim()
     dims: list[int | None] = [None] * whole.dim()
-    for d in sorted(long, key=lambda d: -whole.stride(d)):
-        starts[d], left = divmod(left, whole.stride(d))
+    strides = whole.stride()
+    for d in sorted(long, key=strides.__getitem__, reverse=True):
+        starts[d], left = divmod(left, strides[d])
     ones = [i for i in range(view.dim()) if view.shape[i] == 1]
     for i in range(view.dim()):
         if i in ones:
             continue
-        fits = [d for d in long if dims[d] is None and whole.stride(d) == view.stride(i)]
+        fits = [d for d in long if dims[d] is None and strides[d] == view.stride(i)]
         if not fits:
             return None
         dims[fits[0]], lengths[fits[0]] = i, view.shape[i]
@@ -148,7 +148,9 @@ def slice_of(w: Any, names: Mapping[int, str]) -> ParameterSlice | None:
     if (box := box_in(w, p, viewed)) is None:
         return None
     kept = [d for d in range(p.dim()) if box.dims[d] is not None]
-    if [box.dims[d] for d in kept] != list(range(w.dim())) or any(p.shape[d] > 1 for d in set(range(p.dim())) - {*kept}):
+    if [box.dims[d] for d in kept] != list(range(w.dim())) or any(
+        p.shape[d] > 1 for d in set(range(p.dim())) - {*kept}
+    ):
         return None
     return ParameterSlice(name, ranges_of(box, p, kept))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from natgrad.capture.layouts import Dims
 from natgrad.capture.ops.base import OpUse, Picked
-from natgrad.capture.parameters import ParameterSlice, box_of, behind_views, weight_slice
+from natgrad.capture.parameters import ParameterSlice, behind_views, box_of, weight_slice
 from natgrad.capture.views import DimsView, LinearForm
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Picked:
 
 
 Rule = Callable[..., "OpUse | Picked | None"]
+OneRule = TypeVar("OneRule", bound=Rule)
 RULES: dict[Any, Rule] = {}  # of every covered op, by `known_as`; filled by `op_rule`
 
 # ops that overwrite their first argument: it is kept as it was before
@@ -65,14 +66,14 @@ def known_as(op: Any) -> Any:
     return op._qualified_op_name if isinstance(op, torch._ops.OpOverloadPacket) else op
 
 
-def op_rule(*ops: Any) -> Callable[[Rule], Rule]:
+def op_rule(*ops: Any) -> Callable[[OneRule], OneRule]:
     """Let a function be the rule of these torch functions, those of `torch.ops` by themselves or by name, "lib::op".
 
     Raises:
         ValueError: one of them has a rule already.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: OneRule) -> OneRule:
         for op in map(known_as, ops):
             if op in RULES:
                 raise ValueError(f"{op_name(op)} has a rule already, {RULES[op].__name__}")

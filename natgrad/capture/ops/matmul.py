@@ -146,7 +146,9 @@ def bilinear(own: Own, out: Tensor, input1: Tensor, input2: Tensor, weight: Tens
     *(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None),
     *(aten._grouped_mm, "transformers::grouped_mm_fallback"),
 )
-def grouped_mm(own: Own, out: Tensor, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+def grouped_mm(
+    own: Own, out: Tensor, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> Any:
     """Rows offs[k − 1] to offs[k] of the input go through matrix k; those past the last go nowhere."""
     if a.dim() != 2 or b.dim() != 3 or own(a) or offs is None or bias is not None:
         return None

@@ -102,7 +102,9 @@ def native_group_norm(
     return group_norm(own, out, input, groups, weight, bias, eps)
 
 
-@op_rule(aten.batch_norm, aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional)
+@op_rule(
+    aten.batch_norm, aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional
+)
 def native_batch_norm(
     own: Own,
     out: Tensor,
