@@ -1,7 +1,8 @@
-"""Matrices that are picked out of a stack by index: ``torch.bmm(x[:, None], w[ids])``, an expert for each row.
+"""What is picked out of a stack by index: ``torch.bmm(x[:, None], w[ids]) + b[ids][:, None]``, an expert for each row.
 
-Picking alone is no use of the parameter. The product that follows is: each row of its input goes through the matrix of
-one group, ``routes``, as rows do in `torch.nn.functional.grouped_mm`.
+Picking matrices is no use of the parameter. The product that follows is: each row of its input goes through the matrix
+of one group, ``routes``, as rows do in `torch.nn.functional.grouped_mm`. Rows of a matrix are picked as offsets or
+scales in the same way; where they serve for anything else they are rows of a table.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ def node_behind(t: Tensor) -> Any:
     return None if t.grad_fn is None else behind_views(t.grad_fn)[0]
 
 
-def picked_slice(parsed: OpUse, picked: Picked, names: Mapping[int, str]) -> tuple[ParameterSlice, LinearForm] | None:
-    """The piece that the matrices were picked from, and the view of the call with a route for each row.
+def picked_slice(
+    parsed: OpUse, picked: Picked, names: Mapping[int, str]
+) -> tuple[ParameterSlice, LinearForm, Tensor] | None:
+    """The piece that was picked from, the view of the call with a route for each row, and its input.
 
-    The input of `parsed` gets a dimension for every one of the index that it lacks.
+    The input gets a dimension for every one of the index that it lacks.
     """
     w, view = parsed.weight, parsed.view
     assert w is not None
+    if picked.source.dim() == 2 and not view.layout.elementwise:
+        return None
     whole = w if w._base is None else w._base
     shape = (*picked.index.shape, *picked.source.shape[1:])
     if not isinstance(view, DimsView) or not isinstance(view.layout, Dims) or tuple(whole.shape) != shape:
@@ -41,7 +46,7 @@ def picked_slice(parsed: OpUse, picked: Picked, names: Mapping[int, str]) -> tup
     place = {i: d for d, i in enumerate(box.dims) if i is not None}  # dimensions of w → of what was picked
     x, routes = parsed.x.detach(), picked.index
     along: list[tuple[int, int]] = []  # for each dimension of the index that of the input and that of the output
-    group = list(zip(layout.group, view.group, view.out_group))
+    group = list(zip((i for i in layout.group if w.shape[i] > 1), view.group, view.out_group))
     out = list(zip(layout.out, view.out))
     for d in range(count):
         if shape[d] == 1:
@@ -61,7 +66,7 @@ def picked_slice(parsed: OpUse, picked: Picked, names: Mapping[int, str]) -> tup
     def moved(dims: Any) -> tuple[int, ...]:
         return tuple(place[i] - count + 1 for i in dims if i in place and place[i] >= count)
 
-    alone = layout.group[len(view.group) :]  # of size 1
+    alone = [i for i in layout.group if w.shape[i] == 1]
     positions = (*(here for here, _ in along), *view.positions)
     sizes = [x.shape[d] for d in positions]
     routes = routes.reshape([*sizes[: len(along)], *[1] * len(view.positions)]).expand(sizes)
@@ -80,5 +85,5 @@ def picked_slice(parsed: OpUse, picked: Picked, names: Mapping[int, str]) -> tup
         out=tuple(there for _, there in out),
         routes=routes % len(picked.source),
     )
-    parsed.x = x
-    return weight_slice(picked.source, routed, names)
+    held = weight_slice(picked.source, routed, names)
+    return None if held is None or held[1].region is not None else (*held, x)

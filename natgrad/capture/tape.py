@@ -94,11 +94,11 @@ class Tape:
         edge, picked = edge_of(out), self.picked_behind(parsed.weight)
         if edge is None or (parsed.needs_rows and picked is None and not parsed.view.leading(parsed.x)):
             return
+        weight, view, x = None, parsed.view, parsed.x
         if picked is not None:
-            held = picked_slice(parsed, picked, self.names)
+            weight, view, x = picked_slice(parsed, picked, self.names) or (weight, view, x)
         else:
-            held = weight_slice(parsed.weight, parsed.view, self.names)
-        weight, view = (None, parsed.view) if held is None else held
+            weight, view = weight_slice(parsed.weight, view, self.names) or (weight, view)
         bias, offset = slice_of(parsed.bias, self.names), None
         if view.region is not None or view.routes is not None or bias is None:
             bias, offset = None, offset_of(parsed, out, self.names)  # no column of one matrix
@@ -110,14 +110,20 @@ class Tape:
         self.behind.setdefault(edge, []).extend([*edges, *before])
         name = op_name(func)
         if weight is not None or bias is not None:
-            self.calls.append(LayerCall(name, weight, bias, view, parsed.x.detach(), edge))
+            self.calls.append(LayerCall(name, weight, bias, view, x.detach(), edge))
         if offset is not None:
             ones = torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape)
             self.calls.append(LayerCall(name, *offset, ones, edge))
 
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
-        return find(t, self.names) is not None or self.picked_behind(t) is not None
+        picked = self.picked_behind(t)
+        return find(t, self.names) is not None if picked is None else picked.source.dim() > 2
+
+    def owns_rows(self, t: Any) -> bool:
+        """Whether a tensor is rows that were picked out of a matrix: what an op owns where it owns nothing else."""
+        picked = self.picked_behind(t)
+        return picked is not None and picked.source.dim() == 2
 
     def picked_behind(self, t: Any) -> Picked | None:
         """What a tensor, or what it is a view of, was picked from."""
@@ -222,7 +228,7 @@ class _Watch(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         before: list[Edge] = []
-        if op in IN_PLACE and self.tape.owns(args[1]):
+        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_rows(args[1])):
             before = [e for e in [edge_of(args[0])] if e is not None]
             args, given = (args[0].detach().clone(), *args[1:]), args
         else:
@@ -231,9 +237,12 @@ class _Watch(TorchFunctionMode):
         out = result[0] if isinstance(result, (tuple, list)) else result
         if isinstance(out, Tensor) and out.requires_grad and out.numel():  # one without entries passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
+            if parsed is None and self.tape.picked:
+                parsed = rule(self.tape.owns_rows, out, *args, **kwargs)
             if isinstance(parsed, Picked):
                 self.tape.picked[out.grad_fn] = parsed
-            elif parsed is not None:
+                parsed = parsed.table
+            if parsed is not None:
                 self.tape.note(func, parsed, out, before)
         return result
 

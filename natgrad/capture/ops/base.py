@@ -44,10 +44,11 @@ class OpUse:
 
 @dataclass
 class Picked:
-    """What a rule says of a call that picks matrices out of a stack by index: the product with them is the use."""
+    """What a rule says of a call that picks out of a stack by index: what is done with it is the use."""
 
     source: Tensor  # (groups, …)
     index: Tensor
+    table: OpUse | None = None  # the use that the call itself is, if nothing better comes
 
 
 Rule = Callable[..., "OpUse | Picked | None"]

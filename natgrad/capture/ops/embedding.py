@@ -94,7 +94,7 @@ def aten_embedding_bag(
 
 
 @op_rule(torch.Tensor.__getitem__)
-def getitem(own: Own, out: Tensor, input: Tensor, index: Any) -> OpUse | Picked | None:
+def getitem(own: Own, out: Tensor, input: Tensor, index: Any) -> Picked | None:
     """w[ids]: rows of a table, or matrices of a stack."""
     first, *rest = index if isinstance(index, tuple) else (index,)
     if any(r is not ... and r != slice(None) for r in rest if not isinstance(r, Tensor)) or not own(input):
@@ -106,23 +106,24 @@ def getitem(own: Own, out: Tensor, input: Tensor, index: Any) -> OpUse | Picked 
 
 
 @op_rule(aten.index)
-def index(own: Own, out: Tensor, input: Tensor, indices: Any) -> OpUse | Picked | None:
+def index(own: Own, out: Tensor, input: Tensor, indices: Any) -> Picked | None:
     return picked(own, input, indices[0]) if own(input) and all(i is None for i in indices[1:]) else None
 
 
 @op_rule(torch.index_select, torch.Tensor.index_select, aten.index_select)
-def index_select(own: Own, out: Tensor, input: Tensor, dim: int, index: Tensor) -> OpUse | Picked | None:
+def index_select(own: Own, out: Tensor, input: Tensor, dim: int, index: Tensor) -> Picked | None:
     return picked(own, input, index) if own(input) and dim == 0 else None
 
 
-def picked(own: Own, w: Tensor, ids: Any) -> OpUse | Picked | None:
+def picked(own: Own, w: Tensor, ids: Any) -> Picked | None:
     """Entries of the first dimension of `w` by a tensor of numbers."""
     if not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8) or not ids.dim() or w.dim() < 2:
         return None
     if w.dim() > 2:
-        return Picked(w, ids.detach())
+        return Picked(w, ids)
     size = w.shape[0]
-    return OpUse(w, None, ids % size, IndexView(linear_layout(tuple(w.shape), flipped=True), size))
+    view = IndexView(linear_layout(tuple(w.shape), flipped=True), size)
+    return Picked(w, ids, OpUse(w, None, ids % size, view))
 
 
 def bags(input: Tensor, offsets: Tensor | None, weights: Tensor | None, closed: bool) -> tuple[Tensor, Tensor]:
