@@ -57,9 +57,6 @@ def test_an_exported_model_has_the_metric_of_the_model(case):
 TAKEN_APART = {
     "bilinear": {"0.b.weight"},
     "instance norm": {"0.1.weight", "0.1.bias"},
-    "attention": {"0.a.in_proj_weight"},
-    "lstm": {"0.l.weight_ih_l0"},
-    "gru": {"0.l.weight_ih_l0"},
 }
 
 

@@ -291,9 +291,10 @@ def test_each_expert_has_its_own_kronecker_block(name, driven):
     expected = blocks_of_experts(model, name, gauss_newton(model, loss, x, y))
     for structure in ("kfac", "ekfac"):
         if driven:
-            metric = ng.Fisher(model, loss, kind="exact", structure=structure)
+            net = copy.deepcopy(model)
+            metric = ng.Fisher(net, loss, kind="exact", structure=structure)
             opt = ng.NaturalGradient(metric)
-            loss(model(x), y).backward()
+            loss(net(x), y).backward()
             metric.advance(0.0)
             del opt
         else:
@@ -376,6 +377,7 @@ def test_an_expert_without_rows_keeps_its_input_factor():
     assert torch.equal(v[2], before[1][2])
     assert torch.allclose(u[2], 0.75 * before[0][2])
     assert not torch.equal(v[:2], before[1][:2])
+    model = copy.deepcopy(model)
     fresh = ng.Fisher(model, loss, kind="exact")
     opt = ng.NaturalGradient(fresh)
     for part in (seen, x):  # first seen late
@@ -396,6 +398,30 @@ def test_a_state_with_experts_goes_on_bit_for_bit(tmp_path):
     for m in (metric, again):
         m.update(x[:4], y[:4])
     assert torch.equal(metric.dense(), again.dense())
+
+
+REPEATED = {
+    "expand": lambda m, x: torch.bmm(x, m.w.expand(len(x), -1, -1)),
+    "expand, transposed": lambda m, x: torch.bmm(x, m.w[None].expand(len(x), D, D).mT),
+    "repeat": lambda m, x: torch.bmm(m.w.repeat(len(x), 1, 1), x),
+    "with an offset": lambda m, x: torch.baddbmm(x, x, m.w.expand(len(x), -1, -1)) + m.b.expand(len(x), -1, -1),
+    "einsum": lambda m, x: torch.einsum("nti,nio->nto", x, m.w.expand(len(x), D, D)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_matrix_repeated_for_each_datum_is_one_matrix(name, n):
+    parts = {"b": p(1, D)} if name == "with an offset" else {}
+    model = Act(
+        lambda m, x: m.head(REPEATED[name](m, x).tanh().flatten(1)), w=p(D, D), head=nn.Linear(D * D, 2), **parts
+    )
+    model.double()
+    x, y, loss = data(n, D, D), data(n, 2), nn.MSELoss()
+    assert relative(fisher(model, x, y, loss, structure="dense").dense(), gauss_newton(model, loss, x, y)) < EXACT
+    found = fisher(model, x, y, loss, structure="kfac")
+    assert found.coverage()["w"].sizes == f"{D}² ⊗ {D}²"
+    assert all(not row.why for row in found.coverage())
 
 
 def test_a_sum_over_picked_experts_inside_of_the_product_is_named():

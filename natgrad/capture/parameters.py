@@ -106,7 +106,7 @@ def box_of(view: Tensor, whole: Tensor) -> Box | None:
     dims: list[int | None] = [None] * whole.dim()
     strides = whole.stride()
     for d in sorted(long, key=strides.__getitem__, reverse=True):
-        starts[d], left = divmod(left, strides[d])
+        starts[d], left = divmod(left, strides[d]) if strides[d] else (0, left)
     ones = [i for i in range(view.dim()) if view.shape[i] == 1]
     for i in range(view.dim()):
         if i in ones:

@@ -2,7 +2,8 @@
 
 Picking matrices is no use of the parameter. The product that follows is: each row of its input goes through the matrix
 of one group, ``routes``, as rows do in `torch.nn.functional.grouped_mm`. Rows of a matrix are picked as offsets or
-scales in the same way; where they serve for anything else they are rows of a table.
+scales in the same way; where they serve for anything else they are rows of a table. A matrix repeated for each of a
+batch is picked out of a stack of one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from natgrad.capture.layouts import Dims
 from natgrad.capture.ops.base import OpUse, Picked
-from natgrad.capture.parameters import ParameterSlice, behind_views, box_of, weight_slice
+from natgrad.capture.parameters import ParameterSlice, behind_views, box_of, same_storage, weight_slice
 from natgrad.capture.views import DimsView, LinearForm
 
 
@@ -33,11 +34,15 @@ def picked_slice(
     """
     w, view = parsed.weight, parsed.view
     assert w is not None
+    if not isinstance(view, DimsView) or not isinstance(view.layout, Dims):
+        return None
     if picked.source.dim() == 2 and not view.layout.elementwise:
         return None
-    whole = w if w._base is None else w._base
+    made = picked.made
+    assert made is not None
+    whole = made if same_storage(w, made) else w if w._base is None else w._base  # the last two: of a cast
     shape = (*picked.index.shape, *picked.source.shape[1:])
-    if not isinstance(view, DimsView) or not isinstance(view.layout, Dims) or tuple(whole.shape) != shape:
+    if tuple(whole.shape) != shape:
         return None
     box = box_of(w, whole)
     if box is None or box.lengths != shape:
@@ -83,7 +88,7 @@ def picked_slice(
         out_positions=(*(there for _, there in along), *view.out_positions),
         out_group=tuple(there for _, _, there in group),
         out=tuple(there for _, there in out),
-        routes=routes % len(picked.source),
+        routes=routes % len(picked.source) if len(picked.source) > 1 else None,
     )
     held = weight_slice(picked.source, routed, names)
     return None if held is None or held[1].region is not None else (*held, x)

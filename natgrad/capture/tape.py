@@ -118,12 +118,12 @@ class Tape:
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
         picked = self.picked_behind(t)
-        return find(t, self.names) is not None if picked is None else picked.source.dim() > 2
+        return find(t, self.names) is not None if picked is None else picked.otherwise is None
 
-    def owns_rows(self, t: Any) -> bool:
-        """Whether a tensor is rows that were picked out of a matrix: what an op owns where it owns nothing else."""
+    def owns_second(self, t: Any) -> bool:
+        """Whether a tensor is what an op owns where it owns nothing else: rows of a table, or a repeated parameter."""
         picked = self.picked_behind(t)
-        return picked is not None and picked.source.dim() == 2
+        return picked is not None and picked.otherwise is not None
 
     def picked_behind(self, t: Any) -> Picked | None:
         """What a tensor, or what it is a view of, was picked from."""
@@ -228,7 +228,7 @@ class _Watch(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         before: list[Edge] = []
-        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_rows(args[1])):
+        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_second(args[1])):
             before = [e for e in [edge_of(args[0])] if e is not None]
             args, given = (args[0].detach().clone(), *args[1:]), args
         else:
@@ -238,10 +238,11 @@ class _Watch(TorchFunctionMode):
         if isinstance(out, Tensor) and out.requires_grad and out.numel():  # one without entries passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is None and self.tape.picked:
-                parsed = rule(self.tape.owns_rows, out, *args, **kwargs)
+                parsed = rule(self.tape.owns_second, out, *args, **kwargs)
             if isinstance(parsed, Picked):
+                parsed.made = out
                 self.tape.picked[out.grad_fn] = parsed
-                parsed = parsed.table
+                parsed = parsed.otherwise
             if parsed is not None:
                 self.tape.note(func, parsed, out, before)
         return result

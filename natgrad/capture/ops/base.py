@@ -48,7 +48,8 @@ class Picked:
 
     source: Tensor  # (groups, …)
     index: Tensor
-    table: OpUse | None = None  # the use that the call itself is, if nothing better comes
+    otherwise: OpUse | None = None  # the use that the call itself is, where what is done with it is none
+    made: Tensor | None = None  # what the call returned
 
 
 Rule = Callable[..., "OpUse | Picked | None"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import element_layout
-from natgrad.capture.ops.base import OpUse, Own, aten, op_rule
+from natgrad.capture.ops.base import OpUse, Own, Picked, aten, op_rule
 from natgrad.capture.views import DimsView
 
 
@@ -63,9 +63,15 @@ def sub(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpU
     *(torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat),
     *(aten.expand, aten.expand_as, aten.broadcast_to, aten.repeat),
 )
-def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> OpUse | None:
-    """A parameter repeated: an offset to zero."""
-    return scaled(input, torch.ones((), dtype=input.dtype, device=input.device), out) if own(input) else None
+def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> OpUse | Picked | None:
+    """A parameter repeated: an offset to zero, or a matrix for a product with each of a batch."""
+    if not own(input):
+        return None
+    offset = scaled(input, torch.ones((), dtype=input.dtype, device=input.device), out)
+    one = input if input.dim() == 3 else input[None]
+    if one.dim() != 3 or out.dim() != 3 or one.shape != (1, *out.shape[1:]):
+        return offset
+    return Picked(one, torch.zeros(len(out), dtype=torch.long, device=out.device), offset)
 
 
 @op_rule(F.prelu, aten.prelu, aten._prelu_kernel)
