@@ -22,8 +22,8 @@ class DiagonalBlock(JointBlock):
         average = Average()
         most = max(1, CHUNK // max(1, self.dimension))
         squares = [
-            sum_of_squared_gradients(calls, most).flatten() if calls else like.new_zeros(width)
-            for calls, width in zip(uses, self.widths)
+            sum_of_squared_gradients(calls, shape[0], most).flatten() if calls else like.new_zeros(shape.numel())
+            for calls, shape in zip(uses, self.shapes)
         ]
         average.add(torch.cat(squares), None, source)
         average.weigh(mass, source)

@@ -52,7 +52,7 @@ class EigenvalueBlock(KroneckerBlock):
         average.add(like.new_zeros(self.shape), None, source)
         if uses[0]:
             most = max(1, CHUNK // max(1, self.dimension))
-            average.add(sum_of_squared_gradients(uses[0], most, (qu, qv)), None, source)
+            average.add(sum_of_squared_gradients(uses[0], self.shape[0], most, (qu, qv)), None, source)
         average.weigh(mass, source)
         if "S" in new:
             new["S"].merge(average, plain=source in new["S"].sums)

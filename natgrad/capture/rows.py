@@ -196,3 +196,17 @@ def thinned(rows: Rows, keep: Tensor) -> Rows:
         bag = rows.index.shape[-1]
         return OneHot(rows.index.reshape(-1, 1, bag)[keep], rows.scale.reshape(-1, 1, bag)[keep], rows.size)
     return rows.reshape(-1, 1, *rows.shape[2:])[keep]
+
+
+def row_table(own: Tensor, data: int) -> Tensor:
+    """Return the row numbers of each datum, (data, most rows of one), filled up with the number of all rows.
+
+    `own` (rows,): the datum of each; negative for rows of none.
+    """
+    heard = (own >= 0).nonzero().squeeze(1)
+    whose, order = own[heard].sort(stable=True)
+    counts = whose.bincount(minlength=data)
+    column = torch.arange(len(whose), device=own.device) - (counts.cumsum(0) - counts)[whose]
+    found = own.new_full((data, int(counts.max())), len(own))
+    found[whose, column] = heard[order]
+    return found

@@ -36,6 +36,7 @@ class DrivenMetric(BlockMetric):
     default_step = "normalised"
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
     _folded = False  # whether statistics have changed since the last step
+    _said_bare = False  # whether it was said that no parameter has curvature
 
     model: nn.Module
     module: nn.Module  # without wrappers
@@ -201,9 +202,24 @@ class DrivenMetric(BlockMetric):
             for block in self.blocks:
                 block.move(self.parameters[block.names[0]].device, dtype)
         if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
-            return bool(self._driver.refresh_due) and self._commit(draws, decay)
+            return self._folds(bool(self._driver.refresh_due) and self._commit(draws, decay))
         draws = [d for d in draws if self._usable(d)]
-        return bool(draws) and self._commit(draws, decay)
+        return self._folds(bool(draws) and self._commit(draws, decay))
+
+    def _folds(self, folded: bool) -> bool:
+        """Say once where a refresh has found no curvature at all; returns what it is given."""
+        if folded and not self._said_bare and self.collection.uncovered and not any(b.known for b in self.blocks):
+            self._said_bare = True
+            used = [f"{n!r} (reached through {use.used_by})" for n, use in self.collection.uncovered.items()]
+            more = f" and {len(used) - 2} more" if len(used) > 2 else ""
+            warnings.warn(
+                f"no parameter has curvature: no op rule covers the use of {', '.join(used[:2])}{more}, so an "
+                "Adam-like rule trains the whole model. natgrad sees the ops of torch, torch.nn.functional and "
+                "torch.ops.aten. For an op of your own write a rule, natgrad.capture.ops.op_rule; in place of "
+                "TorchScript use the nn.Module that it was made from",
+                stacklevel=8,
+            )
+        return folded
 
     def agree(self, fine: Tensor) -> Tensor:
         return self.strategy.all_fine(self.model, fine)

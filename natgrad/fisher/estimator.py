@@ -15,7 +15,7 @@ from natgrad.blocks.average import Statistics
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
-from natgrad.capture.layers import LayerIO, key_of, use_of
+from natgrad.capture.layers import LayerIO, key_of, uses_of
 from natgrad.capture.layouts import element_layout, flat_layout
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.capture.tape import CaptureError, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
@@ -249,13 +249,14 @@ class Estimator:
             aligned = None if not block.needs_data else 1 if part.apart else part.data.count
             uses: list[list[LayerIO]] = []
             for layer in block.layers:
-                here = []
+                here: list[LayerIO] = []
                 for i in of_layer.get(layer.key, []):
                     g = grads[i]
                     assert g is not None
-                    use = use_of(calls[i], layer, g, part.places[i], part.data.count, aligned, dtype)
-                    use.first = i not in counted
-                    here.append(use)
+                    before = len(here)
+                    here += uses_of(calls[i], layer, g, part.places[i], part.data.count, aligned, dtype)
+                    for use in here[before:]:
+                        use.first = i not in counted
                 uses.append(here)
             yield block, uses, like
 

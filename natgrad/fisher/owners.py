@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors, describe
+from natgrad.capture.rows import row_table
 from natgrad.capture.views import INNER, Place, data_first
 
 Backward = Callable[[Tensors], list["Tensor | None"]]  # cotangent of the outputs → gradients at the noted calls
@@ -208,7 +209,9 @@ def places(found: Sequence[Tensor | None], views: Sequence[Leading], data: Data)
 
 def place_of(own: Tensor, sizes: tuple[int, ...], data: int) -> Place:
     """Return a dimension along which every row that is heard lies at its datum, else the row numbers of each datum."""
-    return next((axis for axis in axes_that_fit(sizes, data) if lies_along(own, sizes, axis, data)), table(own, data))
+    return next(
+        (axis for axis in axes_that_fit(sizes, data) if lies_along(own, sizes, axis, data)), row_table(own, data)
+    )
 
 
 def axes_that_fit(sizes: tuple[int, ...], data: int) -> list[int]:
@@ -222,19 +225,6 @@ def lies_along(own: Tensor, sizes: tuple[int, ...], axis: int, data: int) -> boo
     ordered = data_first(own.reshape(sizes), axis, data).reshape(data, -1)
     numbers = torch.arange(data, device=own.device)[:, None]
     return bool(((ordered == numbers) | (ordered == SILENT)).all())
-
-
-def table(own: Tensor, data: int) -> Tensor:
-    """Return the row numbers of each datum, (data, most rows of one), without those of silent rows; filled up with the
-    number of all rows.
-    """
-    heard = (own >= 0).nonzero().squeeze(1)
-    whose, order = own[heard].sort(stable=True)
-    counts = whose.bincount(minlength=data)
-    column = torch.arange(len(whose), device=own.device) - (counts.cumsum(0) - counts)[whose]
-    found = own.new_full((data, int(counts.max())), len(own))
-    found[whose, column] = heard[order]
-    return found
 
 
 def shown(found: Sequence[Tensor | None], views: Sequence[Leading], data: Data) -> tuple[int, int]:
