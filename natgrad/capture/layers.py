@@ -69,8 +69,8 @@ class Layer:
         width = m.shape[-1] - len(self.biases)
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):
-            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
-        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+            out[b.name] = m[..., width + i].flatten(-2)
+        return {n: t.reshape(t.shape[: m.dim() - 3] + self.shapes[n]) for n, t in out.items()}
 
     def _slice(self, piece: ParameterSlice, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
