@@ -234,7 +234,7 @@ def build(spec: Spec) -> tuple[nn.Module, Tensor]:
     steps: list[Step] = []
     if spec.shape == "tokens":
         x = torch.randint(0, 4, (spec.data, shape[0]))
-        steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)))
+        steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)).double())
     channel = 1 if spec.shape == "image" else -1
     for op in spec.ops:
         h = x
