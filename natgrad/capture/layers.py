@@ -12,7 +12,7 @@ from natgrad.capture.layouts import Layout
 from natgrad.capture.parameters import ParameterSlice, overlap
 from natgrad.capture.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
 from natgrad.capture.tape import CaptureError, LayerCall
-from natgrad.capture.views import GradientView, IndexView, canonical
+from natgrad.capture.views import GradientView, IndexView, canonical, made_dense
 
 Turn = tuple["Tensor | None", "Tensor | None"]
 
@@ -204,7 +204,7 @@ def use_of(
 
     def inputs(keep: Tensor | None) -> Rows:
         some = x if keep is None else call.view.take(x, keep)
-        a = canonical(call.view.input_rows(some, dtype), axis, data)
+        a = canonical(call.view.input_rows(made_dense(some), dtype), axis, data)
         if layer.weight is None and isinstance(a, Tensor):
             a = a[..., :0]
         if not swapped:

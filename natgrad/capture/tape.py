@@ -26,7 +26,7 @@ from natgrad.capture.compile import eager, go_on_in_python
 from natgrad.capture.decompose import REWRITES
 from natgrad.capture.ops import IN_PLACE, RULES, OpUse, op_name
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
-from natgrad.capture.views import LinearForm
+from natgrad.capture.views import LinearForm, kept_input
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
@@ -75,8 +75,8 @@ class Tape:
         """Start noting calls."""
         tensors = leaves_of((args, kwargs))
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
-        self.sizes = {n for t in tensors for n in t.shape[:2]}
-        self.data = next((t.shape[0] for t in tensors if t.dim()), None)
+        self.sizes = {n for t in tensors if not t.is_nested for n in t.shape[:2]}
+        self.data = next((t.size(0) for t in tensors if t.dim()), None)
         self._stack = ExitStack()
         self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
@@ -104,7 +104,16 @@ class Tape:
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
-        self.calls.append(LayerCall(op_name(func), weight, bias, view, parsed.x.detach(), edge))
+        self.calls.append(LayerCall(op_name(func), weight, bias, view, kept_input(parsed.x.detach()), edge))
+
+    def refuse_nested(self, func: Any, args: Sequence[Any]) -> None:
+        """Raise a CaptureError where a parameter of interest is used on a nested tensor."""
+        if (found := next((f for t in args if (f := find(t, self.names)) is not None), None)) is not None:
+            raise CaptureError(
+                f"parameter {found[0]!r} is used by {op_name(func)} on a nested tensor, whose rows have no dimension "
+                "that counts data. Pad it before that layer (torch.nested.to_padded_tensor) and mask the padding "
+                "after it, or leave the parameter out with `params=`"
+            )
 
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, or a view or cast of one."""
@@ -215,6 +224,8 @@ class _Watch(TorchFunctionMode):
             given = args
         out = func(*given, **kwargs)
         if out.requires_grad:
+            if out.is_nested:
+                self.tape.refuse_nested(func, (*args, *kwargs.values()))
             parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is not None:
                 self.tape.note(func, parsed, out, before)

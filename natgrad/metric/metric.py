@@ -177,7 +177,7 @@ class Metric(Trained, OwnGradient):
             if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
                 got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
                 raise ValueError(f"{what}[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}")
-            if v[name].is_sparse:
+            if v[name].layout != torch.strided:
                 raise ValueError(
                     f"{what}[{name!r}] is sparse; natgrad takes dense gradients: build the embedding with sparse=False"
                 )

@@ -191,7 +191,7 @@ class NaturalGradient(torch.optim.Optimizer):
         options = self._options()
         df = {n: -g if options[n].maximize else g for n, g in df.items()}
         for n, g in df.items():
-            if g.is_sparse:
+            if g.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )

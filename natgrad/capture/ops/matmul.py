@@ -58,7 +58,15 @@ def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequen
 
 
 @op_rule(
-    torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+    torch.mv,
+    torch.Tensor.mv,
+    torch.sparse.mm,
 )
 def matmul(own: Own, out: Tensor, a: Tensor, b: Tensor) -> OpUse | None:
     if own(a) == own(b):
@@ -104,7 +112,7 @@ def spell(side: str, here: int, width: int) -> list[str]:
     return [*before, *([f"…{width - here + i}" for i in range(here)] if dots else []), *after]
 
 
-@op_rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+@op_rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm, torch.sparse.addmm)
 def addmm(own: Own, out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     parsed = matmul(own, out, mat1, mat2)
     if parsed is None or alpha != 1 or beta != 1:
