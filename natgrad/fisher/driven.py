@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
+from natgrad.capture.purpose import RETURNED
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import check_rule, undisturbed
 from natgrad.distributed.fsdp import kept_open, sharded_modules
@@ -47,7 +48,8 @@ class DrivenMetric(BlockMetric):
     nats: Tensor | None  # (Σ m u, Σ m) of `CriterionLikelihood.nats` at the last refresh
     dropped: int  # batches whose statistics were not finite
     _driver: Any  # the optimizer, if one drives
-    _pending: list[BatchStatistics]
+    _pending: list[BatchStatistics]  # whose gradients are in ``.grad``
+    _returned: list[BatchStatistics]  # whose gradients torch.autograd.grad has returned
     _masses: dict[str, Tensor]  # of the loss terms counted, by head
     _watcher: CriterionHooks
     _output: Callable[[Any], Any] | None
@@ -138,7 +140,16 @@ class DrivenMetric(BlockMetric):
         with undisturbed(self.model), kept_open(self.model):
             return self.estimator.draw(output, targets, tapes, per_datum=False)
 
-    def count(self, draw: BatchStatistics) -> None:
+    def lacks_labels(self) -> bool:
+        """Whether labels are needed that only a call of the criterion gives."""
+        return self._targets is None and self.estimator.why_targets() is not None
+
+    def count(self, draw: BatchStatistics, purpose: str) -> None:
+        """Take in a draw whose loss is backpropagated, perhaps not for the first time."""
+        self._returned = [d for d in self._returned if d is not draw]
+        if purpose == RETURNED:
+            self._returned.append(draw)
+            return
         go_on(draw.streams)
         self._pending.append(draw)
 
@@ -194,7 +205,11 @@ class DrivenMetric(BlockMetric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = self._pending, []
+        # gradients that were returned made the step only if no others did: else they were looked at
+        draws = self._pending or self._returned
+        for draw in draws:
+            go_on(draw.streams)
+        self._pending, self._returned = [], []
         self._watcher.forget()
         if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where or draws:
             self._where, dtype = where, statistics_dtype(self.parameters.values())
@@ -242,8 +257,12 @@ class DrivenMetric(BlockMetric):
         }
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
-        self._pending = []
+        """Drop what was backpropagated but not stepped on, with the random numbers that it took; a forward pass whose
+        loss is to come keeps its place.
+        """
+        if self._pending:
+            self.estimator.rewind(self._pending[0].start)
+        self._pending, self._returned = [], []
 
     @property
     def gradient_scale(self) -> float | None:

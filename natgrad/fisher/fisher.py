@@ -144,6 +144,7 @@ class Fisher(DrivenMetric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[BatchStatistics] = []
+        self._returned: list[BatchStatistics] = []
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = CriterionHooks(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
 
@@ -222,7 +223,8 @@ class Fisher(DrivenMetric):
         for block in self.blocks:
             block.statistics, block.is_remote = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses, self.nats, self.labels = 0, [], {}, None, 0
+        self.discard_pending()
+        self.seen, self._masses, self.nats, self.labels = 0, {}, None, 0
 
     def precondition_(self, damping: float) -> None:
         """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
@@ -297,6 +299,8 @@ class Fisher(DrivenMetric):
             "nats": None if nats is None else like.new_tensor(nats),
             "_masses": {source: like.new_tensor(mass) for source, mass in said["masses"].items()},
             "_where": [],  # the blocks may be of another dtype
+            "_pending": [],
+            "_returned": [],
         }
         self.collection.restore(found.blocks)  # all has been read: from here on nothing fails
         vars(self).update(taken)
