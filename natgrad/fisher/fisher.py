@@ -12,6 +12,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -44,6 +45,7 @@ from natgrad.fisher.options import (
     received,
     unwrapped,
 )
+from natgrad.metric.copies import refuse_pickle
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
@@ -146,7 +148,36 @@ class Fisher(DrivenMetric):
         self._pending: list[BatchStatistics] = []
         self._returned: list[BatchStatistics] = []
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
-        self._watcher = CriterionHooks(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
+        self._watcher = CriterionHooks(self, model, self._criteria)
+
+    # copies --------------------------------------------------------------------------------------------
+
+    copies_with_model = True
+
+    @property
+    def _criteria(self) -> Mapping[str, nn.Module]:
+        return self.criterion if isinstance(self.criterion, Mapping) else {"": self.criterion}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fisher:
+        """Return a metric of the copied model, with statistics of its own, that no optimizer drives.
+
+        A criterion that is not part of the model is shared, as training loops go on calling the one they know.
+        """
+        if self.strategy.size > 1:
+            raise TypeError(
+                "a metric that ranks share cannot be copied: its process group cannot. Make another one and load this "
+                "one's state_dict()"
+            )
+        memo[id(self)] = twin = object.__new__(type(self))
+        copy.deepcopy(self.model, memo)
+        for criterion in self._criteria.values():
+            memo.setdefault(id(criterion), criterion)
+        held = {k: v for k, v in vars(self).items() if k not in ("_watcher", "_driver")}
+        vars(twin).update(copy.deepcopy(held, memo), _driver=None)
+        twin._watcher = CriterionHooks(twin, twin.model, twin._criteria)
+        return twin
+
+    __reduce__ = refuse_pickle
 
     # adding data ---------------------------------------------------------------------------------------
 
