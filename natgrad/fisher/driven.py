@@ -22,13 +22,11 @@ from natgrad.distributed.ddp import check_rule, undisturbed
 from natgrad.distributed.fsdp import kept_open, sharded_modules
 from natgrad.fisher.block_metric import BlockMetric
 from natgrad.fisher.estimator import Estimator
+from natgrad.fisher.forward import check_output
 from natgrad.fisher.hooks import Called, CriterionHooks
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.likelihoods.multi_head import MultiHead
-from natgrad.fisher.options import (
-    chosen_parameters,
-    received,
-)
+from natgrad.fisher.options import chosen_parameters, picks_by_output, received
 
 
 class DrivenMetric(BlockMetric):
@@ -53,7 +51,7 @@ class DrivenMetric(BlockMetric):
     _masses: dict[str, Tensor]  # of the loss terms counted, by head
     _watcher: CriterionHooks
     _output: Callable[[Any], Any] | None
-    _targets: Callable[[Any], Any] | None
+    _targets: Callable[..., Any] | None
 
     @property
     def blocks(self) -> list[Block]:
@@ -128,13 +126,21 @@ class DrivenMetric(BlockMetric):
         return self._draw_training(output, targets, tapes)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
-        args, kwargs = given
-        targets = None if self._targets is None else self._targets(received(args, kwargs))
-        return self._draw_training(self.output_of(output), targets, tapes)
+        picked = self.output_of(output)
+        targets = self.targets_of(given, picked)
+        check_output(self.likelihood, picked, targets)
+        return self._draw_training(picked, targets, tapes)
 
     def output_of(self, result: Any) -> Any:
         """What `output=` makes of what the model returned."""
         return result if self._output is None else self._output(result)
+
+    def targets_of(self, given: tuple[Any, Any], picked: Any) -> Any:
+        """What `targets=` makes of what the model was given, and of the output that was picked if it asks for it."""
+        if self._targets is None:
+            return None
+        inputs = received(*given)
+        return self._targets(inputs, picked) if picks_by_output(self._targets) else self._targets(inputs)
 
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
         with undisturbed(self.model), kept_open(self.model):

@@ -42,7 +42,6 @@ from natgrad.fisher.options import (
     choose,
     chosen_parameters,
     max_factor_dim_by_pattern,
-    received,
     unwrapped,
 )
 from natgrad.metric.copies import refuse_pickle
@@ -68,7 +67,8 @@ class Fisher(DrivenMetric):
         samples: labels drawn for each datum with kind "sampled".
         params: names or patterns of the parameters to take; None takes all that require grad.
         output: callable from what the model returns to what the criterion takes, where that is not the same.
-        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
+        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels; one
+            of two arguments is given what `output` has picked, too.
         seed: of the labels drawn; the global random state is never touched.
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
@@ -100,7 +100,7 @@ class Fisher(DrivenMetric):
         samples: int = 1,
         params: str | Iterable[str] | None = None,
         output: Callable[[Any], Any] | None = None,
-        targets: Callable[[Any], Any] | None = None,
+        targets: Callable[..., Any] | None = None,
         seed: int = 0,
         max_positions: int | None = None,
         max_factor_dim: int | Mapping[str, int | None] | None = None,
@@ -201,11 +201,10 @@ class Fisher(DrivenMetric):
                 "count them twice. Make a second metric: ng.Fisher(model, criterion)"
             )
         args, kwargs = arguments(inputs)
-        if targets is None and self._targets is not None:
-            targets = self._targets(received(args, kwargs))
         with isolated(self.module, self.parameters.values()):
             result, tape = traced_forward(self.module, self.parameter_names(), args, kwargs)
             output = self.output_of(result)
+            targets = self.targets_of((args, kwargs), output) if targets is None else targets
             check_output(self.likelihood, output, targets)
             self.estimator.warn_of_batch_norm()
             if not self.strategy.everywhere(usable(self.likelihood.outputs(output))):
