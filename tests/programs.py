@@ -65,7 +65,9 @@ def draw_batch(r: random.Random, kind: str, width: int) -> Batch:
         sizes = [r.randint(0, 4) for _ in range(count)]
         sizes[r.randrange(count)] += 1
         owner = torch.repeat_interleave(torch.arange(count), torch.tensor(sizes))
-        pairs = [(i, j) for i in range(len(owner)) for j in range(len(owner)) if owner[i] == owner[j] and r.random() < 0.4]
+        pairs = [
+            (i, j) for i in range(len(owner)) for j in range(len(owner)) if owner[i] == owner[j] and r.random() < 0.4
+        ]
         edges = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
         return Batch("graph", (torch.randn(len(owner), width).double(), owner, edges, count), count, sizes)
     shape = {"time": (steps, count, width), "seq": (count, steps, width), "vector": (count, width)}[kind]
@@ -139,7 +141,9 @@ ANY: dict[str, Callable[[int], Op]] = {
     "linear": lambda d: Op(lambda m, h, _: m.l(h), l=nn.Linear(d, 3)),
     "linear tanh": lambda d: Op(lambda m, h, _: m.l(h).tanh(), l=nn.Linear(d, 4)),
     "functional slice": lambda d: Op(lambda m, h, _: F.linear(h, m.w[1:4], m.b[1:4]), w=p(6, d), b=p(6)),
-    "two slices": lambda d: Op(lambda m, h, _: F.linear(h, m.w[:2]).repeat_interleave(2, -1) * F.linear(h, m.w[2:]), w=p(6, d)),
+    "two slices": lambda d: Op(
+        lambda m, h, _: F.linear(h, m.w[:2]).repeat_interleave(2, -1) * F.linear(h, m.w[2:]), w=p(6, d)
+    ),
     "matmul": lambda d: Op(lambda m, h, _: h @ m.w, w=p(d, 3)),
     "scalar": lambda d: Op(lambda m, h, _: h * m.s, s=nn.Parameter(torch.tensor(1.3))),
     "temperature": lambda d: Op(lambda m, h, _: h * m.s.exp(), s=p()),
@@ -378,7 +382,13 @@ def matrices(case: Case) -> str | None:
     whole = [(case.batch, case.labels)]
     for structure in ("dense", "block", "diagonal"):
         found = updated(case, structure, whole)
-        kept = expected if structure == "dense" else expected * (found != 0) if structure == "block" else expected.diag().diag()
+        kept = (
+            expected
+            if structure == "dense"
+            else expected * (found != 0)
+            if structure == "block"
+            else expected.diag().diag()
+        )
         if structure == "block" and found.trace() > 0 and abs(float(found.trace() / expected.trace()) - 1) > EXACT:
             return "the trace of block is off"
         if (error := off(found, kept)) > EXACT:
@@ -418,7 +428,10 @@ def split(case: Case) -> str | None:
     if "gated mean" in case.name:
         return None
     parts = halves(case)
-    if parts and (error := off(updated(case, "dense", parts), updated(case, "dense", [(case.batch, case.labels)]))) > EXACT:
+    if (
+        parts
+        and (error := off(updated(case, "dense", parts), updated(case, "dense", [(case.batch, case.labels)]))) > EXACT
+    ):
         return f"two halves are off by {error:.1e}"
     return None
 
@@ -449,7 +462,9 @@ def steps(case: Case, structure: str, count: int = 3) -> str | None:
         opt.zero_grad()
         loss_of(case, model).backward()
         for (name, q), plain in zip(model.named_parameters(), twin.parameters()):
-            same = q.grad is plain.grad is None or (q.grad is not None and plain.grad is not None and q.grad.equal(plain.grad))
+            same = q.grad is plain.grad is None or (
+                q.grad is not None and plain.grad is not None and q.grad.equal(plain.grad)
+            )
             if not same:
                 return f"the gradient of {name} is another"
         opt.step()

@@ -26,7 +26,7 @@ from natgrad.capture.rows import (
     with_columns,
 )
 from natgrad.capture.tape import CaptureError, LayerCall
-from natgrad.capture.views import GradientView, IndexView, Place, canonical, owners_at
+from natgrad.capture.views import GradientView, IndexView, Place, canonical, made_dense, owners_at
 
 Turn = tuple["Tensor | None", "Tensor | None"]
 
@@ -87,8 +87,8 @@ class Layer:
         width = m.shape[-1] - len(self.biases)
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):
-            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
-        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+            out[b.name] = m[..., width + i].flatten(-2)
+        return {n: t.reshape(t.shape[: m.dim() - 3] + self.shapes[n]) for n, t in out.items()}
 
     def _slice(self, piece: ParameterSlice, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
@@ -297,7 +297,7 @@ def uses_of(
 
     def inputs(keep: Tensor | None) -> Rows:
         some = x if keep is None else call.view.take(x, keep)
-        a = with_biases(canonical(call.view.input_rows(some, dtype), axis, data), call, layer, swapped)
+        a = with_biases(canonical(call.view.input_rows(made_dense(some), dtype), axis, data), call, layer, swapped)
         return a if keep is not None else regroup(a, aligned)
 
     gradients = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)

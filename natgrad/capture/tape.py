@@ -28,7 +28,7 @@ from natgrad.capture.ops import IN_PLACE, RULES, OpUse, Picked, known_as, op_nam
 from natgrad.capture.ops.elementwise import elements
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
 from natgrad.capture.picked import node_behind, picked_slice
-from natgrad.capture.views import LinearForm
+from natgrad.capture.views import LinearForm, kept_input
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
@@ -78,8 +78,8 @@ class Tape:
         """Start noting calls."""
         tensors = leaves_of((args, kwargs))
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
-        self.shapes = [tuple(t.shape) for t in tensors]
-        self.data = next((t.shape[0] for t in tensors if t.dim()), None)
+        self.shapes = [tuple(t.shape) for t in tensors if not t.is_nested]
+        self.data = next((t.size(0) for t in tensors if t.dim()), None)
         self._stack = ExitStack()
         self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
@@ -112,10 +112,19 @@ class Tape:
         self.behind.setdefault(edge, []).extend([*edges, *before])
         name = op_name(func)
         if weight is not None or bias is not None:
-            self.calls.append(LayerCall(name, weight, bias, view, x.detach(), edge))
+            self.calls.append(LayerCall(name, weight, bias, view, kept_input(x.detach()), edge))
         if offset is not None:
             ones = torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape)
             self.calls.append(LayerCall(name, *offset, ones, edge))
+
+    def refuse_nested(self, func: Any, args: Sequence[Any]) -> None:
+        """Raise a CaptureError where a parameter of interest is used on a nested tensor."""
+        if (found := next((f for t in args if (f := find(t, self.names)) is not None), None)) is not None:
+            raise CaptureError(
+                f"parameter {found[0]!r} is used by {op_name(func)} on a nested tensor, whose rows have no dimension "
+                "that counts data. Pad it before that layer (torch.nested.to_padded_tensor) and mask the padding "
+                "after it, or leave the parameter out with `params=`"
+            )
 
     def owns(self, t: Any) -> bool:
         """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
@@ -237,7 +246,9 @@ class _Watch(TorchFunctionMode):
             given = args
         result = func(*given, **kwargs)
         out = result[0] if isinstance(result, (tuple, list)) else result
-        if isinstance(out, Tensor) and out.requires_grad and out.numel():  # one without entries passes no gradient on
+        if isinstance(out, Tensor) and out.requires_grad and out.is_nested:
+            self.tape.refuse_nested(func, (*args, *kwargs.values()))
+        elif isinstance(out, Tensor) and out.requires_grad and out.numel():  # without entries it passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is None and self.tape.picked:
                 parsed = rule(self.tape.owns_second, out, *args, **kwargs)

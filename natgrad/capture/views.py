@@ -51,6 +51,16 @@ class LinearForm:
         return None
 
 
+def kept_input(x: Tensor) -> Tensor:
+    """The input of a call as it is kept: of any sparse layout in coordinates, by which rows can be taken."""
+    return x if x.layout == torch.strided else x.to_sparse_coo()
+
+
+def made_dense(x: Tensor) -> Tensor:
+    """A kept input, or some rows of it, as rows are read from."""
+    return x if x.layout == torch.strided else x.to_dense()
+
+
 INNER = -1  # the first leading dimension is (positions · data): attention flattens (time, batch)
 Place = int | Tensor  # where a call's data are: a leading dimension, or INNER; else the row numbers of each datum
 

@@ -94,12 +94,16 @@ class Estimator:
             with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
                 draw = self._draw(output, targets, tapes, per_datum)
             if draw is not None:
-                draw.streams = self._streams()
+                draw.start, draw.streams = start, self._streams()
         finally:
-            for generator in self.generators.values():  # one that was made on the way starts from its seed again
-                generator.manual_seed(self.seed)
-            go_on(start)
+            self.rewind(start)
         return draw
+
+    def rewind(self, start: Streams) -> None:
+        """Let the random streams go on from where they were."""
+        for generator in self.generators.values():  # one that was made on the way starts from its seed again
+            generator.manual_seed(self.seed)
+        go_on(start)
 
     def _streams(self) -> Streams:
         return [(g, g.get_state()) for g in (*self.generators.values(), self.collection.rows)]
@@ -275,13 +279,14 @@ class Estimator:
 
     # what is used by what ------------------------------------------------------------------------------
 
+    def why_targets(self) -> str | None:
+        """Return why the metric depends on labels; None where it does not."""
+        if self.kind == "empirical":
+            return "kind='empirical' takes the observed labels"
+        return self.likelihood.why_targets()
+
     def _check_targets(self, targets: Any) -> None:
-        if targets is not None:
-            return
-        why = (
-            "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.likelihood.why_targets()
-        )
-        if why is not None:
+        if targets is None and (why := self.why_targets()) is not None:
             raise ValueError(
                 f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
                 "module in the training loop, or give `targets=` (a callable) to pick them out of what the model "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -140,6 +141,15 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def picks_by_output(targets: Callable[..., Any]) -> bool:
+    """Whether a `targets=` callable takes what `output=` has picked as a second argument."""
+    try:
+        parameters = inspect.signature(targets).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) == 2
 
 
 def received(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -27,6 +27,8 @@ def elements(w: Tensor, shape: Sequence[int], start: int | None = None) -> DimsV
 
 def scaled(w: Tensor, x: Tensor, out: Tensor) -> OpUse | None:
     """out = w ⊙ x + …, with w broadcast to the output."""
+    if x.layout != torch.strided:  # the gradient of w would be sparse
+        return None
     if w.dim() > out.dim() or any(a != b and a != 1 for a, b in zip(reversed(w.shape), reversed(out.shape))):
         return None
     return OpUse(w, None, x.detach().expand(out.shape), elements(w, out.shape), needs_rows=True)

@@ -67,7 +67,7 @@ def contraction(x: Tensor, w: Tensor, xs: Sequence[Any], ws: Sequence[Any], os: 
 
 
 @op_rule(
-    *(torch.matmul, torch.Tensor.matmul, aten.matmul, torch.mm, torch.Tensor.mm, aten.mm),
+    *(torch.matmul, torch.Tensor.matmul, aten.matmul, torch.mm, torch.Tensor.mm, aten.mm, torch.sparse.mm),
     *(torch.bmm, torch.Tensor.bmm, aten.bmm, torch.mv, torch.Tensor.mv, aten.mv),
 )
 def matmul(own: Own, out: Tensor, a: Tensor, b: Tensor) -> OpUse | None:
@@ -119,7 +119,10 @@ def spell(side: str, here: int, width: int) -> list[str]:
     return [*before, *([f"…{width - here + i}" for i in range(here)] if dots else []), *after]
 
 
-@op_rule(torch.addmm, torch.Tensor.addmm, aten.addmm, torch.baddbmm, torch.Tensor.baddbmm, aten.baddbmm)
+@op_rule(
+    *(torch.addmm, torch.Tensor.addmm, aten.addmm, torch.sparse.addmm),
+    *(torch.baddbmm, torch.Tensor.baddbmm, aten.baddbmm),
+)
 def addmm(own: Own, out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     parsed = matmul(own, out, mat1, mat2)
     if parsed is None or alpha != 1 or beta != 1:
