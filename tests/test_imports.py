@@ -11,7 +11,19 @@ import pytest
 import natgrad
 
 # Each room may import those before it.
-ROOMS = ("_tree", "linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "cli")
+ROOMS = (
+    "_tree",
+    "state",
+    "linalg",
+    "metric",
+    "capture",
+    "blocks",
+    "distributed",
+    "fisher",
+    "function_space",
+    "optim",
+    "cli",
+)
 FACES = ("__init__", "__main__", "operators", "checkpoint", "huggingface")  # public names, and what needs none of them
 
 ROOT = Path(natgrad.__file__).parent

@@ -32,6 +32,9 @@ class DenseBlock(JointBlock):
     def sides(self) -> list[tuple[int, ...]]:
         return [(self.dimension, self.dimension)]
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        return {"matrix": (self.dimension, self.dimension)}
+
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
         grown = []
         for part in parts:  # batches from before a layer was first used
