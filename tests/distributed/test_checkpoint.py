@@ -323,6 +323,12 @@ def cut_description(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:500])
 
 
+def cut_description_and_checksum(path: Path) -> None:
+    """As in a checkpoint by torch's own writer."""
+    cut_description(path)
+    (path / ".metadata.crc32").unlink()
+
+
 def unfinished(path: Path) -> None:
     (path / ".metadata").unlink()
 
@@ -335,7 +341,8 @@ def overwritten(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (remove, r"is incomplete: __1_0.distcp is missing"),
     "short": (cut, r"is incomplete: __1_0.distcp has \d+ of \d+ bytes"),
-    "description": (cut_description, r".metadata is cut short or no description"),
+    "description": (cut_description, r".metadata is not as it was saved"),
+    "no checksum": (cut_description_and_checksum, r".metadata is cut short or no description"),
     "unfinished": (unfinished, r"is no complete checkpoint: it has no .metadata"),
     "overwritten": (overwritten, r"cannot be read on rank \d"),
 }
@@ -452,6 +459,9 @@ def test_nothing_runs_on_loading(tmp_path: Path) -> None:
     checkpoint.save(run.targets, tmp_path / "c")
     whole = (tmp_path / "c" / ".metadata").read_bytes()
     (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"metadata is not as it was saved: it or its checksum .* is damaged"):
+        checkpoint.load(run.targets, tmp_path / "c")
+    (tmp_path / "c" / ".metadata.crc32").unlink()
     with pytest.raises(ValueError, match=r"it names builtins.exec, which no checkpoint consists of"):
         checkpoint.load(run.targets, tmp_path / "c")
     (tmp_path / "c" / ".metadata").write_bytes(whole)
