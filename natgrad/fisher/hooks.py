@@ -13,6 +13,7 @@ what they leave on the graph holds what a draw says and no graph, so no cycle ke
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from natgrad._tree import leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
+from natgrad.capture.compile import go_on_in_python
 from natgrad.capture.tape import Hook, Tape, edge_of, in_backward, in_transform
+from natgrad.state.interrupts import uninterrupted
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
@@ -54,17 +57,45 @@ class Watched(Protocol):
     def count(self, draw: BatchStatistics) -> None: ...
 
 
+class Passes:
+    """The forward passes of one thread that wait for their loss."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+        self.open: Tape | None = None
+        self.inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self.called: Called = {}  # of the criteria of several heads, until all have been called
+        self.drawing = False  # a backward pass now is the metric's own
+
+    def abandon(self) -> None:
+        """Close the forward pass that is open, and forget it."""
+        with uninterrupted():
+            tape, self.open, self.inside = self.open, None, []
+            if tape is not None:
+                tape.close()
+
+    def forget(self) -> None:
+        """Let go of forward passes whose loss has not come."""
+        self.abandon()
+        self.tapes, self.called = [], {}
+
+    def forget_drawn(self) -> None:
+        """Their loss is being backpropagated: let the graph be freed."""
+        self.tapes = [t for t in self.tapes if not t.drawn]
+
+
 class CriterionHooks:
-    """Opens tapes on the root's forward passes and asks the metric for draws."""
+    """Opens tapes on the root's forward passes and asks the metric for draws.
+
+    Forward passes of one thread are watched: of that which last cleared the gradients or took a step, and of the one
+    that made the metric before. A thread that evaluates the model meanwhile, or makes data by it, leaves no trace.
+    """
 
     def __init__(self, metric: Watched, root: nn.Module, criteria: Mapping[str, nn.Module]) -> None:
         self._metric = weakref.ref(metric)
         self.root = root
-        self.tapes: list[Tape] = []
-        self._open: Tape | None = None
-        self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
-        self._called: Called = {}  # of the criteria of several heads, until all have been called
-        self.drawing = False  # a backward pass now is the metric's own
+        self.trainer = threading.get_ident()
+        self._passes: dict[int, Passes] = {}
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
         at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
@@ -74,26 +105,38 @@ class CriterionHooks:
             root.register_forward_hook(after, with_kwargs=True, always_call=True),
             *(c.register_forward_hook(hook, with_kwargs=True) for c, hook in zip(criteria.values(), at_criteria)),
         ]
+        self._guard = Guard(self, root)
 
         # a metric that is gone leaves nothing on the model
-        weakref.finalize(metric, remove, self._handles)
+        weakref.finalize(metric, remove, self._handles, self._guard)
+
+    @property
+    def here(self) -> Passes:
+        """The passes of this thread."""
+        return self._passes.setdefault(threading.get_ident(), Passes())
 
     def remove(self) -> None:
-        remove(self._handles)
+        remove(self._handles, self._guard)
         self.forget()
 
     def expect(self, due: bool) -> None:
         """Have compiled code run the hooks, or leave them out."""
         for hook in self._hooks:
             hook.due = due
+        with uninterrupted():
+            self._guard.enter() if due else self._guard.leave()
 
     def forget(self) -> None:
-        """Let go of forward passes whose loss has not come."""
-        if self._open is not None:
-            self._open.close()
-        self._open = None
-        self.tapes = []
-        self._called = {}
+        """Let go of this thread's forward passes whose loss has not come."""
+        self.here.forget()
+
+    def train_here(self) -> bool:
+        """Watch the forward passes of this thread from now on; whether those of another one were watched."""
+        before, self.trainer = self.trainer, threading.get_ident()
+        mine = self.here
+        # who is in a forward pass has to close it in its own thread
+        self._passes = {t: p for t, p in self._passes.items() if p is mine or p.open is not None}
+        return before != self.trainer
 
     # hooks ---------------------------------------------------------------------------------------------
 
@@ -101,21 +144,25 @@ class CriterionHooks:
         metric = self._metric()
         if in_backward() or in_transform() or _unwatched.get():
             return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
-        if self._open is not None:  # the last forward raised
-            self.forget()
+        if self.trainer != threading.get_ident():
+            return
+        here = self.here
+        if here.open is not None:  # the last forward raised
+            here.forget()
         if not torch.is_grad_enabled():
             return  # a look at the model in between, after which losses may still come
         if metric is None or not metric.wants_statistics():
-            self.tapes = []
+            here.tapes = []
             return
         # last, so that hooks of the user which rewrite the output have run
         self.root._forward_hooks.move_to_end(self._handles[1].id)  # type: ignore[attr-defined]
-        self._inside = []
-        self._open = Tape(metric.parameter_names())
-        self._open.open(args, kwargs)
+        here.inside = []
+        here.open = Tape(metric.parameter_names())
+        here.open.open(args, kwargs)
 
     def _after(self, args: Any, kwargs: Any, output: Any) -> None:
-        tape, self._open = self._open, None
+        here = self.here
+        tape, here.open = here.open, None
         if tape is None:
             return
         tape.close()
@@ -124,59 +171,58 @@ class CriterionHooks:
         if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
         tape.outputs = {e for t in leaves if (e := edge_of(t)) is not None}
-        if len(self.tapes) == LIVE_TAPES:  # those that have been drawn, as in a validation, go first
-            self.tapes.remove(next((t for t in self.tapes if t.drawn), self.tapes[0]))
-        self.tapes.append(tape)
-        inside, self._inside = self._inside, []
+        if len(here.tapes) == LIVE_TAPES:  # those that have been drawn, as in a validation, go first
+            here.tapes.remove(next((t for t in here.tapes if t.drawn), here.tapes[0]))
+        here.tapes.append(tape)
+        inside, here.inside = here.inside, []
         for call in inside:
             self.criterion_called(*call)
         if not tape.drawn:
             tape.at_output = (output, (args, kwargs))
-            fire = Once(self, tape)
+            fire = Once(self, here, tape)
             for t in leaves:
                 t.register_hook(fire)
 
     def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
-        metric = self._metric()
-        if metric is None or in_backward() or in_transform() or _unwatched.get():
+        metric, here = self._metric(), self.here
+        if self.trainer != threading.get_ident() or metric is None:
             return
-        if self._open is not None:
-            self._inside.append((key, args, kwargs))
+        if in_backward() or in_transform() or _unwatched.get():
             return
-        if not self.tapes or not torch.is_grad_enabled():
+        if here.open is not None:
+            here.inside.append((key, args, kwargs))
             return
-        self._called[key] = (args, kwargs)
-        if len(self._called) < len(self._listeners):
+        if not here.tapes or not torch.is_grad_enabled():
             return
-        called, self._called = self._called, {}
-        self.drawing = True
+        here.called[key] = (args, kwargs)
+        if len(here.called) < len(self._listeners):
+            return
+        called, here.called = here.called, {}
+        here.drawing = True
         try:
-            draw = metric.draw_at_criterion(called, self.tapes)
+            draw = metric.draw_at_criterion(called, here.tapes)
         finally:
-            self.drawing = False
+            here.drawing = False
         if draw is not None:
-            self._count_on_backward(draw, called)
+            self._count_on_backward(draw, called, here)
 
-    def _count_on_backward(self, draw: BatchStatistics, called: Called) -> None:
+    def _count_on_backward(self, draw: BatchStatistics, called: Called, passes: Passes) -> None:
         waiting = [draw]  # shared by the hooks: the first that fires takes it
-        watcher = weakref.ref(self)
+        watcher, held = weakref.ref(self), weakref.ref(passes)
 
         def count(_: Tensor) -> None:
-            here = watcher()
-            if here is None or here.drawing:  # for another call of the criterion on the same output
-                return
+            here, mine = watcher(), held()
+            if here is None or mine is None or mine.drawing:  # for another call of the criterion on the same output
+                return  # or the passes of a thread that no longer trains
             metric = here._metric()
-            if waiting and metric is not None:
-                metric.count(waiting.pop())
-            here.forget_drawn()
+            with uninterrupted():
+                if waiting and metric is not None:
+                    metric.count(waiting.pop())
+                mine.forget_drawn()
 
         for t in leaves_of(called):
             if t.requires_grad:
                 t.register_hook(count)
-
-    def forget_drawn(self) -> None:
-        """Their loss is being backpropagated: let the graph be freed."""
-        self.tapes = [t for t in self.tapes if not t.drawn]
 
 
 class Listener:
@@ -190,28 +236,86 @@ class Listener:
             watcher.criterion_called(self.key, args, kwargs)
 
 
-def remove(handles: list[RemovableHandle]) -> None:
+class Guard:
+    """Stands in for the call of a module while its forward passes are watched, and closes what one leaves open.
+
+    torch runs the hook after a forward pass that an Exception ended, and not after one that Ctrl-C did, or another
+    BaseException. The place is the one where a module keeps its compiled call, which copies and pickles leave out.
+    """
+
+    PLACE = "_compiled_call_impl"
+
+    def __init__(self, watcher: CriterionHooks, root: nn.Module) -> None:
+        self._watcher, self._root = weakref.ref(watcher), weakref.ref(root)
+        self.inner: Any = None  # what stood there before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        go_on_in_python()
+        root: Any = self._root()
+        try:
+            return (root._call_impl if self.inner is None else self.inner)(*args, **kwargs)
+        except BaseException:
+            if (watcher := self._watcher()) is not None:
+                watcher.here.abandon()
+            raise
+
+    def enter(self) -> None:
+        root = self._root()
+        if root is not None and self not in self._chain():
+            self.inner = getattr(root, self.PLACE)
+            vars(root)[self.PLACE] = self
+
+    def leave(self) -> None:
+        """Guards of several metrics stand around each other, and leave in any order."""
+        chain, root = self._chain(), self._root()
+        if root is None or self not in chain:
+            return
+        before = chain.index(self) - 1
+        if before >= 0:
+            chain[before].inner = self.inner
+        else:
+            vars(root)[self.PLACE] = self.inner
+        self.inner = None
+
+    def _chain(self) -> list[Guard]:
+        found = []
+        at = getattr(self._root(), self.PLACE, None)
+        while isinstance(at, Guard):
+            found.append(at)
+            at = at.inner
+        return found
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()
+
+
+def remove(handles: list[RemovableHandle], guard: Guard) -> None:
     for handle in handles:
         handle.remove()
+    guard.leave()
 
 
 class Once:
     """Draws at the output when it is backpropagated, unless the criterion has drawn before."""
 
-    def __init__(self, watcher: CriterionHooks, tape: Tape) -> None:
+    def __init__(self, watcher: CriterionHooks, passes: Passes, tape: Tape) -> None:
         # weak: the tape holds the graph, and the graph holds this hook
-        self._watcher, self._tape = weakref.ref(watcher), weakref.ref(tape)
+        self._watcher, self._passes, self._tape = weakref.ref(watcher), weakref.ref(passes), weakref.ref(tape)
 
     def __call__(self, _: Tensor) -> None:
-        watcher, tape = self._watcher(), self._tape()
-        if watcher is None or tape is None or tape.drawn or tape not in watcher.tapes:
+        watcher, passes, tape = self._watcher(), self._passes(), self._tape()
+        if watcher is None or passes is None or tape is None or tape.drawn or tape not in passes.tapes:
             return
         metric = watcher._metric()
         if metric is None:
             return
         output, received = tape.at_output
-        with torch.enable_grad():
-            draw = metric.draw_at_output(output, received, [tape])
-        watcher.tapes = [t for t in watcher.tapes if t is not tape]
-        if draw is not None:
-            metric.count(draw)
+        with uninterrupted():
+            with torch.enable_grad():
+                draw = metric.draw_at_output(output, received, [tape])
+            passes.tapes = [t for t in passes.tapes if t is not tape]
+            if draw is not None:
+                metric.count(draw)

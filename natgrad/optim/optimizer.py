@@ -256,8 +256,8 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
                 "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
-                "compiled model to Fisher), with grad enabled, and "
-                "backpropagate its loss"
+                "compiled model to Fisher), with grad enabled, in the thread that made the optimizer or called "
+                "zero_grad, and backpropagate its loss"
             )
         self.steps += 1
         if due:

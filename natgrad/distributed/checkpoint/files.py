@@ -78,7 +78,9 @@ class Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         try:
             done = super().write_data(plan, planner)
-        except RuntimeError as error:  # what torch makes of a disk that is full
+        except RuntimeError as error:  # what torch makes of a disk that is full, and of Ctrl-C
+            if error.__context__ is not None and not isinstance(error.__context__, Exception):
+                raise error.__context__ from None
             raise OSError(f"{self.path} cannot be written: {error.__context__ or error}") from error
         for result in done.wait():  # the description will have it, as it has where each tensor lies
             result.storage_data.checksum = checksum_at(Path(self.path), result.storage_data)
