@@ -104,8 +104,6 @@ def one(model: nn.Module, opt: ng.NaturalGradient, x: Tensor, y: Tensor, functio
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stop, RuntimeError])
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_entered_is_left(place: str, error: type[BaseException]) -> None:
-    import torch._dynamo  # so that a watched forward pass sets the compiler's stance
-
     functional = place == "output="  # draws at the output, where output= is called
     model, opt, armed = build(place)
     (x, y), *rest = batches(9)
@@ -146,8 +144,6 @@ def test_calls_after_an_interrupt_are_not_kept() -> None:
 
 
 def test_ctrl_c_at_every_operation_of_a_watched_pass() -> None:
-    import torch._dynamo
-
     data = list(batches(8))
     k, interrupted = 0, True
     straight = classifier()
