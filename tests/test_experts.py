@@ -442,3 +442,54 @@ def test_experts_used_as_matrices_and_as_one_are_refused_by_name():
     ).double()
     with pytest.raises(CaptureError, match="'w'"):
         fisher(model, data(7, D), data(7, 2), nn.MSELoss())
+
+
+def test_a_grouped_product_without_its_kernel():
+    """What transformers falls back to, an op of its own."""
+    moe = pytest.importorskip("transformers.integrations.moe", reason="transformers is not installed")
+    if not hasattr(moe, "_grouped_mm_fallback"):
+        pytest.skip("this version of transformers has no fallback for grouped_mm")
+
+    def run(m, x):
+        k, order = expert_of(x).sort()
+        ends = torch.bincount(k, minlength=EXPERTS).cumsum(0).to(torch.int32)
+        out = torch.ops.transformers.grouped_mm_fallback(x[order], m.w.mT, offs=ends)
+        return m.head(torch.zeros_like(out).index_copy(0, order, out))
+
+    model = Act(run, w=p(EXPERTS, D, D), head=nn.Linear(D, 2)).double()
+    plain = Act(lambda m, x: m.head(PATHS["select, transposed"](m, x)), w=model.w, head=model.head)
+    x, y, loss = data(7, D), data(7, 2), nn.MSELoss()
+    for structure in ("dense", "kfac"):
+        found, same = (fisher(m, x, y, loss, structure=structure) for m in (model, plain))
+        assert found.coverage()["w"].op == "grouped_mm_fallback"
+        assert relative(found.dense(), same.dense()) < EXACT
+
+
+# graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_kfac_of_graphs_of_unlike_sizes_takes_each_node_for_a_row():
+    def run(m, x, owner):
+        return m.head(x.new_zeros(len(SIZES), D).index_add(0, owner, m.nodes(x).tanh()))
+
+    SIZES = (1, 4, 2, 5)
+    model = Act(run, nodes=nn.Linear(3, D), head=nn.Linear(D, 3)).double()
+    x, owner = data(sum(SIZES), 3), torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
+    y, loss = torch.tensor([0, 2, 1, 2]), nn.CrossEntropyLoss()
+    # K-FAC by hand: a node's gradient is that of its own graph's output
+    hidden = model.nodes(x)
+    out = model.head(x.new_zeros(len(SIZES), D).index_add(0, owner, hidden.tanh()))
+    u = torch.zeros(D, D, dtype=torch.float64)
+    for node, graph in enumerate(owner.tolist()):
+        jac = torch.stack([torch.autograd.grad(f, hidden, retain_graph=True)[0][node] for f in out[graph]])
+        q = out[graph].softmax(0).detach()
+        u += jac.mT @ (torch.diag(q) - torch.outer(q, q)) @ jac / len(SIZES)
+    rows = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    v = rows.mT @ rows / len(rows)
+    exact, sampled = (
+        fisher(model, (x, owner), y, loss, kind=kind, structure="kfac", samples=samples)
+        for kind, samples in (("exact", 1), ("sampled", 4000))
+    )
+    for found, bound in ((exact, EXACT), (sampled, 0.05)):
+        assert relative(found.factors("nodes.weight")[1], v) < EXACT
+        assert relative(found.factors("nodes.weight")[0], u) < bound
