@@ -186,7 +186,9 @@ def test_coverage_does_not_depend_on_the_number_of_rows(name, structure):
 def test_any_number_of_rows_meets_the_oracle(name, n):
     model, x, y, loss = ROWS[name]().double(), data(n, D), torch.arange(n) % 3, nn.CrossEntropyLoss()
     expected = gauss_newton(model, loss, x, y)
-    assert relative(fisher(model, x, y, structure="dense").dense(), expected) < EXACT
+    found = fisher(model, x, y, structure="dense")
+    assert {row.why for row in found.coverage()} <= {"", "unused"}, str(found.coverage())
+    assert relative(found.dense(), expected) < EXACT
     assert relative(fisher(model, x, y, structure="diagonal").dense().diagonal(), expected.diagonal()) < EXACT
 
 
@@ -304,6 +306,17 @@ def test_each_expert_has_its_own_kronecker_block(name, driven):
         assert all(relative(a, b) < EXACT for a, b in zip(found, expected))
 
 
+@pytest.mark.parametrize("name", ["picked", "picked twice", "select"])
+def test_a_limit_on_rows_holds_for_each_expert(name):
+    """Rows that are all alike, so that any choice of them says the same."""
+    model = expert_model(name)
+    x, y, loss = data(1, D).expand(40, D).contiguous(), data(40, 2), nn.MSELoss()
+    all_rows, some = (fisher(model, x, y, loss, kind="sampled", max_positions=n, seed=3) for n in (None, 8))
+    for found in (all_rows, some):
+        v = found.factors("w")[1][expert_of(x)[0]]
+        assert torch.allclose(v, torch.outer(x[0], x[0]))
+
+
 def test_grouped_mm_is_the_product_of_each_group():
     model = Act(lambda m, x: m.head(grouped(m, x)), w=p(EXPERTS, D, D), head=nn.Linear(D, 2)).double()
     plain = Act(lambda m, x: m.head(each(lambda m, x, e: x @ m.w[e])(m, x)), w=model.w, head=model.head)
@@ -329,6 +342,7 @@ def test_the_two_ways_of_an_expert_share_a_block():
     parts.update(x[6:], y[6:])
     same = fisher(model, x, y, loss, structure="kfac")
     assert relative(parts.dense(), same.dense()) < EXACT
+    assert parts.coverage()["w"].sizes == f"{D}² ⊗ {D}² × {EXPERTS}"
 
 
 def test_pieces_of_an_expert_have_blocks_of_their_own():

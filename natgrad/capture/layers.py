@@ -252,7 +252,7 @@ def routed_uses(
     """One for each group that rows go to. No dimension counts data (`leading`), so `aligned` is 1 or None."""
     assert aligned in (None, 1)
     assert call.view.routes is not None
-    routes = call.view.routes.flatten()
+    first, routes = len(call.view.routes), call.view.routes.flatten()
     gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)  # (rows, groups of a route, d)
     each, found = gradients.shape[1], []
     for k in routes.unique().tolist():
@@ -260,14 +260,22 @@ def routed_uses(
             continue
         rows = (routes == k).nonzero().squeeze(1)
 
-        def inputs(_: Tensor | None, rows: Tensor = rows) -> Rows:
-            a = call.view.input_rows(call.x, dtype)
-            assert isinstance(a, Tensor)
-            return regroup(with_biases(a.flatten(end_dim=-3)[rows][:, None], call, layer, swapped), aligned)
+        def inputs(keep: Tensor | None, rows: Tensor = rows) -> Rows:
+            some = rows if keep is None else rows[keep]
+            if first == len(routes):  # one position each: those of other groups are left alone
+                a = call.view.input_rows(call.view.take(call.x, some), dtype)
+                assert isinstance(a, Tensor)
+                a = a.flatten(end_dim=-3)
+            else:
+                a = call.view.input_rows(call.x, dtype)
+                assert isinstance(a, Tensor)
+                a = a.flatten(end_dim=-3)[some]
+            return regroup(with_biases(a[:, None], call, layer, swapped), aligned)
 
         mine = regroup(gradients[rows][:, None], aligned)
         if swapped:
             mine = with_columns(mine, [0.0] * len(layer.biases))
         assert isinstance(mine, Tensor)
-        found.append(LayerIO(mine, inputs, swapped, (k * each, (k + 1) * each)))
+        region = (k * each, (k + 1) * each)
+        found.append(LayerIO(mine, inputs, swapped, region, by_datum=aligned is None))
     return found
