@@ -438,6 +438,31 @@ def test_a_matrix_repeated_for_each_datum_is_one_matrix(name, n):
     assert all(not row.why for row in found.coverage())
 
 
+USED_TWICE = {
+    "a table and its residual": lambda m, x: (lambda e: e + m.first(e).tanh() + m.first(x))(m.t[expert_of(x)]),
+    "an offset and a table": lambda m, x: (lambda e: (m.first(x) + e).tanh() + m.first(e.sin()))(m.t[expert_of(x)]),
+    "an offset twice": lambda m, x: (lambda e: (m.first(x) + e).tanh() * e)(m.t[expert_of(x)]),
+    "a matrix and its norm": lambda m, x: (
+        lambda e: torch.bmm(m.first(x)[:, None], e)[:, 0] * e.square().sum((1, 2))[:, None]
+    )(m.u.expand(len(x), -1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", USED_TWICE)
+def test_what_is_picked_may_be_used_in_several_ways(name):
+    own = {"u": p(D, D)} if "matrix" in name else {"t": p(EXPERTS, D)}
+    model = Act(
+        lambda m, x: m.head(USED_TWICE[name](m, x)), first=nn.Linear(D, D), head=nn.Linear(D, 3), **own
+    ).double()
+    x, y, loss = data(7, D), torch.arange(7) % 3, nn.CrossEntropyLoss()
+    for structure in ("dense", "kfac", "ekfac"):
+        found = fisher(model, x, y, loss, structure=structure)
+        assert all(not row.why for row in found.coverage()), str(found.coverage())
+        if structure == "dense":
+            assert relative(found.dense(), gauss_newton(model, loss, x, y)) < EXACT
+    trained(model, "kfac", "sampled", steps=3)
+
+
 def test_a_sum_over_picked_experts_inside_of_the_product_is_named():
     model = Act(
         lambda m, x: m.head(torch.einsum("nki,nkoi->no", x[:, None].expand(-1, 2, -1), m.w[top_two(x)])),

@@ -64,6 +64,7 @@ class Tape:
     names: Mapping[int, str]  # id of parameter → name
     calls: list[LayerCall] = field(default_factory=list)
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
+    instead: dict[Edge, Edge] = field(default_factory=dict)  # noted output → what was picked for it, a use otherwise
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
     picked: dict[Any, Picked] = field(default_factory=dict)  # autograd node → the parameter it gathers from
@@ -108,6 +109,10 @@ class Tape:
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
+        if picked is not None and picked.otherwise is not None and picked.made is not None:
+            made = edge_of(picked.made)
+            assert made is not None
+            self.instead[edge] = made
         name = op_name(func)
         if weight is not None or bias is not None:
             self.calls.append(LayerCall(name, weight, bias, view, x.detach(), edge))
@@ -130,13 +135,25 @@ class Tape:
         return self.picked.get(node_behind(t)) if self.picked and isinstance(t, Tensor) else None
 
 
-def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
+def coverage_walk(outputs: Sequence[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
     """Walk back from `outputs`, jumping over noted ops.
 
     Raises:
         CaptureError: the graph holds a region that cannot be seen into (reentrant checkpointing, a compiled region).
     """
     behind = {e: b for tape in tapes for e, b in tape.behind.items()}
+    while True:
+        reached, missed = _walk(outputs, tapes, behind)
+        twice = [e for tape in tapes for e, made in tape.instead.items() if e in behind and made in reached]
+        if not twice:
+            return reached, missed
+        for e in twice:  # what was picked is used in other ways too: the picking is the use, for all of them
+            del behind[e]
+
+
+def _walk(
+    outputs: Sequence[Tensor], tapes: Sequence[Tape], behind: Mapping[Edge, Sequence[Edge]]
+) -> tuple[set[Edge], list[Uncaptured]]:
     names = {i: n for tape in tapes for i, n in tape.names.items()}
     reached: set[Edge] = set()
     missed: dict[str, Uncaptured] = {}
