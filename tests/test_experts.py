@@ -181,6 +181,14 @@ def test_coverage_does_not_depend_on_the_number_of_rows(name, structure):
         assert all(row.block == structure and not row.why for row in metric.coverage()), str(metric.coverage())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_without_dimensions_trains(kind):
+    for structure in ("kfac", "ekfac", "input", "block", "diagonal", "dense"):
+        weights, metric = trained(ROWS["scalar"]().double(), structure, kind)
+        assert all(bool(torch.isfinite(w).all()) for w in weights)
+        assert all(not row.why for row in metric.coverage()), str(metric.coverage())
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
 @pytest.mark.parametrize("name", ROWS)
 def test_any_number_of_rows_meets_the_oracle(name, n):

@@ -70,7 +70,7 @@ class Layer:
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):
             out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
-        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+        return {n: t.reshape((*t.shape[: m.dim() - 3], *self.shapes[n])) for n, t in out.items()}
 
     def _slice(self, piece: ParameterSlice, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
