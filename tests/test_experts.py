@@ -471,6 +471,23 @@ def test_what_is_picked_may_be_used_in_several_ways(name):
     trained(model, "kfac", "sampled", steps=3)
 
 
+def test_prompts_picked_by_index_leave_other_parameters_covered():
+    """What is picked is an input where the op has a parameter of its own."""
+    model = Act(
+        lambda m, x: m.head(((m.prompts[expert_of(x)] * m.s + m.b) @ m.v).tanh().sum(1) * x),
+        prompts=p(EXPERTS, 2, D),
+        s=p(D),
+        b=p(2, D),
+        v=p(D, D),
+        head=nn.Linear(D, 3),
+    ).double()
+    x, y, loss = data(7, D), torch.arange(7) % 3, nn.CrossEntropyLoss()
+    found = fisher(model, x, y, loss, structure="dense")
+    assert [row.parameter for row in found.coverage() if row.why] == ["prompts"]
+    assert relative(found.dense(), gauss_newton(model, loss, x, y)) < EXACT
+    trained(model, "kfac", "sampled", steps=3)
+
+
 def test_a_sum_over_picked_experts_inside_of_the_product_is_named():
     model = Act(
         lambda m, x: m.head(torch.einsum("nki,nkoi->no", x[:, None].expand(-1, 2, -1), m.w[top_two(x)])),

@@ -121,14 +121,12 @@ class Tape:
             self.calls.append(LayerCall(name, *offset, ones, edge))
 
     def owns(self, t: Any) -> bool:
-        """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
-        picked = self.picked_behind(t)
-        return find(t, self.names) is not None if picked is None else picked.otherwise is None
+        """Whether a tensor is a parameter of interest, or a view or cast of one."""
+        return find(t, self.names) is not None
 
-    def owns_second(self, t: Any) -> bool:
-        """Whether a tensor is what an op owns where it owns nothing else: rows of a table, or a repeated parameter."""
-        picked = self.picked_behind(t)
-        return picked is not None and picked.otherwise is not None
+    def owns_picked(self, t: Any) -> bool:
+        """The same, or whether it was picked out of one: asked where an op has no other parameter."""
+        return self.owns(t) or self.picked_behind(t) is not None
 
     def picked_behind(self, t: Any) -> Picked | None:
         """What a tensor, or what it is a view of, was picked from."""
@@ -245,7 +243,7 @@ class _Watch(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         before: list[Edge] = []
-        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_second(args[1])):
+        if op in IN_PLACE and self.tape.owns_picked(args[1]):
             before = [e for e in [edge_of(args[0])] if e is not None]
             args, given = (args[0].detach().clone(), *args[1:]), args
         else:
@@ -255,7 +253,7 @@ class _Watch(TorchFunctionMode):
         if isinstance(out, Tensor) and out.requires_grad and out.numel():  # one without entries passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is None and self.tape.picked:
-                parsed = rule(self.tape.owns_second, out, *args, **kwargs)
+                parsed = rule(self.tape.owns_picked, out, *args, **kwargs)
             if isinstance(parsed, Picked):
                 parsed.made = out
                 self.tape.picked[out.grad_fn] = parsed
