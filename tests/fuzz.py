@@ -100,6 +100,22 @@ def two_forms(m: Any, x: Tensor, before: list[Step]) -> Tensor:
     return F.linear(x, m.w) * (x.flatten(1)[:, :3] @ m.w[:, :1]).reshape(len(x), *[1] * (x.dim() - 1))
 
 
+def experts(m: Any, x: Tensor, before: list[Step]) -> Tensor:
+    """Each row through one of three matrices, of which some may get no row."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_zeros(len(rows), 3)
+    for e in range(3):
+        mine = torch.arange(e, len(rows), 3)
+        out = out.index_add(0, mine, rows[mine] @ m.w[e] + m.b[e])
+    return out.reshape(*x.shape[:-1], 3)
+
+
+def picked(m: Any, x: Tensor, before: list[Step]) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    ids = torch.arange(len(rows)) % 3
+    return (torch.bmm(rows[:, None], m.w[ids])[:, 0] + m.b[ids]).reshape(*x.shape[:-1], 3)
+
+
 Build = Callable[[int], Step]
 
 ANY: dict[str, Build] = {  # on the last dimension
@@ -122,6 +138,8 @@ ANY: dict[str, Build] = {  # on the last dimension
     "penalised": lambda d: Step("penalised", penalised, w=p(3, d)),
     "summed": lambda d: Step("summed", summed, w=p(3, d)),
     "two forms": lambda d: Step("two forms", two_forms, w=p(3, d)),
+    "experts": lambda d: Step("experts", experts, w=p(3, d, 3), b=p(3, 3)),
+    "picked": lambda d: Step("picked", picked, w=p(3, d, 3), b=p(3, 3)),
     "weight norm": lambda d: module("weight norm", parametrizations.weight_norm(nn.Linear(d, 3))),
     "merged lora": lambda d: Step(
         "lora", lambda m, x, _: F.linear(x, m.w + m.a @ m.b), w=p(3, d), a=p(3, 1), b=p(1, d)

@@ -163,3 +163,56 @@ def graph_net(name: str) -> tuple[nn.Module, tuple[Tensor, Tensor], Tensor]:
             return self.second(self.first(x, edges).tanh(), edges)
 
     return Net(), (torch.randn(7, 4), torch.randint(0, 7, (2, 16))), torch.randint(0, 3, (7,))
+
+
+Experts = dict[str, Callable[[str], nn.Module]]
+
+
+def expert_models(vocabulary: int = 32) -> Experts:
+    """{name: experts_implementation → model} of `transformers`; empty where it is not installed or too old."""
+    if find_spec("transformers") is None:
+        return {}
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not hasattr(transformers.PreTrainedModel, "set_experts_implementation"):
+        return {}
+    shared = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    configs = {
+        "mixtral": ("MixtralForCausalLM", {"intermediate_size": 48, "num_local_experts": 4}),
+        "qwen2": (
+            "Qwen2MoeForCausalLM",
+            {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "num_experts": 4},
+        ),
+        "qwen3": ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 16}),
+        "gpt-oss": (
+            "GptOssForCausalLM",
+            {"intermediate_size": 32, "num_local_experts": 4, "head_dim": 16, "layer_types": ["full_attention"] * 2},
+        ),
+    }
+
+    def build(name: str) -> Callable[[str], nn.Module]:
+        kind, options = configs[name]
+
+        def make(implementation: str) -> nn.Module:
+            torch.manual_seed(0)
+            model_type = getattr(transformers, kind)
+            model = model_type(model_type.config_class(**shared, **options))
+            model.set_experts_implementation(implementation)
+            made: nn.Module = model.train()
+            return made
+
+        return make
+
+    return {name: build(name) for name in configs}

@@ -46,8 +46,8 @@ def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
         "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
-        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.ranges],
-        "biases": [[b.name, b.ranges] for b in layer.biases],
+        "weight": None if layer.weight is None else piece_to_json(layer.weight),
+        "biases": [piece_to_json(b) for b in layer.biases],
         "one_hot": layer.one_hot,
         "swapped": layer.swapped,
         "fan_in": layer.fan_in,
@@ -60,6 +60,10 @@ def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -
     weight = None if data["weight"] is None else piece(data["weight"])
     rest = {k: data[k] for k in ("one_hot", "swapped", "fan_in")}
     return Layer(data["op"], layout, weight, [piece(b) for b in data["biases"]], shapes, **rest)
+
+
+def piece_to_json(p: ParameterSlice) -> list[Any]:
+    return [p.name, [list(r) for r in p.ranges]]  # lists, as they come back
 
 
 def piece(data: Sequence[Any]) -> ParameterSlice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from natgrad.capture.rows import (
     squared,
     summed_positions,
     with_columns,
+    with_positions,
 )
 from natgrad.capture.tape import CaptureError, LayerCall
 from natgrad.capture.views import GradientView, IndexView, Place, canonical, made_dense, owners_at
@@ -304,6 +306,8 @@ def uses_of(
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
     assert isinstance(gradients, Tensor)
+    if table is not None:
+        table = with_positions(table, prod(call.view.leading(x)), gradients.shape[0] * gradients.shape[1])
     use = LayerIO(gradients, inputs, swapped, call.view.region, table=table)
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
@@ -330,7 +334,7 @@ def routed_uses(
 ) -> list[LayerIO]:
     """One for each group that rows go to; of a datum several rows may, or none."""
     assert call.view.routes is not None
-    routes = call.view.routes.flatten()
+    first, routes = len(call.view.routes), call.view.routes.flatten()
     gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)  # (rows, groups of a route, d)
     own = None if aligned in (None, 1) else owners_at(place, call.view.leading(call.x), data).to(routes.device)
     each, found = gradients.shape[1], []
@@ -339,10 +343,17 @@ def routed_uses(
             continue
         rows = (routes == k).nonzero().squeeze(1)
 
-        def inputs(_: Tensor | None, rows: Tensor = rows) -> Rows:
-            a = call.view.input_rows(call.x, dtype)
-            assert isinstance(a, Tensor)
-            a = with_biases(a.flatten(end_dim=-3)[rows][:, None], call, layer, swapped)
+        def inputs(keep: Tensor | None, rows: Tensor = rows) -> Rows:
+            some = rows if keep is None else rows[keep]
+            if first == len(routes):  # one position each: those of other groups are left alone
+                a = call.view.input_rows(call.view.take(call.x, some), dtype)
+                assert isinstance(a, Tensor)
+                a = a.flatten(end_dim=-3)
+            else:
+                a = call.view.input_rows(call.x, dtype)
+                assert isinstance(a, Tensor)
+                a = a.flatten(end_dim=-3)[some]
+            a = with_biases(a[:, None], call, layer, swapped)
             return a if own is not None else regroup(a, aligned)
 
         mine: Rows = gradients[rows][:, None]
@@ -351,5 +362,6 @@ def routed_uses(
             mine = with_columns(mine, [0.0] * len(layer.biases))
         assert isinstance(mine, Tensor)
         table = None if own is None else row_table(own[rows], data)
-        found.append(LayerIO(mine, inputs, swapped, (k * each, (k + 1) * each), table=table))
+        region = (k * each, (k + 1) * each)
+        found.append(LayerIO(mine, inputs, swapped, region, by_datum=aligned is None or own is not None, table=table))
     return found

@@ -210,3 +210,12 @@ def row_table(own: Tensor, data: int) -> Tensor:
     found = own.new_full((data, int(counts.max())), len(own))
     found[whose, column] = heard[order]
     return found
+
+
+def with_positions(table: Tensor, rows: int, positions: int) -> Tensor:
+    """Row numbers of each datum where each of `rows` rows is as many of `positions`: patches of a convolution."""
+    each = positions // max(1, rows)
+    if each <= 1:
+        return table
+    numbers = table[..., None] * each + torch.arange(each, device=table.device)
+    return numbers.clamp(max=positions).flatten(1)

@@ -65,6 +65,7 @@ class Tape:
     names: Mapping[int, str]  # id of parameter → name
     calls: list[LayerCall] = field(default_factory=list)
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
+    instead: dict[Edge, Edge] = field(default_factory=dict)  # noted output → what was picked for it, a use otherwise
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs
@@ -113,6 +114,10 @@ class Tape:
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
+        if picked is not None and picked.otherwise is not None and picked.made is not None:
+            made = edge_of(picked.made)
+            assert made is not None
+            self.instead[edge] = made
         name = op_name(func)
         if weight is not None or bias is not None:
             self.calls.append(LayerCall(name, weight, bias, view, kept_input(x.detach()), edge))
@@ -130,27 +135,37 @@ class Tape:
             )
 
     def owns(self, t: Any) -> bool:
-        """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
-        picked = self.picked_behind(t)
-        return find(t, self.names) is not None if picked is None else picked.otherwise is None
+        """Whether a tensor is a parameter of interest, or a view or cast of one."""
+        return find(t, self.names) is not None
 
-    def owns_second(self, t: Any) -> bool:
-        """Whether a tensor is what an op owns where it owns nothing else: rows of a table, or a repeated parameter."""
-        picked = self.picked_behind(t)
-        return picked is not None and picked.otherwise is not None
+    def owns_picked(self, t: Any) -> bool:
+        """The same, or whether it was picked out of one: asked where an op has no other parameter."""
+        return self.owns(t) or self.picked_behind(t) is not None
 
     def picked_behind(self, t: Any) -> Picked | None:
         """What a tensor, or what it is a view of, was picked from."""
         return self.picked.get(node_behind(t)) if self.picked and isinstance(t, Tensor) else None
 
 
-def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
+def coverage_walk(outputs: Sequence[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
     """Walk back from `outputs`, jumping over noted ops.
 
     Raises:
         CaptureError: the graph holds a region that cannot be seen into (reentrant checkpointing, a compiled region).
     """
     behind = {e: b for tape in tapes for e, b in tape.behind.items()}
+    while True:
+        reached, missed = _walk(outputs, tapes, behind)
+        twice = [e for tape in tapes for e, made in tape.instead.items() if e in behind and made in reached]
+        if not twice:
+            return reached, missed
+        for e in twice:  # what was picked is used in other ways too: the picking is the use, for all of them
+            del behind[e]
+
+
+def _walk(
+    outputs: Sequence[Tensor], tapes: Sequence[Tape], behind: Mapping[Edge, Sequence[Edge]]
+) -> tuple[set[Edge], list[Uncaptured]]:
     names = {i: n for tape in tapes for i, n in tape.names.items()}
     reached: set[Edge] = set()
     missed: dict[str, Uncaptured] = {}
@@ -242,7 +257,7 @@ class _Watch(TorchFunctionMode):
         if rule is None:
             return func(*args, **kwargs)
         before: list[Edge] = []
-        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_second(args[1])):
+        if op in IN_PLACE and self.tape.owns_picked(args[1]):
             before = [e for e in [edge_of(args[0])] if e is not None]
             args, given = (args[0].detach().clone(), *args[1:]), args
         else:
@@ -254,7 +269,7 @@ class _Watch(TorchFunctionMode):
         elif isinstance(out, Tensor) and out.requires_grad and out.numel():  # without entries it passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
             if parsed is None and self.tape.picked:
-                parsed = rule(self.tape.owns_second, out, *args, **kwargs)
+                parsed = rule(self.tape.owns_picked, out, *args, **kwargs)
             if isinstance(parsed, Picked):
                 parsed.made = out
                 self.tape.picked[out.grad_fn] = parsed

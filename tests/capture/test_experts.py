@@ -181,12 +181,22 @@ def test_coverage_does_not_depend_on_the_number_of_rows(name, structure):
         assert all(row.block == structure and not row.why for row in metric.coverage()), str(metric.coverage())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_without_dimensions_trains(kind):
+    for structure in ("kfac", "ekfac", "input", "block", "diagonal", "dense"):
+        weights, metric = trained(ROWS["scalar"]().double(), structure, kind)
+        assert all(bool(torch.isfinite(w).all()) for w in weights)
+        assert all(not row.why for row in metric.coverage()), str(metric.coverage())
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
 @pytest.mark.parametrize("name", ROWS)
 def test_any_number_of_rows_meets_the_oracle(name, n):
     model, x, y, loss = ROWS[name]().double(), data(n, D), torch.arange(n) % 3, nn.CrossEntropyLoss()
     expected = gauss_newton(model, loss, x, y)
-    assert relative(fisher(model, x, y, structure="dense").dense(), expected) < EXACT
+    found = fisher(model, x, y, structure="dense")
+    assert {row.why for row in found.coverage()} <= {"", "unused"}, str(found.coverage())
+    assert relative(found.dense(), expected) < EXACT
     assert relative(fisher(model, x, y, structure="diagonal").dense().diagonal(), expected.diagonal()) < EXACT
 
 
@@ -304,6 +314,17 @@ def test_each_expert_has_its_own_kronecker_block(name, driven):
         assert all(relative(a, b) < EXACT for a, b in zip(found, expected))
 
 
+@pytest.mark.parametrize("name", ["picked", "picked twice", "select"])
+def test_a_limit_on_rows_holds_for_each_expert(name):
+    """Rows that are all alike, so that any choice of them says the same."""
+    model = expert_model(name)
+    x, y, loss = data(1, D).expand(40, D).contiguous(), data(40, 2), nn.MSELoss()
+    all_rows, some = (fisher(model, x, y, loss, kind="sampled", max_positions=n, seed=3) for n in (None, 8))
+    for found in (all_rows, some):
+        v = found.factors("w")[1][expert_of(x)[0]]
+        assert torch.allclose(v, torch.outer(x[0], x[0]))
+
+
 def test_grouped_mm_is_the_product_of_each_group():
     model = Act(lambda m, x: m.head(grouped(m, x)), w=p(EXPERTS, D, D), head=nn.Linear(D, 2)).double()
     plain = Act(lambda m, x: m.head(each(lambda m, x, e: x @ m.w[e])(m, x)), w=model.w, head=model.head)
@@ -329,6 +350,7 @@ def test_the_two_ways_of_an_expert_share_a_block():
     parts.update(x[6:], y[6:])
     same = fisher(model, x, y, loss, structure="kfac")
     assert relative(parts.dense(), same.dense()) < EXACT
+    assert parts.coverage()["w"].sizes == f"{D}² ⊗ {D}² × {EXPERTS}"
 
 
 def test_pieces_of_an_expert_have_blocks_of_their_own():
@@ -424,6 +446,48 @@ def test_a_matrix_repeated_for_each_datum_is_one_matrix(name, n):
     assert all(not row.why for row in found.coverage())
 
 
+USED_TWICE = {
+    "a table and its residual": lambda m, x: (lambda e: e + m.first(e).tanh() + m.first(x))(m.t[expert_of(x)]),
+    "an offset and a table": lambda m, x: (lambda e: (m.first(x) + e).tanh() + m.first(e.sin()))(m.t[expert_of(x)]),
+    "an offset twice": lambda m, x: (lambda e: (m.first(x) + e).tanh() * e)(m.t[expert_of(x)]),
+    "a matrix and its norm": lambda m, x: (
+        lambda e: torch.bmm(m.first(x)[:, None], e)[:, 0] * e.square().sum((1, 2))[:, None]
+    )(m.u.expand(len(x), -1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", USED_TWICE)
+def test_what_is_picked_may_be_used_in_several_ways(name):
+    own = {"u": p(D, D)} if "matrix" in name else {"t": p(EXPERTS, D)}
+    model = Act(
+        lambda m, x: m.head(USED_TWICE[name](m, x)), first=nn.Linear(D, D), head=nn.Linear(D, 3), **own
+    ).double()
+    x, y, loss = data(7, D), torch.arange(7) % 3, nn.CrossEntropyLoss()
+    for structure in ("dense", "kfac", "ekfac"):
+        found = fisher(model, x, y, loss, structure=structure)
+        assert all(not row.why for row in found.coverage()), str(found.coverage())
+        if structure == "dense":
+            assert relative(found.dense(), gauss_newton(model, loss, x, y)) < EXACT
+    trained(model, "kfac", "sampled", steps=3)
+
+
+def test_prompts_picked_by_index_leave_other_parameters_covered():
+    """What is picked is an input where the op has a parameter of its own."""
+    model = Act(
+        lambda m, x: m.head(((m.prompts[expert_of(x)] * m.s + m.b) @ m.v).tanh().sum(1) * x),
+        prompts=p(EXPERTS, 2, D),
+        s=p(D),
+        b=p(2, D),
+        v=p(D, D),
+        head=nn.Linear(D, 3),
+    ).double()
+    x, y, loss = data(7, D), torch.arange(7) % 3, nn.CrossEntropyLoss()
+    found = fisher(model, x, y, loss, structure="dense")
+    assert [row.parameter for row in found.coverage() if row.why] == ["prompts"]
+    assert relative(found.dense(), gauss_newton(model, loss, x, y)) < EXACT
+    trained(model, "kfac", "sampled", steps=3)
+
+
 def test_a_sum_over_picked_experts_inside_of_the_product_is_named():
     model = Act(
         lambda m, x: m.head(torch.einsum("nki,nkoi->no", x[:, None].expand(-1, 2, -1), m.w[top_two(x)])),
@@ -442,3 +506,54 @@ def test_experts_used_as_matrices_and_as_one_are_refused_by_name():
     ).double()
     with pytest.raises(CaptureError, match="'w'"):
         fisher(model, data(7, D), data(7, 2), nn.MSELoss())
+
+
+def test_a_grouped_product_without_its_kernel():
+    """What transformers falls back to, an op of its own."""
+    moe = pytest.importorskip("transformers.integrations.moe", reason="transformers is not installed")
+    if not hasattr(moe, "_grouped_mm_fallback"):
+        pytest.skip("this version of transformers has no fallback for grouped_mm")
+
+    def run(m, x):
+        k, order = expert_of(x).sort()
+        ends = torch.bincount(k, minlength=EXPERTS).cumsum(0).to(torch.int32)
+        out = torch.ops.transformers.grouped_mm_fallback(x[order], m.w.mT, offs=ends)
+        return m.head(torch.zeros_like(out).index_copy(0, order, out))
+
+    model = Act(run, w=p(EXPERTS, D, D), head=nn.Linear(D, 2)).double()
+    plain = Act(lambda m, x: m.head(PATHS["select, transposed"](m, x)), w=model.w, head=model.head)
+    x, y, loss = data(7, D), data(7, 2), nn.MSELoss()
+    for structure in ("dense", "kfac"):
+        found, same = (fisher(m, x, y, loss, structure=structure) for m in (model, plain))
+        assert found.coverage()["w"].op == "grouped_mm_fallback"
+        assert relative(found.dense(), same.dense()) < EXACT
+
+
+# graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_kfac_of_graphs_of_unlike_sizes_takes_each_node_for_a_row():
+    def run(m, x, owner):
+        return m.head(x.new_zeros(len(SIZES), D).index_add(0, owner, m.nodes(x).tanh()))
+
+    SIZES = (1, 4, 2, 5)
+    model = Act(run, nodes=nn.Linear(3, D), head=nn.Linear(D, 3)).double()
+    x, owner = data(sum(SIZES), 3), torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
+    y, loss = torch.tensor([0, 2, 1, 2]), nn.CrossEntropyLoss()
+    # K-FAC by hand: a node's gradient is that of its own graph's output
+    hidden = model.nodes(x)
+    out = model.head(x.new_zeros(len(SIZES), D).index_add(0, owner, hidden.tanh()))
+    u = torch.zeros(D, D, dtype=torch.float64)
+    for node, graph in enumerate(owner.tolist()):
+        jac = torch.stack([torch.autograd.grad(f, hidden, retain_graph=True)[0][node] for f in out[graph]])
+        q = out[graph].softmax(0).detach()
+        u += jac.mT @ (torch.diag(q) - torch.outer(q, q)) @ jac / len(SIZES)
+    rows = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    v = rows.mT @ rows / len(rows)
+    exact, sampled = (
+        fisher(model, (x, owner), y, loss, kind=kind, structure="kfac", samples=samples)
+        for kind, samples in (("exact", 1), ("sampled", 4000))
+    )
+    for found, bound in ((exact, EXACT), (sampled, 0.05)):
+        assert relative(found.factors("nodes.weight")[1], v) < EXACT
+        assert relative(found.factors("nodes.weight")[0], u) < bound

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import natgrad as ng
-from tests.models import ResNet18, ViT, as_batch, graph_net, language_models
+from natgrad.huggingface import CAUSAL_LM
+from tests.models import ResNet18, ViT, as_batch, expert_models, graph_net, language_models
 
-LANGUAGE = language_models()
+LANGUAGE, EXPERTS = language_models(), expert_models()
 
 
 def check(model, loss, run, **options):
@@ -64,6 +65,46 @@ def test_transformers(name):
     metric, rows = check(model, nn.CrossEntropyLoss(), lambda m, _: m(**batch).loss, output=output, targets=targets)
     covered(rows)
     assert str(metric.coverage())
+
+
+def train_experts(model, opt, steps=40):
+    """Mean loss over the last five steps of predicting walks through the vocabulary, each at its own pace."""
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        pace = torch.randint(1, 5, (16, 1), generator=generator)
+        start = torch.randint(3, 32, (16, 1), generator=generator)
+        ids = (start + pace * torch.arange(16)) % 29 + 3
+        opt.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    return sum(losses[-5:]) / 5
+
+
+@pytest.mark.parametrize("name", list(EXPERTS) or ["transformers"])
+def test_mixtures_of_experts(name):
+    """However the experts are called they have the same blocks, and train better than by AdamW."""
+    if not EXPERTS:
+        pytest.skip("transformers with fused experts is not installed (pip install natgrad[models])")
+    ends = {}
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = EXPERTS[name](implementation)
+        metric = ng.Fisher(model, nn.CrossEntropyLoss(), **CAUSAL_LM)
+        ends[implementation] = train_experts(model, ng.NaturalGradient(metric))
+        rows = list(metric.coverage())
+        covered(rows)
+        assert all(
+            row.sizes.endswith("× 4")
+            for row in rows
+            if row.parameter.endswith(("gate_up_proj", "down_proj")) and len(row.shape) == 3
+        )
+    rates = (1e-3, 3e-3, 1e-2)
+    models = [EXPERTS[name]("eager") for _ in rates]
+    adamw = min(train_experts(m, torch.optim.AdamW(m.parameters(), lr)) for m, lr in zip(models, rates))
+    print(f"{name}: {ends}, AdamW {adamw:.3f}")
+    assert all(end == pytest.approx(ends["eager"], rel=0.02) for end in ends.values())
+    assert max(ends.values()) < adamw
 
 
 @pytest.mark.parametrize("name", ["gcn", "gin"])

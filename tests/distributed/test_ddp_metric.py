@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -125,3 +126,43 @@ def test_ranks_that_load_one_checkpoint_keep_streams_of_their_own(pool_of: PoolO
     assert found[0][2] != found[1][2]
     for a, b in zip(found[0][1], found[1][1]):
         np.testing.assert_array_equal(a, b)
+
+
+# experts: rows of one rank go to some of them, rows of the other to others ------------------------------------------
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.w, self.head = nn.Parameter(torch.randn(3, 4, 4).double()), nn.Linear(4, 2).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        which, out = x[:, 0].long(), torch.zeros_like(x)
+        for e in range(3):
+            rows = (which == e).nonzero().squeeze(1)
+            out = out.index_add(0, rows, x[rows] @ self.w[e])
+        return self.head(out)
+
+
+def routed_data() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[:, 0] = torch.tensor([0.0, 0, 0, 0, 1, 1, 2, 1])
+    return x, x[:, 1:3]
+
+
+def routed_metric(rank: int, size: int, structure: str) -> np.ndarray[Any, Any]:
+    model = DistributedDataParallel(Routed())
+    metric = ng.Fisher(model, nn.MSELoss(), kind="exact", structure=structure)
+    x, y = (t.chunk(size)[rank] for t in routed_data())
+    metric.update(x, y)
+    found: np.ndarray[Any, Any] = metric.dense().numpy()
+    return found
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block"])
+def test_experts_of_all_ranks_are_those_of_one_process(pool_of: PoolOf, structure: str) -> None:
+    metric = ng.Fisher(Routed(), nn.MSELoss(), kind="exact", structure=structure)
+    metric.update(*routed_data())
+    for found in pool_of(2).run(routed_metric, structure):
+        np.testing.assert_allclose(found, metric.dense().numpy(), atol=1e-12)

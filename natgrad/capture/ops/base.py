@@ -13,6 +13,9 @@ A new op is one function under ``@op_rule(F.x)``, in a file of this folder or of
 (whether a tensor is a parameter of the metric, or a slice, cast or transpose of one), the op's output and its
 arguments. It returns None where the call is not of the form. A use that no rule describes is found by the coverage
 walk of `natgrad.capture.tape`.
+
+What a rule says depends on the op, on the shapes of the parameter and on which dimensions there are, never on how many
+rows come. A call whose output has no entries is no use, and no rule is asked.
 """
 
 from __future__ import annotations
