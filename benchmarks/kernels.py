@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from natgrad.linalg.kronecker import damped_inverse, kron_apply, relative_inverse
+from natgrad.linalg.block_diagonal import both_times
+from natgrad.linalg.kronecker import damped_inverse, relative_inverse
 
 ROUNDS, WARM = 300, 30
 
@@ -30,7 +31,7 @@ def cost(run: Callable[..., object], *args: object) -> str:
 
 
 def one_by_one(u: Tensor, x: Tensor, v: Tensor) -> list[Tensor]:
-    return [kron_apply(*each) for each in zip(u.split(1), x.split(1), v.split(1))]
+    return [both_times(*each) for each in zip(u.split(1), x.split(1), v.split(1))]
 
 
 def batching() -> Table:

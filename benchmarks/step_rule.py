@@ -22,7 +22,7 @@ from benchmarks.against_tuned import ALL
 from benchmarks.soundness import SCHEDULES
 from benchmarks.workloads import Workload
 from natgrad.blocks import kronecker as kronecker_blocks
-from natgrad.optim import block_state, normalised, optimizer, step_arithmetic
+from natgrad.optim import block_state, optimizer, step_arithmetic
 
 STEPS = {
     "digits_ae": 600,
@@ -99,8 +99,8 @@ VARIANTS: dict[str, Make] = {
     "a Newton limit that follows at once": with_constant(block_state, "SCALE_MEMORY", 0.0, default),
     "no bound on the predictions": with_constant(step_arithmetic, "NATS", 1e9, default),
     "no bound on the promise": with_constant(step_arithmetic, "PROMISE", 1e9, default),
-    "steps that always grow with the weights": with_constant(normalised, "AGREE", -2.0, default),
-    "steps that never do": with_constant(normalised, "AGREE", 2.0, default),
+    "steps that always grow with the weights": with_constant(block_state, "AGREE", -2.0, default),
+    "steps that never do": with_constant(block_state, "AGREE", 2.0, default),
     "sides in blocks of 200": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 200, default),
     "sides in blocks of 400": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 400, default),
     "sides whole": with_constant(kronecker_blocks, "TRAINING_FACTOR_DIM", 4096, default),
@@ -114,7 +114,7 @@ CONSTANTS = (
     (optimizer, "GAP_GROWTH"),
     *((step_arithmetic, n) for n in ("WINDOW", "TURNED", "MEMORY_SHARE", "STRETCH", "NEWTON_SHARE", "NATS", "PROMISE")),
     (block_state, "SCALE_MEMORY"),
-    (normalised, "AGREE"),
+    (block_state, "AGREE"),
     (kronecker_blocks, "TRAINING_FACTOR_DIM"),
 )
 

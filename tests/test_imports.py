@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,20 +13,15 @@ import pytest
 import natgrad
 
 # Each room may import those before it.
-ROOMS = (
-    "_tree",
-    "state",
-    "linalg",
-    "metric",
-    "capture",
-    "blocks",
-    "distributed",
-    "fisher",
-    "function_space",
-    "optim",
-    "cli",
-)
-FACES = ("__init__", "__main__", "operators", "checkpoint", "huggingface")  # public names, and what needs none of them
+ROOMS = ("_tree", "linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "cli")
+FACES = (
+    "__init__",
+    "__main__",
+    "operators",
+    "checkpoint",
+    "huggingface",
+    "testing",
+)  # public names, and what needs none of them
 
 ROOT = Path(natgrad.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
@@ -82,3 +79,13 @@ def test_a_stranger_finds_few_rooms_and_short_files() -> None:
     assert len({room_of(m) for m in MODULES}) <= 16
     long = {str(m): n for m in MODULES if (n := len((ROOT / m).read_text(encoding="utf-8").splitlines())) > LONGEST}
     assert not long, f"files of more than {LONGEST} lines: {long}"
+
+
+def test_the_metric_does_without_the_compiler() -> None:
+    """Importing torch._dynamo takes a second, which the first refresh would have to wait for."""
+    code = (
+        "import sys, torch, natgrad as ng; model = torch.nn.Linear(3, 2); "
+        "metric = ng.Fisher(model, torch.nn.MSELoss()); metric.update(torch.randn(5, 3)); metric.factors('weight'); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,7 @@ named tensors. Statistics, damping and inverse are three things: damping is neve
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,15 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import Layer, LayerIO, summed_gradients
 from natgrad.capture.parameters import ParameterSlice
+from natgrad.linalg import kronecker
 from natgrad.linalg.inverse import Inverse
+from natgrad.linalg.kronecker import FactorisationError
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
+MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 
 
 @dataclass
@@ -36,9 +40,11 @@ class Job:
 
     cost: float  # multiplications
     like: Tensor  # of the shape, dtype and device of the result
-    compute: Callable[[], Tensor]
-    # (M, a) where the result is (M + aI)⁻¹ by whatever means, so that several can be found at once
-    system: Callable[[], tuple[Tensor, float]] | None = None
+    system: Callable[[], tuple[Tensor, float]]  # gives (M, a), where the result is (M + aI)⁻¹
+    relative: bool = True  # whether a follows from the damping alone, so that several can be found at once
+
+    def compute(self) -> Tensor:
+        return kronecker.damped_inverse(*self.system())
 
 
 class Block:
@@ -48,27 +54,43 @@ class Block:
     """
 
     structure: str
+    joins = False  # whether one block is over all layers of this structure; `extend` takes in one more
     needs_data = True  # whether statistics need the rows of each datum apart
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = list(layers)
-        self.key = str(self.layers[0].key)  # what the block is known by, whatever grows
-        self.names = names_of(self.layers)  # of its parameters
+    def __init__(
+        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
+    ) -> None:
+        self.sharing, self.max_factor_dim, self.trains = sharing, max_factor_dim, trains  # Kronecker structures ask
+        self.key = str(layers[0].key)  # what the block is known by, whatever grows
+        self.take(layers)
         self.statistics: Statistics = {}
         self.version = 0  # rises whenever the statistics change
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
         self.is_remote = False  # the statistics are there, at the owner
         self._cache: dict[str, tuple[int, Any]] = {}
         self._inverse: tuple[int, float, Inverse] | None = None
+        self.last_inverse: Inverse | None = None  # the last good `relative_inverse`
+        self._last_made: tuple[int, float] = (-1, 0.0)  # (version, damping) that it belongs to
+        self.failures = 0  # factorisations in a row that failed
 
-    @property
-    def pieces(self) -> list[ParameterSlice]:
-        return [p for layer in self.layers for p in layer.pieces]
+    def extend(self, layer: Layer) -> None:
+        """Take in a layer first used now; over the data seen before, its gradient was zero."""
+        raise NotImplementedError(f"{type(self).__name__} does not define extend")
+
+    def take(self, layers: Sequence[Layer]) -> None:
+        """Be over these layers."""
+        self.layers = list(layers)
+        self.shapes = [layer.matrix_shape for layer in layers]  # (groups, d_out, d_in)
+        self.shape = self.shapes[0]  # of the coordinates
+        self.dimension = sum(shape.numel() for shape in self.shapes)
+        self.pieces: list[ParameterSlice] = [p for layer in layers for p in layer.pieces]
+        self.names = list(dict.fromkeys(p.name for p in self.pieces))  # of its parameters
+        self._in_views = len(self.layers) == 1 and not any(p.ranges for p in self.pieces)  # its coordinates are
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the statistics, as they are computed with."""
-        return next(a.dtype for a in self.statistics.values())
+        return next(s.dtype for a in self.statistics.values() for s in a.sums.values())
 
     @property
     def known(self) -> bool:
@@ -98,6 +120,8 @@ class Block:
 
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
         """Statistics of several batches together; sources with a mass are weighed by it."""
+        if len(parts) == 1:
+            return parts[0]
         out: Statistics = {}
         for part in parts:
             for key, average in part.items():
@@ -131,7 +155,7 @@ class Block:
 
     def forget(self) -> None:
         """Let go of what was computed from the statistics."""
-        self._cache, self._inverse = {}, None
+        self._cache, self._inverse, self.last_inverse = {}, None, None
         self.version += 1
 
     def release(self) -> None:
@@ -159,11 +183,11 @@ class Block:
     # coordinates
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        raise NotImplementedError
+        return self.layers[0].pack(tensors)
 
     def matrices(self, x: Tensor) -> list[Tensor]:
         """Return coordinates as the matrix (…, groups, d_out, d_in) of each layer, without a copy."""
-        raise NotImplementedError
+        return [x]
 
     def unpack(self, x: Tensor, into: Mapping[str, Tensor]) -> None:
         for layer, m in zip(self.layers, self.matrices(x)):
@@ -171,7 +195,7 @@ class Block:
 
     def named(self, x: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Coordinates → {name: tensor shaped like the parameter}: views where one layer holds the whole parameter."""
-        if len(self.layers) == 1 and all(p.rows is None for p in self.pieces):
+        if self._in_views:
             return self.layers[0].views(self.matrices(x)[0])
         out = {n: torch.zeros_like(parameters[n]) for n in self.names}
         self.unpack(x, out)
@@ -194,10 +218,41 @@ class Block:
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
 
-        `results`: of the `factor_jobs`, where they have been done elsewhere; None for one that is to be done here,
-        which only those may be that have a `Job.system`.
+        `results`: of the `factor_jobs`, where they have been done elsewhere; None for one that is to be done here.
         """
         return self.inverse(self.relative_to_mean(damping))
+
+    def is_stale(self, damping: float) -> bool:
+        """Whether the last inverse is of other statistics or another damping."""
+        return self.last_inverse is None or self._last_made != (self.version, damping)
+
+    def good_inverse(self, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
+        """Return `relative_inverse` for the present statistics, or the last good one where it cannot be had.
+
+        Args:
+            make: gives it, where the work is shared.
+
+        Raises:
+            FactorisationError: it failed several times in a row, or there is no earlier one.
+        """
+        if self.is_stale(damping):
+            try:
+                self.last_inverse, self.failures = self.relative_inverse(damping) if make is None else make(), 0
+            except FactorisationError as error:
+                self.failures += 1
+                if self.last_inverse is None or self.failures >= MAX_FAILURES:
+                    raise FactorisationError(
+                        f"block of {self.names}: {error} ({self.failures} times in a row)"
+                    ) from error
+                if self.failures == 1:
+                    warnings.warn(
+                        f"block of {self.names}: {error}; the last good factor is kept. Repeats are counted in "
+                        "opt.info['kept_factors']",
+                        stacklevel=2,
+                    )
+            self._last_made = (self.version, damping)
+        assert self.last_inverse is not None
+        return self.last_inverse
 
     def factor_jobs(self, damping: float) -> list[Job]:
         """The expensive parts of `relative_inverse`; none where it is cheap."""
@@ -235,10 +290,6 @@ class Block:
     def trace(self) -> Tensor:
         return self.diagonal().sum()
 
-    @property
-    def dimension(self) -> int:
-        raise NotImplementedError
-
     def sizes(self) -> str:
         """Sizes of what is stored, for the coverage table."""
         raise NotImplementedError
@@ -251,24 +302,17 @@ class Block:
 class JointBlock(Block):
     """Blocks whose coordinates are one flat vector over all their layers."""
 
+    def take(self, layers: Sequence[Layer]) -> None:
+        super().take(layers)
+        self.widths = [s.numel() for s in self.shapes]
+        self.shape = torch.Size((self.dimension,))
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([layer.pack(tensors).flatten(-3) for layer in self.layers], dim=-1)
 
     def matrices(self, x: Tensor) -> list[Tensor]:
         parts = zip(x.split(self.widths, dim=-1), self.shapes)
         return [part.reshape(*x.shape[:-1], *shape) for part, shape in parts]
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        return self.cached("shapes", lambda: [layer.matrix_shape for layer in self.layers])
-
-    @property
-    def widths(self) -> list[int]:
-        return [s.numel() for s in self.shapes]
-
-    @property
-    def dimension(self) -> int:
-        return sum(self.widths)
 
     def per_datum(self, uses: Sequence[Sequence[LayerIO]], like: Tensor) -> Iterator[Tensor]:
         """Chunks (data, P) of per-datum gradients."""
@@ -279,17 +323,9 @@ class JointBlock(Block):
         for start in range(0, data, step):
             length = min(step, data - start)
             parts = []
-            for calls, width in zip(uses, self.widths):
+            for calls, shape in zip(uses, self.shapes):
                 if not calls:
-                    parts.append(like.new_zeros(length, width))
+                    parts.append(like.new_zeros(length, shape.numel()))
                     continue
-                total = calls[0].per_example_gradients(start, length)
-                for use in calls[1:]:
-                    total = total + use.per_example_gradients(start, length)
-                parts.append(total.flatten(1))
+                parts.append(summed_gradients(calls, shape[0], start, length).flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def names_of(layers: Sequence[Layer]) -> list[str]:
-    """Return the names of the parameters of layers, each once."""
-    return list(dict.fromkeys(p.name for layer in layers for p in layer.pieces))

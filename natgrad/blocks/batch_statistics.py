@@ -24,7 +24,8 @@ class BatchStatistics:
     remote_blocks: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     nats: Tensor | None = None  # (Σ m u, Σ m) of `CriterionLikelihood.nats`, over all loss terms
     labels: int = 0  # one a datum and position
-    streams: Streams = field(default_factory=list)  # where its random numbers end
+    start: Streams = field(default_factory=list)  # where its random numbers begin
+    streams: Streams = field(default_factory=list)  # and where they end
 
     def sums(self) -> list[Tensor]:
         return [s for _, new in self.statistics for average in new.values() for s in average.sums.values()]
@@ -41,7 +42,7 @@ def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bo
     for batch in batches:
         for source, mass in batch.masses.items():
             masses[source] = masses[source] + mass if source in masses else mass
-    for block, new in statistics:
+    for block, new in statistics if len(batches) > 1 else ():
         for key, average in new.items():
             for source in average.sums.keys() & masses.keys() if not block.is_mean(key) else ():
                 average.weigh(masses[source], source)  # a block's gradient is zero in batches that do not know it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,21 +37,46 @@ def kind_of(*sides: Tensor) -> Hashable:
     return sides[0].dtype, sides[0].device, *(s.shape for s in sides)
 
 
+class Preconditioning(NamedTuple):
+    """A block, the damping of its inverse, and its gradient in the block's coordinates; None without one."""
+
+    block: Block
+    damping: float
+    gradient: Tensor | None
+
+
 class Products:
     """Ũ X Ṽ of many blocks. Keeps the inverses, and the stacks of those that go together, while they are the same."""
 
     def __init__(self) -> None:
+        self._of: list[tuple[Block, int, float]] = []  # (block, version of its statistics, damping) of each inverse
         self._inverses: list[Inverse] = []
         self._batches: list[tuple[list[int], Tensor, Tensor]] = []
 
-    def apply(self, inverses: Sequence[Inverse], xs: Sequence[Tensor]) -> list[Tensor]:
-        if len(inverses) != len(self._inverses) or any(a is not b for a, b in zip(inverses, self._inverses)):
-            self._stack(inverses)
+    def directions(self, todo: Sequence[Preconditioning]) -> list[Tensor]:
+        """Return d of each block that has a gradient.
+
+        Missing inverses are made together, also those of blocks without a gradient: in a batch the last bits depend on
+        its members, and a run that goes on from a checkpoint makes all of them at once.
+        """
+        asked = [t for t in todo if t.gradient is not None]
+        now = [(t.block, t.block.version, t.damping) for t in asked]
+        if now != self._of:
+            self._of, self._inverses, self._batches = [], [], []  # old inverses go as new ones take their place
+            if any(t.block.is_stale(t.damping) for t in asked):
+                stale = [t for t in todo if t.block.is_stale(t.damping)]
+                for t, make in zip(stale, made_together([t.block for t in stale], [t.damping for t in stale])):
+                    t.block.good_inverse(t.damping, make)
+            self._stack([t.block.good_inverse(t.damping) for t in asked])
+            self._of = now
+        return self._apply([t.gradient for t in asked if t.gradient is not None])
+
+    def _apply(self, xs: Sequence[Tensor]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         for members, u, v in self._batches:
             stacked = u @ torch.stack([xs[i] for i in members]) @ v
             found.update(zip(members, stacked.unbind()))
-        return [found[i] if i in found else inverse.apply(x) for i, (inverse, x) in enumerate(zip(inverses, xs))]
+        return [found[i] if i in found else held.apply(x) for i, (held, x) in enumerate(zip(self._inverses, xs))]
 
     def _stack(self, inverses: Sequence[Inverse]) -> None:
         self._inverses, self._batches = list(inverses), []
@@ -75,8 +101,8 @@ def made_together(blocks: Sequence[Block], dampings: Sequence[float]) -> list[Ca
     jobs = [block.factor_jobs(damping) for block, damping in zip(blocks, dampings)]
     flat = [(damping, job) for damping, mine in zip(dampings, jobs) for job in mine]
     done: dict[int, Tensor | None] = {}
-    for members in alike((d, kind_of(job.like)) if job.system else None for d, job in flat):
-        systems = [system() for m in members if (system := flat[m][1].system)]
+    for members in alike((d, kind_of(job.like)) if job.relative else None for d, job in flat):
+        systems = [flat[m][1].system() for m in members]
         done.update(zip((id(flat[m][1]) for m in members), solved(systems)))
     return [
         partial(block.relative_inverse, damping, [done.get(id(job)) for job in mine])

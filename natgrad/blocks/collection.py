@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.base import Block
-from natgrad.blocks.dense import DenseBlock
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.blocks.structures import block_of
+from natgrad.blocks.structures import STRUCTURES
 from natgrad.capture.layers import Layers
 from natgrad.capture.tape import LayerCall, Uncaptured
 
@@ -45,14 +44,12 @@ class BlockCollection:
         """Make blocks of layers that are used for the first time; return the calls, each of one layer."""
         fresh, calls = self.layers.learn(calls)
         for layer in fresh:
-            structure = self.structure_of(layer.key.name)
-            if structure == "dense":
-                joint = next((b for b in self.blocks if isinstance(b, DenseBlock) and b.structure == "dense"), None)
-                if joint is not None:
-                    joint.extend(layer)
-                    continue
             name = layer.key.name
-            block = block_of(structure, [layer], self.sharing_of(name), self.max_factor_dim_of(name), self.trains)
+            structure = STRUCTURES[self.structure_of(name)]
+            if (joint := next((b for b in self.blocks if structure.joins and type(b) is structure), None)) is not None:
+                joint.extend(layer)
+                continue
+            block = structure([layer], self.sharing_of(name), self.max_factor_dim_of(name), self.trains)
             self.set_up(block)
             self.blocks.append(block)
         return calls
@@ -73,7 +70,7 @@ class BlockCollection:
         block.generator = self.rows
         block.max_rows = self.max_positions
         if self.trains and self.sampled and self.max_positions is None:
-            block.max_rows = max(TRAINING_ROWS, *block.matrix_shape[1:])
+            block.max_rows = max(TRAINING_ROWS, *block.shape[1:])
 
     def train(self) -> None:
         """An optimizer takes over: what a refresh costs counts from now on."""

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.blocks.base import Job, JointBlock, names_of
+from natgrad.blocks.base import Job, JointBlock
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.linalg.inverse import DenseInverse, Inverse
 from natgrad.linalg.kronecker import damped_inverse, safe_eigh
 
 
-class DenseBlock(JointBlock):
-    """The full matrix of one layer or of several."""
+class LayerBlock(JointBlock):
+    """The full matrix of one layer."""
 
-    structure = "dense"
+    structure = "block"
 
     def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
@@ -35,22 +35,6 @@ class DenseBlock(JointBlock):
     def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
         return {"matrix": (self.dimension, self.dimension)}
 
-    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
-        grown = []
-        for part in parts:  # batches from before a layer was first used
-            average = part["matrix"].copy()
-            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
-            grown.append({"matrix": average})
-        return super().merged(grown, plain)
-
-    def extend(self, layer: Layer) -> None:
-        """Take in a layer first used now; over the data seen before, its gradient was zero."""
-        self.layers.append(layer)
-        self.names = names_of(self.layers)
-        self.version += 1
-        for average in self.statistics.values():
-            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
-
     @property
     def matrix(self) -> Tensor:
         return self.value("matrix")
@@ -67,7 +51,7 @@ class DenseBlock(JointBlock):
 
     def factor_jobs(self, damping: float) -> list[Job]:
         m = self.matrix
-        return [Job(len(m) ** 3, m, lambda: damped_inverse(m, self.relative_to_mean(damping)))]
+        return [Job(len(m) ** 3, m, lambda: (m, self.relative_to_mean(damping)), relative=False)]
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal()
@@ -84,6 +68,27 @@ class DenseBlock(JointBlock):
 
     def sizes(self) -> str:
         return f"{self.dimension}²"
+
+
+class DenseBlock(LayerBlock):
+    """The full matrix of all layers together."""
+
+    structure = "dense"
+    joins = True
+
+    def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
+        grown = []
+        for part in parts:  # batches from before a layer was first used
+            average = part["matrix"].copy()
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
+            grown.append({"matrix": average})
+        return super().merged(grown, plain)
+
+    def extend(self, layer: Layer) -> None:
+        self.take([*self.layers, layer])
+        self.version += 1
+        for average in self.statistics.values():
+            average.sums = {h: grow_to(s, self.dimension) for h, s in average.sums.items()}
 
 
 def grow_to(matrix: Tensor, size: int) -> Tensor:

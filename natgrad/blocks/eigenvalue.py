@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
 from natgrad.linalg.kronecker import eigen_of
@@ -27,15 +27,9 @@ class EigenvalueBlock(KroneckerBlock):
     structure = "ekfac"
     two_pass = True
 
-    def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
-    ) -> None:
-        super().__init__(layers, sharing, max_factor_dim, trains)
-        self.needs_data = True
-
     def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
         bases = {f"Q_{side}": self._shape(side) for side in "UV"}
-        return {**super().shapes_of_statistics(), **bases, "S": tuple(self.matrix_shape)}
+        return {**super().shapes_of_statistics(), **bases, "S": tuple(self.shapes[0])}
 
     def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
@@ -59,15 +53,10 @@ class EigenvalueBlock(KroneckerBlock):
             return
         average = Average()
         qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
-        average.add(like.new_zeros(self.matrix_shape), None, source)
-        data = uses[0][0].data if uses[0] else 0
-        step = max(1, CHUNK // max(1, self.dimension))
-        for start in range(0, data, step):
-            length = min(step, data - start)
-            total = uses[0][0].per_example_gradients(start, length, (qu, qv))
-            for use in uses[0][1:]:
-                total = total + use.per_example_gradients(start, length, (qu, qv))
-            average.add(total.square().sum(0), None, source)
+        average.add(like.new_zeros(self.shape), None, source)
+        if uses[0]:
+            most = max(1, CHUNK // max(1, self.dimension))
+            average.add(sum_of_squared_gradients(uses[0], self.shape[0], most, (qu, qv)), None, source)
         average.weigh(mass, source)
         if "S" in new:
             new["S"].merge(average, plain=source in new["S"].sums)
@@ -75,8 +64,6 @@ class EigenvalueBlock(KroneckerBlock):
             new["S"] = average
 
     def merged(self, parts: Sequence[Statistics], plain: bool) -> Statistics:
-        if len(parts) == 1:
-            return parts[0]
         bases = {k: a for k, a in parts[-1].items() if k in ("Q_U", "Q_V")}
         rest = [turned(p, bases) for p in parts]
         return {**super().merged(rest, plain), **bases}
@@ -127,7 +114,7 @@ class EigenvalueBlock(KroneckerBlock):
         return self.value("S").sum()
 
     def sizes(self) -> str:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         return super().sizes() + f" + {out}·{into}" + (f" × {groups}" if groups > 1 else "")
 
 

@@ -19,7 +19,7 @@ U₁⊗V₁ + U₂⊗V₂; it is kept as one with the same trace, (tr V₁·U₁
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -28,8 +28,9 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import VALUE, Block, Job
 from natgrad.capture.layers import Layer, LayerIO
-from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
+from natgrad.capture.rows import Rows, count, of_data, second_moment, thinned
 from natgrad.linalg.block_diagonal import (
+    both_times,
     diagonal_of,
     is_diagonal,
     pieces_of,
@@ -37,7 +38,7 @@ from natgrad.linalg.block_diagonal import (
     trace_of,
 )
 from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into_basis, out_of_basis
-from natgrad.linalg.kronecker import eigen_of, kron_apply, relative_inverse, relative_inverse_of_piece, relative_system
+from natgrad.linalg.kronecker import eigen_of, relative_inverse, relative_system
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_FACTOR_DIM = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_factor_dim` is given
@@ -48,21 +49,23 @@ class KroneckerBlock(Block):
     """U ⊗ V of one layer, a pair for each group. Coordinates: (…, groups, d_out, d_in)."""
 
     structure = "kfac"
+    inputs_alone = False  # whether U is kept as its diagonal, for its mean
 
     def __init__(
         self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
     ) -> None:
-        super().__init__(layers)
+        super().__init__(layers, sharing, max_factor_dim, trains)
         (self.layer,) = self.layers
-        self.sharing, self.max_factor_dim, self.trains = sharing, max_factor_dim, trains
-        self.needs_data = sharing == "reduce"
+        # how many columns, the last ones, are biases beside a weight
+        self.own_columns = len(self.layer.biases) if self.layer.weight is not None else 0
+        self.needs_data = sharing == "reduce" or self.two_pass
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
-        _, out, into = self.matrix_shape
+        _, out, into = self.shape
         exactly_diagonal = self.layer.one_hot and not self.layer.swapped and sharing == "expand"
         # rows p of the pieces that each side is kept in
         self.kept = (
-            kept_rows(out, max_factor_dim, trains),
+            1 if self.inputs_alone else kept_rows(out, max_factor_dim, trains),
             1 if exactly_diagonal else kept_rows(into, max_factor_dim, trains),
         )
 
@@ -76,10 +79,10 @@ class KroneckerBlock(Block):
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
             gradients, inputs, scale = self._rows(use)
             moment = second_moment(gradients, self.kept[use.swapped])
-            new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
+            self._add(new.setdefault(u, Average()), moment if scale == 1 else moment * scale, None, source, use)
             if use.first and inputs is not None:
                 total = second_moment(inputs, self.kept[not use.swapped])
-                new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
+                self._add(new.setdefault(v, Average()), total, count(inputs), "", use)
         # a product that this batch does not use has zero gradient there
         for key in {"U"} | {k for k in self.statistics if k == "V′"}:
             if key not in new:
@@ -89,8 +92,14 @@ class KroneckerBlock(Block):
                 average.weigh(mass, source)
         return new
 
+    def _add(self, average: Average, total: Tensor, mass: Tensor | None, source: str, use: LayerIO) -> None:
+        if use.region is None:
+            average.add(total, mass, source)
+        else:
+            average.add_part(total, mass, source, use.region, self.shape[0])
+
     def _shape(self, key: str) -> tuple[int, ...]:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         side = int(key[0] == "V")
         return groups, self.kept[side], (out, into)[side]
 
@@ -108,7 +117,7 @@ class KroneckerBlock(Block):
     def _rows(self, use: LayerIO) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":
-            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+            return use.summed_gradients(), use.mean_inputs() if use.first else None, 1.0
         data, positions = use.gradients.shape[:2]
         rows = data * positions
         if self.max_rows is None or rows <= self.max_rows:
@@ -128,29 +137,19 @@ class KroneckerBlock(Block):
     def is_symmetric(self, key: str) -> bool:
         return key[0] in "UV" and self.kept[key[0] == "V"] > 1
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.layer.pack(tensors)
-
-    def matrices(self, x: Tensor) -> list[Tensor]:
-        return [x]
-
     @property
-    def matrix_shape(self) -> torch.Size:
-        """(groups, d_out, d_in)"""
-        shape: torch.Size = self.cached("shape", lambda: self.layer.matrix_shape)
-        return shape
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """U (groups, d_out, d_out) and V (groups, d_in, d_in), or (groups, p, d) in pieces of p rows."""
+        found: tuple[Tensor, Tensor] = self.cached(VALUE + "sides", self._sides)
+        return found
 
     @property
     def u(self) -> Tensor:
-        """(groups, d_out, d_out), or (groups, p, d_out) in pieces of p rows"""
-        u: Tensor = self.cached(VALUE + "sides", self._sides)[0]
-        return u
+        return self.factors[0]
 
     @property
     def v(self) -> Tensor:
-        """(groups, d_in, d_in), or (groups, p, d_in) in pieces of p rows"""
-        v: Tensor = self.cached(VALUE + "sides", self._sides)[1]
-        return v
+        return self.factors[1]
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         pairs = [
@@ -174,22 +173,23 @@ class KroneckerBlock(Block):
         return found
 
     def _eigen(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        (lu, qu), (lv, qv) = eigen_of(self.u), eigen_of(self.v)
+        (lu, qu), (lv, qv) = map(eigen_of, self.factors)
         return lu[..., :, None] * lv[..., None, :], qu, qv
 
     def flat(self, x: Tensor) -> Tensor:
-        return kron_apply(self.u, x, self.v)
+        u, v = self.factors
+        return both_times(u, x, v)
 
     def inverse(self, damping: float) -> Inverse:
         values, qu, qv = self.eigen()
         return EigenInverse(1 / (values + damping), qu, qv)
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
-        of_u = 0 if results is None or is_diagonal(self.u) else len(pieces_of(self.u))
+        u, v = self.factors
+        of_u = 0 if results is None or is_diagonal(u) else len(pieces_of(u))
         done = list(results or ())
         return KroneckerInverse(
-            relative_inverse(self.u, damping, done[:of_u]),
-            relative_inverse(self.v, damping, done[of_u:], self.own_columns),
+            relative_inverse(u, damping, done[:of_u]), relative_inverse(v, damping, done[of_u:], self.own_columns)
         )
 
     def factor_jobs(self, damping: float) -> list[Job]:
@@ -197,18 +197,12 @@ class KroneckerBlock(Block):
             Job(
                 len(m) * m.shape[-1] ** 3,
                 m,
-                partial(relative_inverse_of_piece, side, i, damping, own),
                 partial(relative_system, side, i, damping, own),
             )
-            for side, own in ((self.u, 0), (self.v, self.own_columns))
+            for side, own in zip(self.factors, (0, self.own_columns))
             if not is_diagonal(side)
             for i, m in enumerate(pieces_of(side))
         ]
-
-    @property
-    def own_columns(self) -> int:
-        """How many columns, the last ones, are biases beside a weight."""
-        return len(self.layer.biases) if self.layer.weight is not None else 0
 
     def bias_scale(self) -> Tensor:
         """Return the second moment of a bias's input over the mean of the others, 1 at most, a scalar."""
@@ -216,18 +210,21 @@ class KroneckerBlock(Block):
         return found
 
     def _bias_scale(self) -> Tensor:
-        diagonal, width = diagonal_of(self.v), self.matrix_shape[2] - self.own_columns
+        diagonal, width = diagonal_of(self.v), self.shape[2] - self.own_columns
         inputs, biases = diagonal[..., :width].mean(), diagonal[..., width:].mean()
         return torch.where((inputs > 0) & (biases > 0), biases / inputs, 1.0).clamp(max=1)
 
     def newton_scale(self) -> Tensor:
-        return diagonal_of(self.u).mean() * diagonal_of(self.v).mean()
+        u, v = self.factors
+        return diagonal_of(u).mean() * diagonal_of(v).mean()
 
     def diagonal(self) -> Tensor:
-        return diagonal_of(self.u)[..., :, None] * diagonal_of(self.v)[..., None, :]
+        u, v = map(diagonal_of, self.factors)
+        return u[..., :, None] * v[..., None, :]
 
     def trace(self) -> Tensor:
-        return (trace_of(self.u) * trace_of(self.v)).sum()
+        u, v = map(trace_of, self.factors)
+        return (u * v).sum()
 
     def logdet(self, damping: float) -> Tensor:
         return (self.eigen()[0] + damping).log().sum()
@@ -236,12 +233,8 @@ class KroneckerBlock(Block):
         values, qu, qv = self.eigen()
         return out_of_basis(into_basis(z, qu, qv) * (values + damping).rsqrt(), qu, qv)
 
-    @property
-    def dimension(self) -> int:
-        return self.matrix_shape.numel()
-
     def sizes(self) -> str:
-        groups, out, into = self.matrix_shape
+        groups, out, into = self.shape
         sides = " ⊗ ".join(size_text(p, d) for p, d in zip(self.kept, (out, into)))
         return sides + (f" × {groups}" if groups > 1 else "")
 
@@ -250,12 +243,7 @@ class InputBlock(KroneckerBlock):
     """c·I ⊗ V."""
 
     structure = "input"
-
-    def __init__(
-        self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False
-    ) -> None:
-        super().__init__(layers, sharing, max_factor_dim, trains)
-        self.kept = (1, self.kept[1])
+    inputs_alone = True
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         u, v = super()._sides()
@@ -288,20 +276,6 @@ def size_text(p: int, d: int) -> str:
     pieces, rest = divmod(d, p)
     equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
     return f"({equal} + {rest}²)" if rest else equal
-
-
-def summed_positions(rows: Rows) -> Rows:
-    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
-
-
-def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Tensor:
-    """How many rows a second moment was summed over; by group, where the call uses a region of them."""
-    rows = count(inputs)
-    if region is None:
-        return rows
-    seen = total.new_zeros(total.shape[0])
-    seen[region[0] : region[1]] = 1
-    return rows * beside(seen)
 
 
 def beside(share: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from natgrad.blocks.base import Block
-from natgrad.blocks.dense import DenseBlock
+from natgrad.blocks.dense import DenseBlock, LayerBlock
 from natgrad.blocks.diagonal import DiagonalBlock
 from natgrad.blocks.eigenvalue import EigenvalueBlock
 from natgrad.blocks.kronecker import InputBlock, KroneckerBlock
@@ -16,25 +16,16 @@ from natgrad.capture.layers import Layer
 from natgrad.capture.layouts import LAYOUTS
 from natgrad.capture.parameters import ParameterSlice
 
-KRONECKER: dict[str, type[KroneckerBlock]] = {"kfac": KroneckerBlock, "ekfac": EigenvalueBlock, "input": InputBlock}
-STRUCTURES = ("dense", "block", "diagonal", *KRONECKER)
-
-
-def block_of(structure: str, layers: Sequence[Layer], sharing: str, max_factor_dim: int | None, trains: bool) -> Block:
-    """Return an empty block. `sharing`, `max_factor_dim` and `trains` are of the Kronecker structures."""
-    if structure in KRONECKER:
-        return KRONECKER[structure](layers, sharing, max_factor_dim, trains)
-    block = DiagonalBlock(layers) if structure == "diagonal" else DenseBlock(layers)
-    block.structure = structure
-    return block
+CLASSES: tuple[type[Block], ...] = (DenseBlock, LayerBlock, DiagonalBlock, KroneckerBlock, EigenvalueBlock, InputBlock)
+STRUCTURES = {c.structure: c for c in CLASSES}
 
 
 def block_to_json(block: Block) -> dict[str, Any]:
     return {
         "structure": block.structure,
-        "sharing": getattr(block, "sharing", "expand"),
-        "max_factor_dim": getattr(block, "max_factor_dim", None),
-        "trains": getattr(block, "trains", False),
+        "sharing": block.sharing,
+        "max_factor_dim": block.max_factor_dim,
+        "trains": block.trains,
         "layers": [layer_to_json(layer) for layer in block.layers],
     }
 
@@ -48,15 +39,15 @@ def block_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -
     if data["structure"] not in STRUCTURES:
         raise ValueError(f"structure {data['structure']!r}; there are {', '.join(STRUCTURES)}")
     layers = [layer_from_json(d, shapes) for d in data["layers"]]
-    return block_of(data["structure"], layers, data["sharing"], data["max_factor_dim"], data["trains"])
+    return STRUCTURES[data["structure"]](layers, data["sharing"], data["max_factor_dim"], data["trains"])
 
 
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
         "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
-        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
-        "biases": [[b.name, b.rows] for b in layer.biases],
+        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.ranges],
+        "biases": [[b.name, b.ranges] for b in layer.biases],
         "one_hot": layer.one_hot,
         "swapped": layer.swapped,
         "fan_in": layer.fan_in,
@@ -72,7 +63,7 @@ def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -
 
 
 def piece(data: Sequence[Any]) -> ParameterSlice:
-    return ParameterSlice(data[0], None if data[1] is None else tuple(data[1]))
+    return ParameterSlice(data[0], tuples(data[1]))
 
 
 def tuples(value: Any) -> Any:

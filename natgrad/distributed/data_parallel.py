@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import Block, Job
 from natgrad.blocks.batch_statistics import BatchStatistics
+from natgrad.blocks.batching import Preconditioning
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.blocks.structures import block_to_json
 from natgrad.distributed.assignment import assign_owners, owners, work_on
 from natgrad.distributed.ddp import check_join
 from natgrad.distributed.exchange import Entry, digest_of, entries_of, reconcile
 from natgrad.distributed.ranks import Ranks
-from natgrad.distributed.strategy import Preconditioning, Strategy
+from natgrad.distributed.strategy import Strategy
 from natgrad.linalg.inverse import Inverse
 from natgrad.linalg.kronecker import FactorisationError
 from natgrad.linalg.packed import side_of_triangles, triangles
@@ -164,9 +165,9 @@ class DataParallel(Strategy):
             now = [(t.block.names, t.block.version, t.damping) for t in mine]
             fresh, self._applied = now != self._applied, now
             return shared_directions(self.ranks, mine, fresh)
-        stale = [t for t in mine if t.kept.is_stale(t.block, t.damping)]
+        stale = [t for t in mine if t.block.is_stale(t.damping)]
         for t, make in zip(stale, shared_inverses(self.ranks, stale)):
-            t.kept.refresh(t.block, t.damping, make)
+            t.block.good_inverse(t.damping, make)
         return [applied(t) for t in mine]
 
     def way(self, blocks: Sequence[Block]) -> str:
@@ -181,7 +182,7 @@ class DataParallel(Strategy):
 def applied(todo: Preconditioning) -> Tensor:
     """Return d of a block."""
     assert todo.gradient is not None
-    return todo.kept.refresh(todo.block, todo.damping).apply(todo.gradient)
+    return todo.block.good_inverse(todo.damping).apply(todo.gradient)
 
 
 def shared_inverses(ranks: Ranks, stale: Sequence[Preconditioning]) -> list[Callable[[], Inverse]]:

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from natgrad.blocks.base import Block
+from natgrad.blocks.batching import Preconditioning
 from natgrad.distributed.data_parallel import DataParallel, applied
 from natgrad.distributed.fsdp import REPLACE, LiveNames
 from natgrad.distributed.ranks import Ranks
-from natgrad.distributed.strategy import Preconditioning
 from natgrad.linalg.kronecker import FactorisationError
 
 
@@ -131,7 +131,7 @@ class FullySharded(DataParallel):
         """
         told = self.ranks.gather([int(fine), data])
         counts = [d for _, d in told]
-        self.uneven = len(set(counts)) > 1
+        self.most, self.uneven = max(counts), len(set(counts)) > 1
         if self.uneven and min(counts) == 1:
             raise RuntimeError(
                 f"the ranks of a sharded model have {counts} data; with one datum the metric takes other backward "

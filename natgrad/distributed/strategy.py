@@ -11,34 +11,14 @@ and each of these is the identity here, but for `directions`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics
-from natgrad.blocks.batching import Products, made_together
+from natgrad.blocks.batching import Preconditioning, Products
 from natgrad.blocks.collection import BlockCollection
-from natgrad.linalg.inverse import Inverse
-
-
-class Kept(Protocol):
-    """What a step rule keeps of a block: its inverse."""
-
-    def is_stale(self, block: Block, damping: float) -> bool: ...
-
-    def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse: ...
-
-
-@dataclass
-class Preconditioning:
-    """A block, what is kept of it, its damping, and its gradient in the block's coordinates; None without one."""
-
-    block: Block
-    kept: Kept
-    damping: float
-    gradient: Tensor | None
 
 
 class Strategy:
@@ -46,6 +26,7 @@ class Strategy:
 
     rank, size = 0, 1
     sharded = False  # whether ranks hold shards of the parameters
+    most = 1  # data that a rank has, where all ranks make every backward pass together
     uneven = False  # whether ranks whose every backward pass is collective have unlike numbers of data
     holds_gradients = False  # whether gradients wait outside the parameters for the last of several backward passes
     refresh = 1  # steps between refreshes, once an optimizer drives the metric
@@ -135,20 +116,8 @@ class Strategy:
         return parameters
 
     def directions(self, todo: Sequence[Preconditioning]) -> list[Tensor]:
-        """Return d of each block that has a gradient.
-
-        Missing inverses are made together, also those of blocks without a gradient: in a batch the last bits depend on
-        its members, and a run that goes on from a checkpoint makes all of them at once.
-        """
-        asked = [(t, t.gradient) for t in todo if t.gradient is not None]
-        if any(t.kept.is_stale(t.block, t.damping) for t, _ in asked):
-            self._products = Products()  # lets go of the old inverses one by one, as new ones take their place
-            stale = [t for t in todo if t.kept.is_stale(t.block, t.damping)]
-            makes = made_together([t.block for t in stale], [t.damping for t in stale])
-            for t, make in zip(stale, makes):
-                t.kept.refresh(t.block, t.damping, make)
-        inverses = [t.kept.refresh(t.block, t.damping) for t, _ in asked]
-        return self._products.apply(inverses, [g for _, g in asked])
+        """Return d of each block that has a gradient. Inverses that are missing are made."""
+        return self._products.directions(todo)
 
     def totals(
         self, blocks: Sequence[Block], scalars: Tensor, by_block: Tensor | None, failures: int

@@ -6,16 +6,17 @@ A pre-hook of the root module opens a tape, a hook after it closes the tape. The
 2. else when the output is backpropagated, just before its own backward pass begins: with a functional loss, or a loss
    computed inside the model.
 
-Statistics count once their output is backpropagated, and are dropped otherwise, with the random numbers that they took.
-The hooks hold the metric weakly, and
-what they leave on the graph holds what a draw says and no graph, so no cycle keeps a graph alive.
+Statistics count once their loss is backpropagated to parameters, and are dropped otherwise, with the random numbers
+that they took. A backward pass for the gradient of the inputs alone is none of training (`natgrad.capture.purpose`).
+The hooks hold the metric weakly, and what they leave on the graph holds what a draw says and no graph, so no cycle
+keeps a graph alive.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -27,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 from natgrad._tree import leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.compile import go_on_in_python
+from natgrad.capture.purpose import ACCUMULATED, purpose_of_pass
 from natgrad.capture.tape import Hook, Tape, edge_of, in_backward, in_transform
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.interrupts import uninterrupted
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
@@ -54,7 +56,8 @@ class Watched(Protocol):
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None: ...
-    def count(self, draw: BatchStatistics) -> None: ...
+    def lacks_labels(self) -> bool: ...
+    def count(self, draw: BatchStatistics, purpose: str) -> None: ...
 
 
 class Passes:
@@ -63,9 +66,9 @@ class Passes:
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
         self.open: Tape | None = None
-        self.inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self.inside: list[tuple[str, Any, Any, Any]] = []  # calls of a criterion inside the root's forward
         self.called: Called = {}  # of the criteria of several heads, until all have been called
-        self.drawing = False  # a backward pass now is the metric's own
+        self.losses: dict[str, Any] = {}  # and what they returned
 
     def abandon(self) -> None:
         """Close the forward pass that is open, and forget it."""
@@ -77,7 +80,7 @@ class Passes:
     def forget(self) -> None:
         """Let go of forward passes whose loss has not come."""
         self.abandon()
-        self.tapes, self.called = [], {}
+        self.tapes, self.called, self.losses = [], {}, {}
 
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
@@ -96,6 +99,7 @@ class CriterionHooks:
         self.root = root
         self.trainer = threading.get_ident()
         self._passes: dict[int, Passes] = {}
+        self.criterion_is_called = False  # whether it ever was, after a forward pass that was watched
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
         at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
@@ -183,46 +187,49 @@ class CriterionHooks:
             for t in leaves:
                 t.register_hook(fire)
 
-    def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
+    def criterion_called(self, key: str, args: Any, kwargs: Any, loss: Any) -> None:
         metric, here = self._metric(), self.here
         if self.trainer != threading.get_ident() or metric is None:
             return
         if in_backward() or in_transform() or _unwatched.get():
             return
         if here.open is not None:
-            here.inside.append((key, args, kwargs))
+            here.inside.append((key, args, kwargs, loss))
             return
         if not here.tapes or not torch.is_grad_enabled():
             return
-        here.called[key] = (args, kwargs)
+        here.called[key], here.losses[key] = (args, kwargs), loss
         if len(here.called) < len(self._listeners):
             return
-        called, here.called = here.called, {}
-        here.drawing = True
-        try:
-            draw = metric.draw_at_criterion(called, here.tapes)
-        finally:
-            here.drawing = False
+        called, losses, here.called, here.losses = here.called, here.losses, {}, {}
+        names = {i: n for tape in here.tapes for i, n in tape.names.items()}
+        self.criterion_is_called = True
+        draw = metric.draw_at_criterion(called, here.tapes)
         if draw is not None:
-            self._count_on_backward(draw, called, here)
+            self._count_on_backward(draw, leaves_of(losses), names, here)
 
-    def _count_on_backward(self, draw: BatchStatistics, called: Called, passes: Passes) -> None:
-        waiting = [draw]  # shared by the hooks: the first that fires takes it
+    def _count_on_backward(
+        self, draw: BatchStatistics, losses: Sequence[Tensor], names: Mapping[int, str], passes: Passes
+    ) -> None:
+        """Count when the losses themselves are backpropagated: the output is reached by gradient penalties too."""
         watcher, held = weakref.ref(self), weakref.ref(passes)
+        waiting = [draw]  # the graph need not hold it once it is counted
 
         def count(_: Tensor) -> None:
             here, mine = watcher(), held()
-            if here is None or mine is None or mine.drawing:  # for another call of the criterion on the same output
-                return  # or the passes of a thread that no longer trains
-            metric = here._metric()
+            metric = None if here is None else here._metric()
+            if mine is None or metric is None or (purpose := purpose_of_pass(names)) is None:
+                return  # without passes: their thread trains no more
             with uninterrupted():
-                if waiting and metric is not None:
-                    metric.count(waiting.pop())
+                if waiting:
+                    metric.count(waiting[0], purpose)
+                    if purpose == ACCUMULATED:
+                        waiting.clear()
                 mine.forget_drawn()
 
-        for t in leaves_of(called):
-            if t.requires_grad:
-                t.register_hook(count)
+        for loss in losses:
+            if loss.requires_grad:
+                loss.register_hook(count)
 
 
 class Listener:
@@ -233,7 +240,7 @@ class Listener:
 
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
         if (watcher := self._watcher()) is not None:
-            watcher.criterion_called(self.key, args, kwargs)
+            watcher.criterion_called(self.key, args, kwargs, result)
 
 
 class Guard:
@@ -310,12 +317,14 @@ class Once:
         if watcher is None or passes is None or tape is None or tape.drawn or tape not in passes.tapes:
             return
         metric = watcher._metric()
-        if metric is None:
+        if metric is None or (purpose := purpose_of_pass(tape.names)) is None:
             return
+        if watcher.criterion_is_called and metric.lacks_labels():
+            return  # a term beside the criterion, as of a consistency between two outputs: it has no labels
         output, received = tape.at_output
         with uninterrupted():
             with torch.enable_grad():
                 draw = metric.draw_at_output(output, received, [tape])
             passes.tapes = [t for t in passes.tapes if t is not tape]
             if draw is not None:
-                metric.count(draw)
+                metric.count(draw, purpose)

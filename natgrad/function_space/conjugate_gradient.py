@@ -6,8 +6,6 @@ https://arxiv.org/abs/2110.02820, algorithms 2.1 and 5.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from natgrad.function_space.jacobian import JacobianOperator
@@ -19,10 +17,9 @@ NYSTROM_RANK = 100
 class Nystrom:
     """r ↦ (ĝ_rank + λI)⁻¹r up to a constant, with a Nyström approximation of ĝ = JᵀJ."""
 
-    def __init__(self, rows: JacobianOperator, damping: float, rank: int = NYSTROM_RANK) -> None:
-        self.basis, self.values = nystrom(
-            lambda v: rows.vjp(rows.jvp(v)), rows.parameters, min(rank, rows.count, rows.parameters), rows.like
-        )
+    def __init__(self, rows: JacobianOperator, damping: float) -> None:
+        rank = min(NYSTROM_RANK, rows.count, rows.parameters)
+        self.basis, self.values = nystrom(lambda v: rows.vjp(rows.jvp(v)), rows.parameters, rank, rows.like)
         self.scale = (self.values[-1] + damping) / (self.values + damping) - 1
 
     def __call__(self, r: Tensor) -> Tensor:
@@ -30,28 +27,18 @@ class Nystrom:
 
 
 class ConjugateGradient:
-    """(JᵀJ + λI)⁻¹ by conjugate gradients. Products alone, from a kept J where it is small.
+    """(JᵀJ + λI)⁻¹ by conjugate gradients. Products alone, from a kept J where it is small."""
 
-    Args:
-        precondition: r ↦ approximately (JᵀJ + λI)⁻¹r, symmetric and positive definite; None is `Nystrom`.
-    """
-
-    def __init__(
-        self,
-        rows: JacobianOperator,
-        damping: float,
-        precondition: Callable[[Tensor], Tensor] | None = None,
-        tolerance: float = CG_TOLERANCE,
-    ) -> None:
-        self.rows, self.damping, self.tolerance = rows.kept(), damping, tolerance
+    def __init__(self, rows: JacobianOperator, damping: float) -> None:
+        self.rows, self.damping = rows.kept(), damping
         self.iterations = 0  # of the last solve
-        self.precondition = Nystrom(self.rows, damping) if precondition is None else precondition
+        self.precondition = Nystrom(self.rows, damping)
 
     def product(self, v: Tensor) -> Tensor:
         return self.rows.vjp(self.rows.jvp(v)) + self.damping * v
 
     def sharp(self, g: Tensor) -> Tensor:
-        x, self.iterations = conjugate_gradient(self.product, g, self.precondition, self.tolerance, CG_ITERATIONS)
+        x, self.iterations = conjugate_gradient(self.product, g, self.precondition, CG_TOLERANCE, CG_ITERATIONS)
         return x
 
     def pull(self, c: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ def times(x: Tensor, side: Tensor) -> Tensor:
     return torch.cat([x[..., start:stop] @ m for m, (start, stop) in parts], dim=-1)
 
 
+def both_times(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """U X V, which is (U ⊗ V) vec(X) as a matrix; x (…, groups, d_out, d_in)"""
+    return times(left_times(u, x), v)
+
+
 def transposed(side: Tensor) -> Tensor:
     """Mᵀ, of eigenvectors: a side itself is symmetric."""
     return side if is_diagonal(side) else side_of([m.mT for m in pieces_of(side)])

@@ -22,7 +22,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from natgrad.linalg.block_diagonal import diagonal_of, is_diagonal, left_times, pieces_of, side_of, times
+from natgrad.linalg.block_diagonal import diagonal_of, is_diagonal, pieces_of, side_of, spans
 
 JITTER = 1e-7  # first jitter, relative to the mean eigenvalue; grows a hundredfold a try
 TRIES = 3
@@ -30,11 +30,6 @@ TRIES = 3
 
 class FactorisationError(RuntimeError):
     """A curvature factor could not be factorised by any means: it holds NaN or Inf."""
-
-
-def kron_apply(u: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """(U ⊗ V) vec(X) as a matrix, X (…, groups, d_out, d_in), of two sides."""
-    return times(left_times(u, x), v)
 
 
 def eigen_of(side: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -109,26 +104,26 @@ def relative_inverse(side: Tensor, damping: float, found: Sequence[Tensor | None
     A factor that is zero stays at its damping: its inverse is I/√λ. `found`: the pieces that are there already.
     """
     if is_diagonal(side):
-        size = diagonal_of(side).mean()
-        return 1 / (side * per(size) + damping**0.5 * damped_by(side, own).reshape(side.shape))
+        diagonal = diagonal_of(side)
+        return 1 / (side * per(diagonal.mean()) + damping**0.5 * damped_by(diagonal, own).reshape(side.shape))
     found = found or [None] * len(pieces_of(side))
-    return side_of([relative_inverse_of_piece(side, i, damping, own) if m is None else m for i, m in enumerate(found)])
+    return side_of(
+        [damped_inverse(*relative_system(side, i, damping, own)) if m is None else m for i, m in enumerate(found)]
+    )
 
 
 def damped_eigenvalues(side: Tensor, damping: float, own: int = 0) -> Tensor:
     """Return the eigenvalues of U + √λ t_U T, (…, d), in the order of those of `eigen_of`: `relative_inverse`'s own."""
-    added = damping**0.5 * diagonal_of(side).mean() * damped_by(side, own)
-    if is_diagonal(side):
-        return (diagonal_of(side) + added).clamp(min=0)
-    pieces = pieces_of(side)
-    return torch.cat(
-        [safe_eigh(p + torch.diag_embed(of_piece(added, side, i)))[0] for i, p in enumerate(pieces)], dim=-1
-    )
-
-
-def damped_by(side: Tensor, own: int) -> Tensor:
-    """Return the diagonal of T, (…, d); 1 for inputs that are all zero."""
     diagonal = diagonal_of(side)
+    added = damping**0.5 * diagonal.mean() * damped_by(diagonal, own)
+    if is_diagonal(side):
+        return (diagonal + added).clamp(min=0)
+    pieces = zip(pieces_of(side), added.split([p.shape[-1] for p in pieces_of(side)], dim=-1))
+    return torch.cat([safe_eigh(p + torch.diag_embed(more))[0] for p, more in pieces], dim=-1)
+
+
+def damped_by(diagonal: Tensor, own: int) -> Tensor:
+    """Return the diagonal of T, (…, d), of a side's own; 1 for inputs that are all zero."""
     out = torch.ones_like(diagonal)
     if not own:
         return out
@@ -141,25 +136,14 @@ def damped_by(side: Tensor, own: int) -> Tensor:
     return out
 
 
-def relative_inverse_of_piece(side: Tensor, number: int, damping: float, own: int = 0) -> Tensor:
-    """One piece of `relative_inverse` of a side that is not diagonal: (…, w, w)."""
-    return damped_inverse(*relative_system(side, number, damping, own))
-
-
 def relative_system(side: Tensor, number: int, damping: float, own: int = 0) -> tuple[Tensor, float]:
-    """(M, a) with M + aI what `relative_inverse_of_piece` inverts."""
-    size = diagonal_of(side).mean()  # of the whole side: pieces keep their sizes to each other
-    m = pieces_of(side)[number] * per(size)
+    """(M, a) with M + aI what is inverted for one piece (…, w, w) of a side that is not diagonal."""
+    diagonal = diagonal_of(side)
+    start, stop = spans(*side.shape[-2:])[number]
+    m = side[..., : stop - start, start:stop] * per(diagonal.mean())  # of the whole: pieces keep their relative sizes
     if own:
-        m = m + torch.diag_embed(damping**0.5 * (of_piece(damped_by(side, own), side, number) - 1))
+        m = m + torch.diag_embed(damping**0.5 * (damped_by(diagonal, own)[..., start:stop] - 1))
     return m, damping**0.5
-
-
-def of_piece(diagonal: Tensor, side: Tensor, number: int) -> Tensor:
-    """Return the entries of a diagonal (…, d) that belong to one piece of a side."""
-    widths = [p.shape[-1] for p in pieces_of(side)]
-    start = sum(widths[:number])
-    return diagonal[..., start : start + widths[number]]
 
 
 def per(size: Tensor) -> Tensor:

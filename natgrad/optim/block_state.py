@@ -1,9 +1,8 @@
-"""What the default step rule keeps of each block."""
+"""What the default step rule keeps of each block, and what it holds from one refresh to the next."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,14 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.base import Block
-from natgrad.linalg.inverse import Inverse
-from natgrad.linalg.kronecker import FactorisationError
 from natgrad.optim.step_arithmetic import dot
 from natgrad.optim.step_rule import Options, one_value
+from natgrad.optim.step_sizes import DirectionSizes
 
-MAX_FAILURES = 5  # factorisations of a block that may fail in a row
 # s falls to at most this share of itself from one refresh to the next: the Fisher matrix of a classifier that is sure
 # of all its labels vanishes, and one label that is wrong would then throw the weights off (docs/step.md)
 SCALE_MEMORY = 0.97
+AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
 @dataclass
@@ -33,9 +31,6 @@ class BlockState:
     newton_scale: Tensor | None = None  # s
     # ⟨g, d⟩, ‖g‖, ‖d‖ at the last refresh: for `cosines`, not to continue from
     seen: tuple[Tensor, Tensor, Tensor] | None = None
-    inverse: Inverse | None = None
-    inverse_of: tuple[int, float] = (-1, 0.0)  # (version of the statistics, damping) that `inverse` belongs to
-    failures: int = 0  # factorisations in a row that failed
 
     def rescale(self, block: Block) -> Tensor:
         """Return s for new statistics: from these, which all ranks have, and not from the inverse, which may be older.
@@ -48,64 +43,69 @@ class BlockState:
         )
         return self.newton_scale
 
-    def is_stale(self, block: Block, damping: float) -> bool:
-        return self.inverse is None or self.inverse_of != (block.version, damping)
+    def measure(self, sizes: Sequence[Tensor]) -> None:
+        """Let r follow rms(W) / W₀ of the block's matrices: up to the size that layers start with, and beyond while its
+        steps agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with
+        it.
+        """
+        if not sizes:
+            return
+        now = torch.stack(list(sizes)).square().mean().sqrt().to(self.coherence)
+        if self.size is None:
+            self.size = torch.where(now > 0, now, torch.ones_like(now))
+        else:
+            grown = torch.where(self.coherence > AGREE, now, now.clamp(max=1))
+            self.size = torch.maximum(self.size, grown)
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the inverse, which the statistics give again."""
         kept = ("velocity", "coherence", "age", "size", "newton_scale")
         return {k: t for k in kept if (t := getattr(self, k)) is not None}
 
-    def refresh(self, block: Block, damping: float, make: Callable[[], Inverse] | None = None) -> Inverse:
-        """The inverse for the block's present statistics; the last good one where it cannot be had.
 
-        `make`: gives it, where ranks share the work.
+@dataclass
+class Plan:
+    """What steps have in common until the metric changes or other parameters have gradients.
 
-        Raises:
-            FactorisationError: it failed several times in a row, or there is no earlier one.
-        """
-        if self.is_stale(block, damping):
-            try:
-                self.inverse, self.failures = block.relative_inverse(damping) if make is None else make(), 0
-            except FactorisationError as error:
-                self.failures += 1
-                if self.inverse is None or self.failures >= MAX_FAILURES:
-                    raise FactorisationError(
-                        f"block of {block.names}: {error} ({self.failures} times in a row)"
-                    ) from error
-                if self.failures == 1:
-                    warnings.warn(
-                        f"block of {block.names}: {error}; the last good factor is kept. Repeats are counted in "
-                        "opt.info['kept_factors']",
-                        stacklevel=2,
-                    )
-            self.inverse_of = (block.version, damping)
-        assert self.inverse is not None
-        return self.inverse
+    Lists and tensors without a remark have one entry for each of `mine`.
+    """
+
+    made_for: tuple[list[tuple[Block, int]], set[str]]  # blocks with the versions of their statistics; gradients' names
+    covered: set[str]  # parameters that blocks cover
+    active: list[Block]  # blocks of all ranks that have a gradient
+    owned: list[Block]  # blocks whose directions are found here
+    mine: list[Block]  # those of them that have a gradient
+    idle: list[Block]  # and those that had one earlier
+    states: list[BlockState]
+    likes: Mapping[str, Tensor]  # tensors of the shape of whole parameters
+    missing: list[str]  # parameters of `mine` without a gradient
+    matrices: list[tuple[str, int]]  # parameters that the weight decay is of, with their places in `active`
+    sizes: DirectionSizes
+    weights: Tensor  # r
+    newton_scale: Tensor | None  # s; None where it is not known
+    nat: Tensor | None  # `Metric.nat`
+    decay: float  # how much of the weight decay is left in batches of so many labels
 
 
-def packed_gradient(block: Block, df: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-    """The gradient in the block's coordinates and dtype; zero for parameters that have none, or that are frozen."""
-    held = {n: df[n] if n in df else torch.zeros_like(parameters[n]) for n in block.names}
-    return block.pack(held).to(block.dtype)
-
-
-def shared_options(block: Block, options: Mapping[str, Options]) -> Options:
-    """The options of a block's parameters, which must be one.
+def shared_options(blocks: Sequence[Block], options: Mapping[str, Options]) -> list[Options]:
+    """Return the options of each block's parameters, which must be one.
 
     Raises:
         ValueError: they lie in groups that differ.
     """
-    mine = [options[n] for n in block.names if n in options]
-    if all(o is mine[0] for o in mine):
-        return mine[0]
-    where = f"step for the block of {block.names}"
-    return Options(
-        one_value({o.lr for o in mine}, f"lr in one {where}"),
-        one_value({o.momentum for o in mine}, f"momentum in one {where}"),
-        one_value({o.damping for o in mine}, f"damping in one {where}"),
-        share=one_value({o.share for o in mine}, f"schedule in one {where}"),
-    )
+    found = []
+    for block in blocks:
+        mine = [options[n] for n in block.names if n in options]
+        one = mine[0]
+        if any(o is not one for o in mine):
+            where = f"step for the block of {block.names}"
+            one = Options(
+                one_value({o.lr for o in mine}, f"lr in one {where}"),
+                one_value({o.momentum for o in mine}, f"momentum in one {where}"),
+                one_value({o.damping for o in mine}, f"damping in one {where}"),
+                share=one_value({o.share for o in mine}, f"schedule in one {where}"),
+            )
+        found.append(one)
+    return found
 
 
 def look(states: Sequence[BlockState], grads: Sequence[Tensor], directions: Sequence[Tensor]) -> None:

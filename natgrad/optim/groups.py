@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.optim.step_rule import Options
+
 GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
+
+FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
 
 
 def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -47,7 +51,9 @@ def check_keys(group: Any) -> None:
 
 
 def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
-    """Raise an error for an option that is no number or out of range."""
+    """Raise an error for an option that is no number or out of range, and where a step would take the weights to zero
+    and beyond.
+    """
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
         "lr": (lambda v: v >= 0, "at least 0"),
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
@@ -63,14 +69,30 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
             )
         if not (float(value) < float("inf") and fits(float(value))):
             raise ValueError(f"{name} must be {words} and finite, got {value!r}")
-
-
-def check_decay(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a step would take the weights to zero and beyond."""
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    lr, weight_decay = float(values["lr"]), float(values["weight_decay"])
     if lr * weight_decay >= 1:
         raise ValueError(
             f"lr · weight_decay must be below 1, got {lr:g} · {weight_decay:g} = {lr * weight_decay:g}: each step "
             "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
             "reaches"
         )
+
+
+def options_in_force(
+    groups: Iterable[Mapping[str, Any]], name_of: Mapping[Tensor, str], positive_definite: bool
+) -> dict[str, Options]:
+    """Return the options of every parameter: one object a group, so that who compares them sees which are the same."""
+    found: dict[str, Options] = {}
+    for g in groups:
+        check_options(g, positive_definite)  # schedules write here at any time
+        lr, full = float(g["lr"]), g[FULL_LR]
+        mine = Options(
+            lr,
+            float(g["momentum"]),
+            float(g["damping"]),
+            g["maximize"],
+            float(g["weight_decay"]),
+            lr / full if full else 1.0,
+        )
+        found.update(dict.fromkeys((name_of[p] for p in g["params"]), mine))
+    return found

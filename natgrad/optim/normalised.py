@@ -16,25 +16,25 @@ without curvature follow Adam at a matching rate (`adam`). `step_arithmetic` has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.blocks.base import Block
+from natgrad.blocks.batching import Preconditioning
 from natgrad.blocks.collection import statistics_dtype
-from natgrad.distributed.strategy import Preconditioning
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.block_state import BlockState, look, packed_gradient, shared_options
-from natgrad.optim.step_arithmetic import Lengths, aged, bound, in_nats, lengths, move_
+from natgrad.optim.block_state import BlockState, Plan, look, shared_options
+from natgrad.optim.step_arithmetic import aged, bound, lengths, move_
 from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
-from natgrad.optim.step_sizes import VECTOR_SHARE, natural_sizes, sizes_of
+from natgrad.optim.step_sizes import VECTOR_SHARE, DirectionSizes, Matrix, matrices_of
 
 # labels in a batch that the weight decay is meant for: with more of them gradients have less noise, and there is more
 # to go by than a prior (docs/step.md)
 DECAY_LABELS = 128.0
-AGREE = 0.5  # c̄ above which a block is on its way, so that its steps may grow with its weights
 
 
 class NormalisedStep(StepRule):
@@ -70,113 +70,150 @@ class NormalisedStep(StepRule):
         self.lr, self.momentum, self.damping, self.weight_decay = lr, momentum, damping, weight_decay
         self._blocks: dict[str, BlockState] = {}
         self._adam = Adam()
+        self._plan: Plan | None = None
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
-        options, place = context.options, self.strategy
-        blocks: list[Block] = [b for b in metric.blocks or [] if b.known]
-        active = [b for b in blocks if any(n in df for n in b.names)]
-        owned = place.owned(blocks)
-        for key in {b.key for b in blocks} - {b.key for b in owned}:
-            self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
-        if context.refreshed and metric.gradient_scale is not None:
-            for block in owned:  # of blocks without a gradient at this step too
-                if (state := self._blocks.get(block.key)) is not None:
-                    state.rescale(block)
+        options = context.options
+        now = [(b, b.version) for b in metric.blocks or []], set(df)
+        plan = self._plan
+        if plan is None or context.refreshed or plan.made_for != now:
+            plan = self._plan = self.plan(metric, df, context.refreshed)
         moved: dict[str, Tensor] = {}
         told: dict[str, Any] = {}
-        if active:
-            weights = place.shards_of(metric.parameters)
-            sizes = self.weight_sizes(active, weights) if context.refreshed else None
-            moved, decay, told = self._move(metric, df, options, owned, active, sizes)
-            few = min(1.0, DECAY_LABELS / metric.labels) if metric.labels else 1.0
-            moved = self.decayed(moved, weights, active, few * decay, options)
-        covered = {n for b in blocks for n in b.names}
+        if plan.active:
+            moved, decay, told = self._move(metric, df, options, plan, context.refreshed)
+            moved = self.decayed(moved, plan, decay, metric, options)
         for n, g in df.items():
-            if n not in covered:
+            if n not in plan.covered:
                 moved[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
         first = next(iter(options.values()))
         self.info = {"damping": first.damping, "step_length": first.lr, "kept_factors": 0, **told}
         return {n: d for n, d in moved.items() if n in df}
 
-    def _move(
-        self,
-        metric: Metric,
-        df: Mapping[str, Tensor],
-        options: Mapping[str, Options],
-        owned: Sequence[Block],
-        active: Sequence[Block],
-        sizes: Mapping[str, Tensor] | None,
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
-        """Return increments of the parameters that blocks cover, `Lengths.decay` of each block, and what to tell.
+    def plan(self, metric: Metric, df: Mapping[str, Tensor], refreshed: bool) -> Plan:
+        """Return what holds from this step to the next refresh. Collective after a refresh, where there are shards."""
+        place, blocks, scale = self.strategy, metric.blocks or [], metric.gradient_scale
+        known: list[Block] = [b for b in blocks if b.known]
+        active = [b for b in known if any(n in df for n in b.names)]
+        owned, mine = place.owned(known), place.owned(active)
+        for key in {b.key for b in known} - {b.key for b in owned}:
+            self._blocks.pop(key, None)  # what a checkpoint said of blocks that another rank owns
+        if refreshed and scale is not None:
+            for block in owned:  # of blocks without a gradient at this step too
+                if (state := self._blocks.get(block.key)) is not None:
+                    state.rescale(block)
+        likes = place.likes(metric.parameters, mine)
+        states = [self.state_of(b, likes) for b in mine]
+        matrices = {b: matrices_of(b) for b in active}
+        if refreshed:
+            sizes = self.weight_sizes([m for each in matrices.values() for m in each], metric)
+            for state, block in zip(states, mine):
+                state.measure([sizes[m.name] for m in matrices[block]])
+        dtype = statistics_dtype(metric.parameters.values())
+        like = torch.zeros((), dtype=dtype, device=next(iter(df.values())).device)
+        scales = None
+        if scale is not None:
+            scales = [s.rescale(b) if s.newton_scale is None else s.newton_scale for s, b in zip(states, mine)]
+        return Plan(
+            made_for=([(b, b.version) for b in blocks], set(df)),
+            covered={n for b in known for n in b.names},
+            active=active,
+            owned=owned,
+            mine=mine,
+            idle=[b for b in owned if b not in mine and b.key in self._blocks],
+            states=states,
+            likes=likes,
+            missing=[n for b in mine for n in b.names if n not in df],
+            matrices=[(m.name, i) for i, each in enumerate(matrices.values()) for m in each if m.decays],
+            sizes=DirectionSizes(mine, like),
+            weights=stacked([torch.ones_like(like) if s.size is None else s.size for s in states], like),
+            newton_scale=None if scales is None or scale is None else scale * stacked(scales, like),
+            nat=metric.nat,
+            decay=min(1.0, DECAY_LABELS / metric.labels) if metric.labels else 1.0,
+        )
 
-        Args:
-            owned: blocks whose directions are found here; `active`: blocks of all ranks that have a gradient.
-            sizes: rms(W) / W₀ of their matrices, where the metric was refreshed.
-        """
-        place = self.strategy
-        mine = place.owned(active)
-        whole, likes = place.to_owners(df, active), place.likes(metric.parameters, mine)
-        grads = [packed_gradient(b, whole, likes) for b in mine]
+    def _move(
+        self, metric: Metric, df: Mapping[str, Tensor], options: Mapping[str, Options], plan: Plan, refreshed: bool
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+        """Return increments of the parameters that blocks cover, `Lengths.decay` of each block, and what to tell."""
+        place, blocks, states = self.strategy, plan.mine, plan.states
+        whole = dict(place.to_owners(df, plan.active))
+        whole.update((n, torch.zeros_like(plan.likes[n])) for n in plan.missing)
+        grads = [b.pack(whole).to(s.velocity) for b, s in zip(blocks, states)]
         del whole
-        states = [self.state_of(b, g) for b, g in zip(mine, grads)]
-        chosen = [shared_options(b, options) for b in mine]
-        todo = [Preconditioning(b, s, o.damping, g) for b, s, o, g in zip(mine, states, chosen, grads)]
-        todo += [
-            Preconditioning(b, s, shared_options(b, options).damping, None)
-            for b in owned
-            if b not in mine and (s := self._blocks.get(b.key)) is not None
-        ]
-        directions = place.directions(todo)
-        found = None
-        if mine:
-            if sizes is not None:
+        asked = [*blocks, *plan.idle]
+        chosen = shared_options(asked, options)
+        todo = [Preconditioning(b, o.damping, g) for b, o, g in zip_longest(asked, chosen, grads)]
+        directions, chosen = place.directions(todo), chosen[: len(blocks)]
+        like = plan.weights
+        scalars, decay = like.new_zeros(3), None
+        if blocks:
+            if refreshed:
                 look(states, grads, directions)
-                self.measure(mine, states, sizes)
-            found = self.lengths(mine, states, chosen, directions, grads, metric.gradient_scale)
-            scalars = torch.stack([found.nats, found.promise, found.at_newton * len(mine)])
-        else:  # of the dtype that ranks with blocks of their own have
-            dtype = statistics_dtype(metric.parameters.values())
-            scalars = torch.zeros(3, dtype=dtype, device=next(iter(df.values())).device)
-        failures = sum(s.failures for s in self._blocks.values())
-        totals, decay, failures = place.totals(active, scalars, None if found is None else found.decay, failures)
+            velocities = [s.velocity for s in states]
+            coherence, ages = torch.stack([s.coherence for s in states]), torch.stack([s.age for s in states])
+            norms = torch.stack(torch._foreach_norm(directions))
+            rates, sizes = like.new_tensor([o.lr for o in chosen]), plan.sizes.of(directions, norms)
+            found = lengths(
+                directions,
+                grads,
+                velocities,
+                coherence,
+                ages,
+                norms,
+                sizes,
+                rates,
+                plan.weights,
+                plan.newton_scale,
+            )
+            scalars = torch.stack([found.nats, found.promise, found.at_newton * len(blocks)])
+            decay = found.decay
+        failures = sum(b.failures for b in plan.owned)
+        totals, decay, failures = place.totals(plan.active, scalars, decay, failures)
         nats, promise, at_newton = totals.unbind()
-        if found is not None:
-            self.move(states, chosen, directions, found, bound(nats, promise, metric.nat))
+        if blocks:
+            alpha = bound(nats, promise, plan.nat).to(like) * found.alpha
+            shares = like.new_tensor([min(1.0, o.share) for o in chosen])
+            move_(directions, velocities, alpha, like.new_tensor([o.momentum for o in chosen]), ages * shares)
+            for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):
+                s.coherence, s.age = c, age
         moved: dict[str, Tensor] = {}
-        for block, step in zip(mine, directions):
-            for n, delta in block.named(step, likes).items():
+        for block, step in zip(blocks, directions):
+            for n, delta in block.named(step, plan.likes).items():
                 moved[n] = moved[n] + delta if n in moved else delta  # slices of one parameter in several blocks
         told = {
-            "at_newton_step": at_newton / len(active),
-            "predicted_nats": in_nats(nats, metric.nat),
+            "at_newton_step": at_newton / len(plan.active),
+            "predicted_nats": None if plan.nat is None else nats / plan.nat.to(nats),
             "kept_factors": failures,
         }
-        return place.from_owners(moved, active), decay, told
+        return place.from_owners(moved, plan.active), decay, told
 
     def decayed(
         self,
         moved: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
-        blocks: Sequence[Block],
+        plan: Plan,
         decay: Tensor,
+        metric: Metric,
         options: Mapping[str, Options],
     ) -> dict[str, Tensor]:
         """Return increments with the weight decay. `decay`: of each block, for w = 1."""
         out = dict(moved)
         rates: dict[str, Tensor] = {}
-        for block, share in zip(blocks, decay.unbind()):
-            for n in natural_sizes([block]):
-                if n in moved and (w := options[n].weight_decay):  # slices of one parameter: the one that moved least
-                    rates[n] = torch.minimum(rates[n], w * share) if n in rates else w * share
+        shares = (plan.decay * decay).unbind()
+        for n, i in plan.matrices:
+            if n in moved and (w := options[n].weight_decay):  # slices of one parameter: the one that moved least
+                rates[n] = torch.minimum(rates[n], w * shares[i]) if n in rates else w * shares[i]
+        weights = self.strategy.shards_of({n: metric.parameters[n] for n in rates})
         for n, rate in rates.items():
             out[n] = torch.addcmul(out[n], weights[n].detach(), rate.to(out[n]), value=-1)
         return out
 
-    def weight_sizes(self, blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return rms(W) / W₀ of every matrix of the blocks, by name. Collective where there are shards."""
-        found = natural_sizes(blocks, tables=True)
+    def weight_sizes(self, matrices: Sequence[Matrix], metric: Metric) -> dict[str, Tensor]:
+        """Return rms(W) / W₀ of every matrix, by name. Collective where there are shards."""
+        found = {m.name: m.natural for m in matrices}
         if not found:
             return {}
+        weights = self.strategy.shards_of({n: metric.parameters[n] for n in found})
         norms = torch._foreach_norm([weights[n].detach() for n in found])
         dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
         squares = torch.stack([norm.to(dtype) for norm in norms]).square()
@@ -184,81 +221,14 @@ class NormalisedStep(StepRule):
         scale = squares.new_tensor([w * self.strategy.numel(n, weights[n]) ** 0.5 for n, w in found.items()])
         return dict(zip(found, (squares.sqrt() / scale).unbind()))
 
-    def measure(self, blocks: Sequence[Block], states: Sequence[BlockState], sizes: Mapping[str, Tensor]) -> None:
-        """Let r of each block follow its weights: up to the size that layers start with, and beyond while its steps
-        agree. Weights that are zero count as of that size. Steps of a block that only wanders must not grow with it.
-        """
-        for block, state in zip(blocks, states):
-            mine = natural_sizes([block], tables=True)
-            if not mine:
-                continue
-            now = torch.stack([sizes[n] for n in mine]).square().mean().sqrt().to(state.coherence)
-            if state.size is None:
-                state.size = torch.where(now > 0, now, torch.ones_like(now))
-            else:
-                grown = torch.where(state.coherence > AGREE, now, now.clamp(max=1))
-                state.size = torch.maximum(state.size, grown)
-
-    def state_of(self, block: Block, g: Tensor) -> BlockState:
-        key = block.key
-        if key not in self._blocks or self._blocks[key].velocity.shape != g.shape:  # or: its layer has grown
-            self._blocks[key] = BlockState(torch.zeros_like(g), g.new_zeros(()), g.new_zeros(()))
-        state = self._blocks[key]
-        if state.velocity.dtype != g.dtype or state.velocity.device != g.device:  # the model was moved or cast
-            state.velocity, state.coherence, state.age = (t.to(g) for t in (state.velocity, state.coherence, state.age))
+    def state_of(self, block: Block, likes: Mapping[str, Tensor]) -> BlockState:
+        key, zero = block.key, torch.zeros((), dtype=block.dtype, device=likes[block.names[0]].device)
+        if key not in self._blocks or self._blocks[key].velocity.shape != block.shape:  # or: its layer has grown
+            coordinates = block.pack({n: zero.new_empty(likes[n].shape) for n in block.names})
+            self._blocks[key] = BlockState(torch.zeros_like(coordinates), zero, zero)
+        state = self._blocks[key]  # in the dtype and on the device where the model is now
+        state.velocity, state.coherence, state.age = (t.to(zero) for t in (state.velocity, state.coherence, state.age))
         return state
-
-    def lengths(
-        self,
-        blocks: Sequence[Block],
-        states: Sequence[BlockState],
-        options: Sequence[Options],
-        directions: list[Tensor],
-        grads: list[Tensor],
-        share: float | None,
-    ) -> Lengths:
-        """Return α of each block. `share`: `Metric.gradient_scale`."""
-        like = directions[0]
-        one = like.new_ones(())
-        sizes = torch.stack([one if s.size is None else s.size.to(one) for s in states])
-        newton_scale = None
-        if share is not None:
-            known = [s.rescale(b) if s.newton_scale is None else s.newton_scale for s, b in zip(states, blocks)]
-            newton_scale = share * torch.stack([k.to(like) for k in known])
-        norms = torch.stack(torch._foreach_norm(directions))
-        return lengths(
-            directions,
-            grads,
-            [s.velocity for s in states],
-            torch.stack([s.coherence for s in states]),
-            torch.stack([s.age for s in states]),
-            norms,
-            sizes_of(blocks, directions, norms),
-            like.new_tensor([o.lr for o in options]),
-            sizes,
-            newton_scale,
-        )
-
-    def move(
-        self,
-        states: Sequence[BlockState],
-        options: Sequence[Options],
-        directions: list[Tensor],
-        found: Lengths,
-        factor: Tensor,
-    ) -> None:
-        """Write increments over `directions`, and take the step into the states. `factor`: from `bound`."""
-        like = directions[0]
-        ages = torch.stack([s.age for s in states])
-        move_(
-            directions,
-            [s.velocity for s in states],
-            factor.to(like) * found.alpha,
-            like.new_tensor([o.momentum for o in options]),
-            ages * like.new_tensor([min(1.0, o.share) for o in options]),
-        )
-        for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):
-            s.coherence, s.age = c, age
 
     def cosines(self) -> dict[str, Tensor]:
         found = {}
@@ -279,7 +249,12 @@ class NormalisedStep(StepRule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._blocks = {k: BlockState(**s) for k, s in state["blocks"].items()}
+        self._blocks, self._plan = {k: BlockState(**s) for k, s in state["blocks"].items()}, None
         adam = state["adam"]
         parts = {f: self.strategy.shard({n: m[f] for n, m in adam.items()}) for f in ("first", "second")}
         self._adam.load_state_dict({n: {**m, **{f: parts[f][n] for f in parts}} for n, m in adam.items()})
+
+
+def stacked(scalars: Sequence[Tensor], like: Tensor) -> Tensor:
+    """(…,), also of none."""
+    return torch.stack([s.to(like) for s in scalars]) if scalars else like.new_empty(0)

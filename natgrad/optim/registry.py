@@ -27,27 +27,19 @@ RULES: Mapping[str, Callable[..., StepRule]] = {
 }
 
 
-def default_rule(metric: Metric) -> StepRule:
-    """Return the step rule that serves a metric where the user names none.
-
-    Raises:
-        ValueError: the metric names one that does not exist.
-    """
-    if metric.default_step not in RULES:
-        raise ValueError(
-            f"{type(metric).__name__}.default_step is {metric.default_step!r}; there are {', '.join(map(repr, RULES))}"
-        )
-    return RULES[metric.default_step](**metric.step_options)
-
-
-def rule_of(metric: Metric, step: StepRule | None) -> StepRule:
+def rule_of(metric: Metric, step: StepRule | None = None) -> StepRule:
     """Return the step rule that was given, or the metric's own.
 
     Raises:
         TypeError: what was given is no step rule.
+        ValueError: the metric names one that does not exist.
     """
     if step is None:
-        return default_rule(metric)
+        name = metric.default_step
+        if name not in RULES:
+            there = ", ".join(map(repr, RULES))
+            raise ValueError(f"{type(metric).__name__}.default_step is {name!r}; there are {there}")
+        return RULES[name](**metric.step_options)
     if not isinstance(step, StepRule):
         raise TypeError(f"step takes a step rule, ng.FixedStep() for instance, got {step!r}")
     return step

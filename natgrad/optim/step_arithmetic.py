@@ -93,11 +93,6 @@ def bound(nats: Tensor, promise: Tensor, nat: Tensor | None) -> Tensor:
     return torch.where(nat > 0, near, 1.0).nan_to_num(1.0)
 
 
-def in_nats(nats: Tensor, nat: Tensor | None) -> Tensor | None:
-    """Return the predicted change in nats, where it is known."""
-    return None if nat is None else nats / nat.to(nats)
-
-
 def move_(directions: list[Tensor], velocities: list[Tensor], alpha: Tensor, momenta: Tensor, ages: Tensor) -> None:
     """Write the increments of θ over `directions`, and the next velocities over `velocities`."""
     share = WINDOW / (WINDOW + ages)  # c

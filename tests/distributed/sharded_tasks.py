@@ -162,7 +162,7 @@ def held_bytes(opt: Any) -> tuple[int, dict[str, int]]:
         state = opt.rule._blocks.get(str(block.layers[0].key))
         if state is not None:
             tensors += [state.velocity]
-            tensors += [t for t in vars(state.inverse).values() if isinstance(t, Tensor)]
+            tensors += [t for t in vars(block.last_inverse).values() if isinstance(t, Tensor)]
         if tensors:
             found[str(block.layers[0].key)] = sum(t.numel() * t.element_size() for t in tensors)
     return sum(found.values()), found

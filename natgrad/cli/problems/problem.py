@@ -68,7 +68,6 @@ class Problem:
     prepare: Callable[[tuple[int, ...], int], Setting]
     published: dict[str, list[Published]] = field(default_factory=dict)
     seconds: float = 60.0
-    solver: str = "auto"
     loss_name: str = "loss"
 
 

@@ -22,7 +22,7 @@ from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.optim.block_state import BlockState
 from natgrad.optim.fixed import FixedStep
 from natgrad.optim.optimizer import AVERAGE_LIMIT
-from natgrad.optim.registry import default_rule
+from natgrad.optim.registry import rule_of
 from natgrad.optim.step_arithmetic import bound
 
 Close = Callable[[Tensor, Tensor, float], None]
@@ -558,7 +558,7 @@ def test_weight_decay_is_the_rules_own_unless_it_is_given() -> None:
         weight_decay = 0.3
 
     metric = ng.Fisher(mlp(hidden=8), nn.MSELoss())
-    own = default_rule(metric).weight_decay
+    own = rule_of(metric).weight_decay
     assert own > 0
     for step, given, expected in ((None, None, own), (Decaying(), None, 0.3), (Decaying(), 0.0, 0.0), (None, 0.1, 0.1)):
         opt = ng.NaturalGradient(metric, step=step, weight_decay=given, groups=[{"params": "*.bias"}])

@@ -19,7 +19,7 @@ from natgrad.cli.training.contenders import CONTENDERS
 from natgrad.cli.training.runs import Run
 from natgrad.cli.training.training import Budget, Clock, batches, evaluate, train
 
-MNIST = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MNIST = Path(os.environ.get("NATGRAD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 HERE = [name for name in TASKS if name != "mnist-autoencoder"]
 
 

@@ -22,7 +22,7 @@ from benchmarks.analysis import Study
 from benchmarks.rivals import RIVALS
 from benchmarks.workloads import WORKLOADS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Line = dict[str, Any]
 
 

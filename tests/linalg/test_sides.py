@@ -228,7 +228,7 @@ def test_samples_have_the_inverse_as_covariance(structure: str, close: Close) ->
     """The root that `sample` applies to noise, found column by column, times its transpose."""
     metric = metric_of(structure, 4, one_batch=True)
     for block in metric.blocks:
-        index = torch.eye(block.dimension, dtype=torch.float64).reshape(-1, *block.matrix_shape)
+        index = torch.eye(block.dimension, dtype=torch.float64).reshape(-1, *block.shape)
         root = block.sample(index, 0.1).reshape(len(index), -1)
         dense = block.flat(index).reshape(len(index), -1)
         close(root @ root.mT, torch.linalg.inv(dense + 0.1 * torch.eye(len(dense)).double()), 1e-9)
@@ -258,7 +258,7 @@ def test_a_state_of_another_format_is_refused() -> None:
     state = metric_of("kfac", 4).state_dict()
     about = {**json.loads(state["about"]), "format": 4}
     again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_factor_dim=4)
-    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 12"):
+    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 13"):
         again.load_state_dict({**state, "about": json.dumps(about)})
 
 
@@ -329,7 +329,7 @@ def test_a_damped_step_is_that_of_the_masked_factors(structure: str, close: Clos
     """The relative damping of the default rule: √λ beside the mean eigenvalue of a whole side, not of a piece."""
     metric = metric_of(structure, 4)
     for block in metric.blocks:
-        x = torch.randn(block.matrix_shape, dtype=torch.float64)
+        x = torch.randn(block.shape, dtype=torch.float64)
         found = block.relative_inverse(0.09).apply(x)
         shared = block.relative_inverse(0.09, [job.compute() for job in block.factor_jobs(0.09)]).apply(x)
         if structure == "ekfac":
@@ -392,7 +392,7 @@ def test_spectra_are_read_from_files(structure: str, tmp_path: Path, close: Clos
     metric.save(tmp_path / "metric.safetensors")
     for spectrum in load(tmp_path / "metric.safetensors", 0.1, relative=False).spectra:
         (block,) = [b for b in metric.blocks if spectrum.name in b.names]
-        dense = block.flat(torch.eye(block.dimension).double().reshape(-1, *block.matrix_shape))
+        dense = block.flat(torch.eye(block.dimension).double().reshape(-1, *block.shape))
         values = torch.linalg.eigvalsh(dense.reshape(block.dimension, -1)).flip(0)
         close(spectrum.values, values.clamp(min=0), 1e-10)
     relative = load(tmp_path / "metric.safetensors", 0.1, relative=True)

@@ -9,7 +9,6 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.blocks import batching as batched
-from natgrad.distributed import strategy
 from natgrad.linalg.inverse import KroneckerInverse
 from natgrad.linalg.kronecker import FactorisationError
 from natgrad.optim import block_state
@@ -30,9 +29,13 @@ def fisher(model: nn.Module) -> ng.Fisher:
     return metric
 
 
+def asked(metric: ng.Fisher, grads: list[torch.Tensor], dampings: list[float]) -> list[batched.Preconditioning]:
+    return [batched.Preconditioning(*each) for each in zip(metric.blocks, dampings, grads)]
+
+
 def gradients(metric: ng.Fisher) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(b.matrix_shape, generator=generator).double() for b in metric.blocks]
+    return [torch.randn(b.shape, generator=generator).double() for b in metric.blocks]
 
 
 def dense(matrix: torch.Tensor, damping: float, biased: bool = False) -> torch.Tensor:
@@ -46,11 +49,9 @@ def dense(matrix: torch.Tensor, damping: float, biased: bool = False) -> torch.T
 
 def test_directions_and_inverses_are_those_of_dense_matrices(close):
     metric = fisher(deep([6, 6, 6, 6, 3]))
-    makes = batched.made_together(metric.blocks, [0.1] * 4)
-    assert all(make is not None for make in makes)
-    inverses = [make() for make in makes]
+    assert all(make is not None for make in batched.made_together(metric.blocks, [0.1] * 4))
     grads = gradients(metric)
-    found = batched.Products().apply(inverses, grads)
+    found = batched.Products().directions(asked(metric, grads, [0.1] * 4))
     for block, g, d in zip(metric.blocks, grads, found):
         expected = dense(block.u[0], 0.1) @ g[0] @ dense(block.v[0], 0.1, biased=True)
         close(d[0], expected, 1e-12)
@@ -59,18 +60,16 @@ def test_directions_and_inverses_are_those_of_dense_matrices(close):
 
 def test_what_goes_together_is_kept_once_and_stacked_once_for_the_same_inverses(monkeypatch):
     metric = fisher(deep([6, 6, 6, 6, 3]))
-    inverses = [b.relative_inverse(0.1) for b in metric.blocks]
     grads = gradients(metric)
-    per_example_gradients = batched.Products()
-    first = per_example_gradients.apply(inverses, grads)
-    places = {i.u.untyped_storage().data_ptr() for i in inverses[:3]}
+    products = batched.Products()
+    first = products.directions(asked(metric, grads, [0.1] * 4))
+    places = {b.last_inverse.u.untyped_storage().data_ptr() for b in metric.blocks[:3]}
     assert len(places) == 1
-    monkeypatch.setattr(per_example_gradients, "_stack", lambda _: pytest.fail("stacked again"))
-    again = per_example_gradients.apply(inverses, grads)
+    monkeypatch.setattr(products, "_stack", lambda _: pytest.fail("stacked again"))
+    again = products.directions(asked(metric, grads, [0.1] * 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     monkeypatch.undo()
-    inverses[1] = metric.blocks[1].relative_inverse(1.0)
-    changed = per_example_gradients.apply(inverses, grads)
+    changed = products.directions(asked(metric, grads, [0.1, 1.0, 0.1, 0.1]))
     assert not torch.allclose(changed[1], first[1])
     torch.testing.assert_close(changed[0], first[0])
 
@@ -163,13 +162,13 @@ def test_training_is_the_same_with_batches_and_without(monkeypatch, close):
         if not together:
             monkeypatch.setattr(batched, "alike", lambda keys: [])
         calls: list[list] = []
-        made = strategy.made_together
+        made = batched.made_together
 
         def noted(*given, made=made, calls=calls):
             calls.append(made(*given))
             return calls[-1]
 
-        monkeypatch.setattr(strategy, "made_together", noted)
+        monkeypatch.setattr(batched, "made_together", noted)
         opt = ng.NaturalGradient(ng.Fisher(model, criterion := nn.MSELoss(), kind="exact"))
         for _ in range(12):
             opt.zero_grad()

@@ -286,7 +286,7 @@ def test_the_examples_run(name: str, tmp_path: Path) -> None:
     pytest.importorskip(
         {"lightning_trainer": "lightning", "huggingface_trainer": "transformers"}.get(name, "accelerate")
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, str(root / "examples" / f"{name}.py"), "--out", str(tmp_path)],
         capture_output=True,

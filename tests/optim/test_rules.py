@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training_cases import Scaled, batches, classifier, natural, train, weights
 
 import natgrad as ng
-from natgrad.optim import normalised, step_arithmetic
+from natgrad.optim import block_state, step_arithmetic
 from natgrad.optim.exact_quadratic import Linearised
 from natgrad.optim.fixed import PreconditionedGradient
 
@@ -188,7 +188,7 @@ def test_the_default_step_averages_its_iterates(monkeypatch: pytest.MonkeyPatch)
     """z takes the steps, x is their weighted mean and θ = (1 − β) z + β x, kept apart here, at a fixed length."""
     monkeypatch.setattr(step_arithmetic, "STRETCH", 0.0)
     monkeypatch.setattr(step_arithmetic, "TURNED", -2.0)  # the twin has no velocity, and so no coherence
-    monkeypatch.setattr(normalised, "AGREE", 2.0)
+    monkeypatch.setattr(block_state, "AGREE", 2.0)
     model, twin = mlp(hidden=6), mlp(hidden=6)
     x_in = torch.linspace(-1, 1, 24).double().reshape(8, 3)
     opt = ng.NaturalGradient(ng.Fisher(model, nn.MSELoss(), kind="exact"), momentum=0.9, weight_decay=0.0)
