@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad import checkpoint
-from natgrad.state.files import write_whole
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.files import write_whole
+from natgrad.metric.interrupts import uninterrupted
 
 EVERY = 20  # steps between saves, which take as long as these
 AGAIN = 2.0  # seconds after which a signal without effect is sent again

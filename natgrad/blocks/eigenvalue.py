@@ -29,7 +29,7 @@ class EigenvalueBlock(KroneckerBlock):
 
     def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
         bases = {f"Q_{side}": self._shape(side) for side in "UV"}
-        return {**super().shapes_of_statistics(), **bases, "S": tuple(self.shape)}
+        return {**super().shapes_of_statistics(), **bases, "S": tuple(self.shapes[0])}
 
     def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""

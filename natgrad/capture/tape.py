@@ -29,7 +29,7 @@ from natgrad.capture.ops.elementwise import elements
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
 from natgrad.capture.picked import node_behind, picked_slice
 from natgrad.capture.views import LinearForm, kept_input
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.interrupts import uninterrupted
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 

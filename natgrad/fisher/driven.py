@@ -35,8 +35,8 @@ class DrivenMetric(BlockMetric):
     default_step = "normalised"
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
     _folded = False  # whether statistics have changed since the last step
-    _said_bare = False  # whether it was said that no parameter has curvature
     _missed = False  # whether a refresh that fell due had no statistics, as the steps moved to another thread
+    _said_bare = False  # whether it was said that no parameter has curvature
 
     model: nn.Module
     module: nn.Module  # without wrappers

@@ -45,7 +45,7 @@ from natgrad.fisher.options import (
     unwrapped,
 )
 from natgrad.metric.copies import refuse_pickle
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.interrupts import uninterrupted
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
@@ -322,8 +322,7 @@ class Fisher(DrivenMetric):
         """Take over statistics.
 
         Raises:
-            ValueError: they are damaged, or belong to another model or another kind of metric; the message names the
-                differences. The metric stays as it was.
+            ValueError: they are damaged, or of another model or kind of metric; nothing has changed.
         """
         take_over = self.prepared(state)
         with uninterrupted():

@@ -17,7 +17,7 @@ from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
-from natgrad.state.interrupts import entered
+from natgrad.metric.interrupts import entered
 
 
 @contextmanager

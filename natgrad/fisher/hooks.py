@@ -30,7 +30,7 @@ from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.compile import go_on_in_python
 from natgrad.capture.purpose import ACCUMULATED, purpose_of_pass
 from natgrad.capture.tape import Hook, Tape, edge_of, in_backward, in_transform
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.interrupts import uninterrupted
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
 LIVE_TAPES = 8  # forward passes that may wait for their loss at once
@@ -98,8 +98,8 @@ class CriterionHooks:
         self._metric = weakref.ref(metric)
         self.root = root
         self.trainer = threading.get_ident()
-        self.criterion_is_called = False  # whether it ever was, after a forward pass that was watched
         self._passes: dict[int, Passes] = {}
+        self.criterion_is_called = False  # whether it ever was, after a forward pass that was watched
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
         at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
@@ -212,14 +212,14 @@ class CriterionHooks:
         self, draw: BatchStatistics, losses: Sequence[Tensor], names: Mapping[int, str], passes: Passes
     ) -> None:
         """Count when the losses themselves are backpropagated: the output is reached by gradient penalties too."""
-        waiting = [draw]  # the graph need not hold it once it is counted
         watcher, held = weakref.ref(self), weakref.ref(passes)
+        waiting = [draw]  # the graph need not hold it once it is counted
 
         def count(_: Tensor) -> None:
             here, mine = watcher(), held()
             metric = None if here is None else here._metric()
-            if metric is None or mine is None or (purpose := purpose_of_pass(names)) is None:
-                return  # or the passes of a thread that no longer trains
+            if mine is None or metric is None or (purpose := purpose_of_pass(names)) is None:
+                return  # without passes: their thread trains no more
             with uninterrupted():
                 if waiting:
                     metric.count(waiting[0], purpose)

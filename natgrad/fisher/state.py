@@ -1,7 +1,7 @@
 """State of a Fisher metric: as a dictionary and as a safetensors file.
 
 Statistics are tensors under ``block.statistic.source.sum`` and ``….mass``; everything else (names and shapes of the
-parameters, options, layers) is one JSON string. A state is sealed (`natgrad.state.seal`), and checked from end to end
+parameters, options, layers) is one JSON string. A state is sealed (`natgrad.metric.seal`), and checked from end to end
 before anything is taken over.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from natgrad.blocks.average import Average
 from natgrad.blocks.base import Block
 from natgrad.blocks.structures import block_from_json, block_to_json
-from natgrad.state.files import write_whole
-from natgrad.state.seal import SEAL, sealed, unsealed
+from natgrad.metric.files import write_whole
+from natgrad.metric.seal import SEAL, sealed, unsealed
 
-FORMAT = 12
+FORMAT = 13
 WHAT = "the metric's state"
 GENERATOR = "generator."  # begins the names of random streams in a file
 KEYS = ("about", "tensors", "generators")

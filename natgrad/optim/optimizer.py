@@ -21,7 +21,9 @@ from natgrad.capture.compile import go_on_in_python
 from natgrad.distributed.ddp import warn_alone
 from natgrad.distributed.strategy import Strategy
 from natgrad.metric.copies import refuse_pickle
+from natgrad.metric.interrupts import uninterrupted
 from natgrad.metric.metric import Metric, Vector
+from natgrad.metric.seal import sealed
 from natgrad.optim import skips
 from natgrad.optim.copies import deep_copy_of
 from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups
@@ -30,8 +32,6 @@ from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
 from natgrad.optim.step_rule import Options, ScaledStep, StepContext, StepRule
 from natgrad.optim.weight_average import WeightAverage
-from natgrad.state.interrupts import uninterrupted
-from natgrad.state.seal import sealed
 
 GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.optim.groups import check_options
+from natgrad.metric.seal import unsealed
+from natgrad.optim.groups import FULL_LR, check_options
 from natgrad.optim.step_rule import StepRule
-from natgrad.state.seal import unsealed
 
 COUNTS = ("steps", "refreshes", "next_refresh", "skipped")
 OWN = (*COUNTS, "average", "rule", "rule_state", "metric")  # keys of natgrad's own part
@@ -69,7 +69,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], positive_definite: bool) -
     for group in groups:
         try:
             check_options(group, positive_definite)
-            check_options({**group, "lr": group["full_lr"]}, positive_definite)
+            check_options({**group, "lr": group[FULL_LR], "weight_decay": 0.0}, positive_definite)
         except KeyError as error:
             raise ValueError(f"a parameter group of the optimizer's state lacks {error}") from error
         except TypeError as error:

@@ -21,8 +21,8 @@ from natgrad.cli.app import main
 from natgrad.cli.inspect import report as inspect_report
 from natgrad.cli.inspect import spectra
 from natgrad.fisher import state as metric_file
+from natgrad.metric.seal import SEAL, sealed
 from natgrad.optim import journal
-from natgrad.state.seal import SEAL, sealed
 
 
 @pytest.fixture

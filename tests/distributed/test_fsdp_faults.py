@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import natgrad as ng
 from natgrad.fisher import state as metric_file
+from natgrad.metric.files import write_whole
 from natgrad.optim.kl_trust_region import KLTrustRegion
-from natgrad.state.files import write_whole
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, data, steps_with_failures
 

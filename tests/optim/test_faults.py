@@ -17,7 +17,7 @@ from training_cases import batches, classifier, distance, finite, natural, same,
 
 import natgrad as ng
 from natgrad.linalg.kronecker import damped_inverse, safe_eigh
-from natgrad.state import files
+from natgrad.metric import files
 
 RULES: dict[str, Any] = {
     "default": lambda: None,
@@ -345,7 +345,7 @@ def test_ctrl_c_in_the_middle_of_a_save_keeps_the_old_file(
 def test_ctrl_c_is_left_alone_in_other_threads_and_under_other_handlers() -> None:
     import threading
 
-    from natgrad.state.interrupts import uninterrupted
+    from natgrad.metric.interrupts import uninterrupted
 
     with uninterrupted():
         inside = signal.getsignal(signal.SIGINT)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training_cases import Scaled, batches, classifier, distance, natural, same, train, weights
 
 import natgrad as ng
-from natgrad.state.seal import SEAL
+from natgrad.metric.seal import SEAL
 
 RULES: dict[str, Any] = {
     "default": lambda: None,

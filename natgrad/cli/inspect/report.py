@@ -15,9 +15,9 @@ from natgrad.cli.inspect import figures as figures
 from natgrad.cli.inspect import spectra
 from natgrad.cli.inspect.spectra import SavedMetric, Spectrum
 from natgrad.fisher.coverage import readable
+from natgrad.metric.files import write_whole
 from natgrad.optim import journal
 from natgrad.optim.normalised import NormalisedStep
-from natgrad.state.files import write_whole
 
 METRIC = "metric.safetensors"  # in the folder of a run
 PAGE = "inspect.html"

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from natgrad.distributed.checkpoint.files import METADATA, Reader, Writer
 from natgrad.distributed.checkpoint.packing import Pieces, pack, unpack
 from natgrad.distributed.checkpoint.stateful import Planner, Saved, empty_pieces
-from natgrad.state.interrupts import uninterrupted
+from natgrad.metric.interrupts import uninterrupted
 
 PLAIN = "plain"  # the entry that holds the plain values
 NAMED = 5  # differences that one message lists

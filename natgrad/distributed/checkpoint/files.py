@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from natgrad.state.files import inside, write_whole
+from natgrad.metric.files import inside, write_whole
 
 METADATA = ".metadata"
 CHECKSUM = ".metadata.crc32"  # written last
@@ -146,7 +146,7 @@ class Reader(FileSystemReader):
 
 
 def checksum_at(folder: Path, about: Any) -> int:
-    """Return the CRC-32 of what one tensor takes of a file; see `natgrad.state.seal`."""
+    """Return the CRC-32 of what one tensor takes of a file; see `natgrad.metric.seal`."""
     found = 0
     with inside(folder, about.relative_path).open("rb") as file:
         file.seek(about.offset)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from natgrad.distributed.checkpoint.packing import ABOUT, Pieces, pack, unpack
-from natgrad.state.seal import SEAL, sealed, unsealed
+from natgrad.metric.seal import SEAL, sealed, unsealed
 
 STREAM = "stream"  # stream.{rank}.{which}: the state of a random generator of that rank
 

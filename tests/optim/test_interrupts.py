@@ -22,7 +22,7 @@ from training_cases import batches, classifier, distance, natural, train, weight
 
 import natgrad as ng
 from natgrad.fisher.hooks import Guard
-from natgrad.state.interrupts import entered
+from natgrad.metric.interrupts import entered
 from tests.interrupts import left_behind
 
 
@@ -175,7 +175,7 @@ def test_ctrl_c_at_every_operation_of_a_watched_pass() -> None:
 def test_signals_at_random_times() -> None:
     """``python -m tests.interrupts`` sends 50. In a process of its own, as the signals are for all threads of one."""
     command = [sys.executable, "-m", "tests.interrupts", "--times", "6", "--seed", "3"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "6 interrupts: nothing left behind, every file loads, training goes on" in done.stdout

@@ -19,7 +19,7 @@ from training_cases import batches, classifier, natural, same, train
 import natgrad as ng
 from natgrad import checkpoint
 from natgrad.fisher import state as metric_file
-from natgrad.state.seal import SEAL, sealed, unsealed
+from natgrad.metric.seal import SEAL, sealed, unsealed
 from tests.bit_flips import KINDS, OUTCOMES, flipped
 
 
