@@ -200,3 +200,23 @@ def test_its_defaults_are_those_in_force(name: str) -> None:
         problem.rule.momentum,
         problem.rule.damping,
     )
+
+
+class Plain(StepRule):
+    """The least that a rule of one's own is."""
+
+    lr, damping = 0.1, 0.5
+
+    def update(self, metric: Any, df: Any, context: Any) -> dict[str, Tensor]:
+        return {n: -self.lr * d for n, d in metric.sharp(df, self.damping).items()}
+
+
+def test_a_rule_of_ones_own_is_one_method() -> None:
+    model = nn.Linear(5, 1).double()
+    opt = ng.NaturalGradient(ng.Euclidean(model), step=Plain())
+    before = model.weight.detach().clone()
+    nn.functional.mse_loss(model(X), Y).backward()
+    opt.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * model.weight.grad / 1.5)
+    assert [opt.info[k] for k in ("damping", "step_length")] == [0.5, 0.1]
+    assert opt.state_dict()["natgrad"]["rule_state"] == {}
