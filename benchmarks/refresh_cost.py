@@ -27,6 +27,13 @@ from tests.models import ResNet18, ViT, as_batch, language_models
 ROUNDS = 5
 LIMITS = (None, 256, 64)  # of `max_positions`
 BAR = 1.6
+APART: list[dict[str, str]] = [
+    {"structure": "kfac"},
+    {"structure": "ekfac"},
+    {"structure": "kfac", "sharing": "reduce"},
+    {"structure": "diagonal"},
+    {"structure": "kfac", "kind": "empirical"},
+]
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -91,6 +98,11 @@ def main() -> None:
         ask = {"output": output, "targets": targets}
         runs.append((name, model, lambda model=model, batch=batch: model(**batch).loss, ask))
 
+    print("kinds and structures that need to know whose row it is, 128 data")
+    mlp = nn.Sequential(nn.Linear(784, 500), nn.ReLU(), nn.Linear(500, 250), nn.ReLU(), nn.Linear(250, 10))
+    flat = torch.randn(128, 784)
+    for options in APART:
+        measure(" ".join(options.values()), mlp, loss, lambda: loss(mlp(flat), y), **options)
     for limit in LIMITS:
         print("all positions" if limit is None else f"max_positions={limit}")
         for name, model, value, options in runs:

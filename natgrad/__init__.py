@@ -4,6 +4,7 @@ from natgrad import operators
 from natgrad.capture.tape import CaptureError
 from natgrad.fisher.fisher import Fisher
 from natgrad.fisher.likelihoods.distribution import Likelihood
+from natgrad.fisher.likelihoods.loss import Loss
 from natgrad.function_space.energy import Energy
 from natgrad.function_space.gauss_newton import GaussNewton
 from natgrad.function_space.hessian import Hessian
@@ -36,6 +37,7 @@ __all__ = [
     "KLTrustRegion",
     "LevenbergMarquardt",
     "Likelihood",
+    "Loss",
     "Metric",
     "NaturalGradient",
     "NormalisedStep",

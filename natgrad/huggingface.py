@@ -5,8 +5,8 @@ Each entry says in its place what the loss inside the model is a cross-entropy o
 
     metric = ng.Fisher(model, nn.CrossEntropyLoss(), **huggingface.CAUSAL_LM)
 
-Positions with the label −100 are left out, as `nn.CrossEntropyLoss` does and as the models do. Nothing here imports
-transformers.
+Positions with the label −100 are left out, as `nn.CrossEntropyLoss` does and as the models do. So are the virtual
+tokens that prompt tuning puts before the text, as in the loss of peft. Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
-Readout = Mapping[str, Callable[[Any], Any]]
+Readout = Mapping[str, Callable[..., Any]]
+LEFT_OUT = -100  # the label of a position that no loss counts
 
 
 def next_token_logits(output: Any) -> Tensor:
@@ -24,10 +26,13 @@ def next_token_logits(output: Any) -> Tensor:
     return output["logits"][:, :-1].flatten(0, 1)
 
 
-def next_token_labels(inputs: Any) -> Tensor | None:
-    """(N, T) → (N (T − 1),): the first token is predicted from nothing."""
+def next_token_labels(inputs: Any, logits: Tensor) -> Tensor | None:
+    """(N, T) → (N (T − 1),): the first token is predicted from nothing, or from virtual tokens before it."""
     labels = labels_of(inputs)
-    return None if labels is None else labels[:, 1:].flatten()
+    if labels is None:
+        return None
+    virtual = len(logits) // len(labels) + 1 - labels.shape[1]  # before the text: with logits, without labels
+    return F.pad(labels, (max(0, virtual), 0), value=LEFT_OUT)[:, 1:].flatten()
 
 
 def token_logits(output: Any) -> Tensor:

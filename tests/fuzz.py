@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import re
 import time
 import warnings
@@ -233,7 +234,7 @@ def build(spec: Spec) -> tuple[nn.Module, Tensor]:
     steps: list[Step] = []
     if spec.shape == "tokens":
         x = torch.randint(0, 4, (spec.data, shape[0]))
-        steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)))
+        steps.append(module("embedding", nn.Embedding(4, shape[1], padding_idx=0)).double())
     channel = 1 if spec.shape == "image" else -1
     for op in spec.ops:
         h = x
@@ -278,7 +279,35 @@ def try_one(spec: Spec) -> str:
         return f"wrong: the trace of ekfac is off by {trace:.1e}"
     if not bool(torch.isfinite(found["kfac"].dense()).all()):
         return "wrong: kfac is not finite"
-    return "met"
+    return try_steps(model, loss, x, y, spec, expected)
+
+
+def try_steps(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, spec: Spec, expected: Tensor) -> str:
+    """ "met" where the first step of a fixed length is that of the oracle, and the default rule steps too."""
+    damping, structure = 1e-2, ("kfac", "ekfac", "block", "diagonal", "dense")[spec.seed % 5]
+    twin = copy.deepcopy(model)
+    metric = ng.Fisher(twin, loss, kind=spec.kind, structure="dense")
+    opt = ng.NaturalGradient(metric, step=ng.FixedStep(lr=1.0, damping=damping))
+    loss(twin(x), y).backward()
+    parameters = dict(twin.named_parameters())
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    df = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters.values()])
+    opt.step()
+    bare = metric.without_curvature()  # uses that no rule covers follow Adam
+    keep = torch.cat([torch.full((p.numel(),), n not in bare and p.grad is not None) for n, p in parameters.items()])
+    moved = torch.cat([(before[n] - p.detach()).flatten() for n, p in parameters.items()])[keep]
+    system = expected[keep][:, keep] + damping * torch.eye(int(keep.sum()), dtype=expected.dtype)
+    step = torch.linalg.solve(system, df[keep])
+    if len(moved) and not relative(moved, step) < EXACT:
+        return f"wrong: the step is off by {relative(moved, step):.1e}"
+    twin = copy.deepcopy(model)
+    opt = ng.NaturalGradient(ng.Fisher(twin, loss, kind=spec.kind, structure=structure, sharing=spec.sharing))
+    for _ in range(2):
+        opt.zero_grad()
+        loss(twin(x), y).backward()
+        opt.step()
+    fine = all(bool(torch.isfinite(p).all()) for p in twin.parameters())
+    return "met" if fine else f"wrong: training by {structure} is not finite"
 
 
 def main() -> None:

@@ -14,7 +14,14 @@ import natgrad
 
 # Each room may import those before it.
 ROOMS = ("_tree", "linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "cli")
-FACES = ("__init__", "__main__", "operators", "checkpoint", "huggingface")  # public names, and what needs none of them
+FACES = (
+    "__init__",
+    "__main__",
+    "operators",
+    "checkpoint",
+    "huggingface",
+    "testing",
+)  # public names, and what needs none of them
 
 ROOT = Path(natgrad.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.capture.layers import Layer, LayerIO
+from natgrad.capture.layers import Layer, LayerIO, summed_gradients
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg import kronecker
 from natgrad.linalg.inverse import Inverse
@@ -85,7 +85,7 @@ class Block:
         self.dimension = sum(shape.numel() for shape in self.shapes)
         self.pieces: list[ParameterSlice] = [p for layer in layers for p in layer.pieces]
         self.names = list(dict.fromkeys(p.name for p in self.pieces))  # of its parameters
-        self._in_views = len(self.layers) == 1 and all(p.rows is None for p in self.pieces)  # its coordinates are
+        self._in_views = len(self.layers) == 1 and not any(p.ranges for p in self.pieces)  # its coordinates are
 
     @property
     def dtype(self) -> torch.dtype:
@@ -319,12 +319,9 @@ class JointBlock(Block):
         for start in range(0, data, step):
             length = min(step, data - start)
             parts = []
-            for calls, width in zip(uses, self.widths):
+            for calls, shape in zip(uses, self.shapes):
                 if not calls:
-                    parts.append(like.new_zeros(length, width))
+                    parts.append(like.new_zeros(length, shape.numel()))
                     continue
-                total = calls[0].per_example_gradients(start, length)
-                for use in calls[1:]:
-                    total = total + use.per_example_gradients(start, length)
-                parts.append(total.flatten(1))
+                parts.append(summed_gradients(calls, shape[0], start, length).flatten(1))
             yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

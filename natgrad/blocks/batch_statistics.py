@@ -24,7 +24,8 @@ class BatchStatistics:
     remote_blocks: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     nats: Tensor | None = None  # (Σ m u, Σ m) of `CriterionLikelihood.nats`, over all loss terms
     labels: int = 0  # one a datum and position
-    streams: Streams = field(default_factory=list)  # where its random numbers end
+    start: Streams = field(default_factory=list)  # where its random numbers begin
+    streams: Streams = field(default_factory=list)  # and where they end
 
     def sums(self) -> list[Tensor]:
         return [s for _, new in self.statistics for average in new.values() for s in average.sums.values()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
-from natgrad.blocks.base import JointBlock
-from natgrad.capture.layers import LayerIO
+from natgrad.blocks.base import CHUNK, JointBlock
+from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
 from natgrad.linalg.inverse import DiagonalInverse, Inverse
 
 
@@ -19,8 +20,12 @@ class DiagonalBlock(JointBlock):
 
     def observe(self, uses: Sequence[Sequence[LayerIO]], mass: Tensor | None, source: str, like: Tensor) -> Statistics:
         average = Average()
-        for rows in self.per_datum(uses, like):
-            average.add(rows.square().sum(0), None, source)
+        most = max(1, CHUNK // max(1, self.dimension))
+        squares = [
+            sum_of_squared_gradients(calls, shape[0], most).flatten() if calls else like.new_zeros(shape.numel())
+            for calls, shape in zip(uses, self.shapes)
+        ]
+        average.add(torch.cat(squares), None, source)
         average.weigh(mass, source)
         return {"diagonal": average}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
-from natgrad.capture.layers import LayerIO
+from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
 from natgrad.linalg.kronecker import eigen_of
@@ -50,14 +50,9 @@ class EigenvalueBlock(KroneckerBlock):
         average = Average()
         qu, qv = basis_of(new, "Q_U"), basis_of(new, "Q_V")
         average.add(like.new_zeros(self.shape), None, source)
-        data = uses[0][0].data if uses[0] else 0
-        step = max(1, CHUNK // max(1, self.dimension))
-        for start in range(0, data, step):
-            length = min(step, data - start)
-            total = uses[0][0].per_example_gradients(start, length, (qu, qv))
-            for use in uses[0][1:]:
-                total = total + use.per_example_gradients(start, length, (qu, qv))
-            average.add(total.square().sum(0), None, source)
+        if uses[0]:
+            most = max(1, CHUNK // max(1, self.dimension))
+            average.add(sum_of_squared_gradients(uses[0], self.shape[0], most, (qu, qv)), None, source)
         average.weigh(mass, source)
         if "S" in new:
             new["S"].merge(average, plain=source in new["S"].sums)

@@ -28,7 +28,7 @@ from torch import Tensor
 from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import VALUE, Block, Job
 from natgrad.capture.layers import Layer, LayerIO
-from natgrad.capture.rows import Rows, count, mean_position, of_data, second_moment, thinned
+from natgrad.capture.rows import Rows, count, of_data, second_moment, thinned
 from natgrad.linalg.block_diagonal import (
     both_times,
     diagonal_of,
@@ -79,10 +79,10 @@ class KroneckerBlock(Block):
             u, v = ("V′", "U′") if use.swapped else ("U", "V")
             gradients, inputs, scale = self._rows(use)
             moment = second_moment(gradients, self.kept[use.swapped])
-            new.setdefault(u, Average()).add(moment if scale == 1 else moment * scale, None, source)
+            self._add(new.setdefault(u, Average()), moment if scale == 1 else moment * scale, None, source, use)
             if use.first and inputs is not None:
                 total = second_moment(inputs, self.kept[not use.swapped])
-                new.setdefault(v, Average()).add(total, rows_seen(inputs, use.region, total))
+                self._add(new.setdefault(v, Average()), total, count(inputs), "", use)
         # a product that this batch does not use has zero gradient there
         for key in {"U"} | {k for k in self.statistics if k == "V′"}:
             if key not in new:
@@ -91,6 +91,12 @@ class KroneckerBlock(Block):
             if not self.is_mean(key):
                 average.weigh(mass, source)
         return new
+
+    def _add(self, average: Average, total: Tensor, mass: Tensor | None, source: str, use: LayerIO) -> None:
+        if use.region is None:
+            average.add(total, mass, source)
+        else:
+            average.add_part(total, mass, source, use.region, self.shape[0])
 
     def _shape(self, key: str) -> tuple[int, ...]:
         groups, out, into = self.shape
@@ -108,7 +114,7 @@ class KroneckerBlock(Block):
     def _rows(self, use: LayerIO) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":
-            return summed_positions(use.gradients), mean_position(use.inputs) if use.first else None, 1.0
+            return use.summed_gradients(), use.mean_inputs() if use.first else None, 1.0
         data, positions = use.gradients.shape[:2]
         rows = data * positions
         if self.max_rows is None or rows <= self.max_rows:
@@ -267,20 +273,6 @@ def size_text(p: int, d: int) -> str:
     pieces, rest = divmod(d, p)
     equal = f"{pieces}·{p}²" if pieces > 1 else f"{p}²"
     return f"({equal} + {rest}²)" if rest else equal
-
-
-def summed_positions(rows: Rows) -> Rows:
-    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
-
-
-def rows_seen(inputs: Rows, region: tuple[int, int] | None, total: Tensor) -> Tensor:
-    """How many rows a second moment was summed over; by group, where the call uses a region of them."""
-    rows = count(inputs)
-    if region is None:
-        return rows
-    seen = total.new_zeros(total.shape[0])
-    seen[region[0] : region[1]] = 1
-    return rows * beside(seen)
 
 
 def beside(share: Tensor) -> Tensor:

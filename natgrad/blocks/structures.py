@@ -40,8 +40,8 @@ def layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "op": layer.op,
         "layout": [type(layer.layout).__name__, dict(vars(layer.layout))],
-        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.rows],
-        "biases": [[b.name, b.rows] for b in layer.biases],
+        "weight": None if layer.weight is None else [layer.weight.name, layer.weight.ranges],
+        "biases": [[b.name, b.ranges] for b in layer.biases],
         "one_hot": layer.one_hot,
         "swapped": layer.swapped,
         "fan_in": layer.fan_in,
@@ -57,7 +57,7 @@ def layer_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -
 
 
 def piece(data: Sequence[Any]) -> ParameterSlice:
-    return ParameterSlice(data[0], None if data[1] is None else tuple(data[1]))
+    return ParameterSlice(data[0], tuples(data[1]))
 
 
 def tuples(value: Any) -> Any:

@@ -128,14 +128,18 @@ def cell(step: Cell, states: int) -> Callable[..., Any]:
     return run
 
 
-REWRITES: dict[Any, Callable[..., Any]] = {
+RECURRENT: dict[str, Callable[..., Any]] = {
+    "lstm": recurrent(lstm_step, 2),
+    "gru": recurrent(gru_step, 1),
+    "rnn_tanh": recurrent(rnn_step(torch.tanh), 1),
+    "rnn_relu": recurrent(rnn_step(torch.relu), 1),
+    "lstm_cell": cell(lstm_step, 2),
+    "gru_cell": cell(gru_step, 1),
+    "rnn_tanh_cell": cell(rnn_step(torch.tanh), 1),
+    "rnn_relu_cell": cell(rnn_step(torch.relu), 1),
+}
+REWRITES: dict[Any, Callable[..., Any]] = {  # by what an op is known as, see `natgrad.capture.ops.base.known_as`
     F.multi_head_attention_forward: multi_head_attention,
-    torch.lstm: recurrent(lstm_step, 2),
-    torch.gru: recurrent(gru_step, 1),
-    torch.rnn_tanh: recurrent(rnn_step(torch.tanh), 1),
-    torch.rnn_relu: recurrent(rnn_step(torch.relu), 1),
-    torch.lstm_cell: cell(lstm_step, 2),
-    torch.gru_cell: cell(gru_step, 1),
-    torch.rnn_tanh_cell: cell(rnn_step(torch.tanh), 1),
-    torch.rnn_relu_cell: cell(rnn_step(torch.relu), 1),
+    **{getattr(torch, name): run for name, run in RECURRENT.items()},
+    **{f"aten::{name}": run for name, run in RECURRENT.items()},
 }

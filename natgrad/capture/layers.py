@@ -10,9 +10,23 @@ from torch import Tensor
 
 from natgrad.capture.layouts import Layout
 from natgrad.capture.parameters import ParameterSlice, overlap
-from natgrad.capture.rows import OneHot, Rows, narrow, outer, project, regroup, with_columns
+from natgrad.capture.rows import (
+    OneHot,
+    Rows,
+    gathered,
+    mean_position,
+    narrow,
+    outer,
+    outer_sum,
+    project,
+    regroup,
+    row_table,
+    squared,
+    summed_positions,
+    with_columns,
+)
 from natgrad.capture.tape import CaptureError, LayerCall
-from natgrad.capture.views import GradientView, IndexView, canonical
+from natgrad.capture.views import GradientView, IndexView, Place, canonical, made_dense, owners_at
 
 Turn = tuple["Tensor | None", "Tensor | None"]
 
@@ -73,8 +87,8 @@ class Layer:
         width = m.shape[-1] - len(self.biases)
         out = {} if self.weight is None else {self.weight.name: self.layout.weight(m[..., :width])}
         for i, b in enumerate(self.biases):
-            out[b.name] = m[..., width + i].reshape(*m.shape[:-3], -1)
-        return {n: t.reshape(*t.shape[: m.dim() - 3], *self.shapes[n]) for n, t in out.items()}
+            out[b.name] = m[..., width + i].flatten(-2)
+        return {n: t.reshape(t.shape[: m.dim() - 3] + self.shapes[n]) for n, t in out.items()}
 
     def _slice(self, piece: ParameterSlice, tensors: Mapping[str, Tensor]) -> Tensor:
         return piece.of(tensors, tensors[piece.name].dim() - len(self.shapes[piece.name]))
@@ -89,17 +103,18 @@ class LayerIO:
     large, and most passes of K-FAC need gradients alone.
     """
 
-    gradients: Tensor  # (data, positions, groups, d)
+    gradients: Tensor  # (data, positions, groups, d), or in any order where there is a `table`
     make_inputs: Callable[[Tensor | None], Rows]  # of all data, or of those chosen
     swapped: bool = False
-    region: tuple[int, int] | None = None  # groups that the call uses; None for all
+    region: tuple[int, int] | None = None  # groups that the rows are of; None for all
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
+    table: Tensor | None = None  # row numbers of each datum, as `gathered` takes them
     _inputs: Rows | None = None
 
     @property
     def data(self) -> int:
-        return self.gradients.shape[0]
+        return len(self.gradients if self.table is None else self.table)
 
     @property
     def inputs(self) -> Rows:
@@ -117,11 +132,71 @@ class LayerIO:
         return self.gradients if self.swapped else self.inputs
 
     def per_example_gradients(self, start: int, length: int, turn: Turn | None = None) -> Tensor:
-        """Gradients of a range of data (data, groups, d_out, d_in), in other bases where `turn` is given."""
-        left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        """Gradients of a range of data (data, groups of the region, d_out, d_in), in the bases of `turn` if given."""
+        if self.table is None:
+            left, right = narrow(self.left, start, length), narrow(self.right, start, length)
+        else:
+            part = self.table[start : start + length]
+            left, right = gathered(self.left, part), gathered(self.right, part)
+        if turn is not None:
+            bases = [q if q is None or self.region is None else q[slice(*self.region)] for q in turn]
+            left, right = project(left, bases[0]), project(right, bases[1])
+        return outer(left, right)
+
+    @property
+    def one_row(self) -> bool:
+        """Whether each datum has one row, of all groups."""
+        return self.table is None and self.region is None and self.gradients.shape[1] == 1
+
+    def sum_of_squares(self, turn: Turn | None = None) -> Tensor:
+        """Σ_n G_n∘G_n (groups, d_out, d_in) of data of one row, G_n = g_n a_nᵀ: that is Σ_n (g_n∘g_n)(a_n∘a_n)ᵀ."""
+        left, right = self.left, self.right
         if turn is not None:
             left, right = project(left, turn[0]), project(right, turn[1])
-        return outer(left, right)
+        return outer_sum(squared(left), squared(right))
+
+    def summed_gradients(self) -> Rows:
+        """Gradients summed over the positions of each datum, (data, 1, groups, d)."""
+        return summed_positions(self.gradients if self.table is None else gathered(self.gradients, self.table))
+
+    def mean_inputs(self) -> Rows:
+        """The mean input of each datum that has any, (data, 1, groups, d)."""
+        if self.table is None:
+            return mean_position(self.inputs)
+        counts = (self.table < self.gradients.shape[0] * self.gradients.shape[1]).sum(1)
+        return mean_position(gathered(self.inputs, self.table[counts > 0]), counts[counts > 0])
+
+
+def sum_of_squared_gradients(calls: Sequence[LayerIO], groups: int, most: int, turn: Turn | None = None) -> Tensor:
+    """Return Σ_n G_n∘G_n (groups, d_out, d_in), G_n the gradient of datum n summed over positions and calls.
+
+    Args:
+        calls: of one layer, at least one.
+        groups: of the layer.
+        most: data whose gradients are formed at once, where a datum has several rows.
+        turn: bases of the gradients' rows and columns.
+    """
+    if len(calls) == 1 and calls[0].one_row:
+        return calls[0].sum_of_squares(turn)
+    data = calls[0].data
+    starts = range(0, max(1, data), most)
+    chunks = [summed_gradients(calls, groups, i, min(most, data - i), turn).square().sum(0) for i in starts]
+    return chunks[0] if len(chunks) == 1 else torch.stack(chunks).sum(0)
+
+
+def summed_gradients(uses: Sequence[LayerIO], groups: int, start: int, length: int, turn: Turn | None = None) -> Tensor:
+    """Gradients of a range of data over all calls of a layer, (data, groups, d_out, d_in)."""
+    total: Tensor | None = None
+    for use in uses:
+        part = use.per_example_gradients(start, length, turn)
+        if use.region is not None:
+            if total is None:
+                total = part.new_zeros(length, groups, *part.shape[2:])
+            total[:, slice(*use.region)] += part
+        else:
+            total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 class Layers:
@@ -199,28 +274,82 @@ def fan_in_of(call: LayerCall, layer: Layer) -> int:
     return layer.matrix_shape[-2] if layer.layout != call.view.layout and call.weight is not None else width
 
 
-def use_of(
-    call: LayerCall, layer: Layer, g: Tensor, axis: int, data: int, aligned: int | None, dtype: torch.dtype
-) -> LayerIO:
-    """Rows of one call; `axis` of its leading dimensions counts data, and `aligned` regroups rows into that many."""
+def uses_of(
+    call: LayerCall, layer: Layer, g: Tensor, place: Place, data: int, aligned: int | None, dtype: torch.dtype
+) -> list[LayerIO]:
+    """Rows of one call. A call whose rows go through one group each counts as one call of every group that is used.
+
+    Args:
+        call: the call.
+        layer: its layer.
+        g: the gradient of its output.
+        place: where its data are.
+        data: how many there are.
+        aligned: regroup rows into so many data; None leaves them as they are.
+        dtype: of the rows.
+    """
     swapped = call.weight is not None and layer.layout != call.view.layout
+    if call.view.routes is not None:
+        return routed_uses(call, layer, g, place, data, swapped, aligned, dtype)
     x = call.x[: g.shape[0]] if isinstance(call.view, GradientView) else call.x
+    table = place if isinstance(place, Tensor) and aligned is not None else None
+    axis, aligned = (0, None) if isinstance(place, Tensor) else (place, aligned)
 
     def inputs(keep: Tensor | None) -> Rows:
         some = x if keep is None else call.view.take(x, keep)
-        a = canonical(call.view.input_rows(some, dtype), axis, data)
-        if layer.weight is None and isinstance(a, Tensor):
-            a = a[..., :0]
-        if not swapped:
-            a = with_columns(a, [float(b == call.bias) for b in layer.biases])
+        a = with_biases(canonical(call.view.input_rows(made_dense(some), dtype), axis, data), call, layer, swapped)
         return a if keep is not None else regroup(a, aligned)
 
     gradients = regroup(canonical(call.view.gradient_rows(g.to(dtype)), axis, data), aligned)
     if swapped:
         gradients = with_columns(gradients, [0.0] * len(layer.biases))
     assert isinstance(gradients, Tensor)
-    use = LayerIO(gradients, inputs, swapped, call.view.region)
+    use = LayerIO(gradients, inputs, swapped, call.view.region, table=table)
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on
-    return use
+    return [use]
+
+
+def with_biases(a: Rows, call: LayerCall, layer: Layer, swapped: bool) -> Rows:
+    """Input rows with a 1 for the biases of the call."""
+    if layer.weight is None and isinstance(a, Tensor):
+        a = a[..., :0]
+    return a if swapped else with_columns(a, [float(b == call.bias) for b in layer.biases])
+
+
+def routed_uses(
+    call: LayerCall,
+    layer: Layer,
+    g: Tensor,
+    place: Place,
+    data: int,
+    swapped: bool,
+    aligned: int | None,
+    dtype: torch.dtype,
+) -> list[LayerIO]:
+    """One for each group that rows go to; of a datum several rows may, or none."""
+    assert call.view.routes is not None
+    routes = call.view.routes.flatten()
+    gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)  # (rows, groups of a route, d)
+    own = None if aligned in (None, 1) else owners_at(place, call.view.leading(call.x), data).to(routes.device)
+    each, found = gradients.shape[1], []
+    for k in routes.unique().tolist():
+        if k < 0:  # nowhere
+            continue
+        rows = (routes == k).nonzero().squeeze(1)
+
+        def inputs(_: Tensor | None, rows: Tensor = rows) -> Rows:
+            a = call.view.input_rows(call.x, dtype)
+            assert isinstance(a, Tensor)
+            a = with_biases(a.flatten(end_dim=-3)[rows][:, None], call, layer, swapped)
+            return a if own is not None else regroup(a, aligned)
+
+        mine: Rows = gradients[rows][:, None]
+        mine = mine if own is not None else regroup(mine, aligned)
+        if swapped:
+            mine = with_columns(mine, [0.0] * len(layer.biases))
+        assert isinstance(mine, Tensor)
+        table = None if own is None else row_table(own[rows], data)
+        found.append(LayerIO(mine, inputs, swapped, (k * each, (k + 1) * each), table=table))
+    return found

@@ -43,10 +43,11 @@ class OneHot:
         bag = self.index.shape[-1]
         return OneHot(self.index.reshape(data, -1, bag), self.scale.reshape(data, -1, bag), self.size)
 
-    def mean_position(self) -> OneHot:
+    def mean_position(self, counts: Tensor | None) -> OneHot:
         """The mean over positions, as one row a datum."""
         n, p, _ = self.index.shape
-        return OneHot(self.index.reshape(n, 1, -1), self.scale.reshape(n, 1, -1) / p, self.size)
+        scale = self.scale.reshape(n, 1, -1)
+        return OneHot(self.index.reshape(n, 1, -1), scale / (p if counts is None else counts[:, None, None]), self.size)
 
 
 Rows = Tensor | OneHot
@@ -59,8 +60,30 @@ def regroup(rows: Rows, data: int | None) -> Rows:
     return rows.reshape(data) if isinstance(rows, OneHot) else rows.reshape(data, -1, *rows.shape[2:])
 
 
-def mean_position(rows: Rows) -> Rows:
-    return rows.mean_position() if isinstance(rows, OneHot) else rows.mean(1, keepdim=True)
+def gathered(rows: Rows, table: Tensor) -> Rows:
+    """Rows of each datum by their numbers, data and positions counted together: `table` (data, positions), filled up
+    with numbers one past the last, which give rows of zeros.
+    """
+    if isinstance(rows, OneHot):
+        return OneHot(picked(rows.index, table), picked(rows.scale, table), rows.size)
+    return picked(rows, table)
+
+
+def picked(t: Tensor, table: Tensor) -> Tensor:
+    t = t.flatten(0, 1)
+    return torch.cat([t, t.new_zeros(1, *t.shape[1:])])[table]
+
+
+def mean_position(rows: Rows, counts: Tensor | None = None) -> Rows:
+    """The mean over the positions of a datum. `counts` (data,): how many it has, where zeros fill up the rest."""
+    if isinstance(rows, OneHot):
+        return rows.mean_position(counts)
+    return rows.mean(1, keepdim=True) if counts is None else rows.sum(1, keepdim=True) / counts[:, None, None, None]
+
+
+def summed_positions(rows: Rows) -> Rows:
+    """The sum over the positions of a datum."""
+    return rows.sum(1, keepdim=True) if isinstance(rows, Tensor) else rows.dense().sum(1, keepdim=True)
 
 
 def narrow(rows: Rows, start: int, length: int) -> Rows:
@@ -109,6 +132,24 @@ def outer(left: Rows, right: Rows) -> Tensor:
     return torch.einsum("npgo,npgi->ngoi", left, right)
 
 
+def squared(rows: Rows) -> Rows:
+    """Rows entry by entry squared."""
+    if isinstance(rows, OneHot):
+        single = rows.index.shape[-1] == 1
+        return OneHot(rows.index, rows.scale.square(), rows.size) if single else rows.dense().square()
+    return rows.square()
+
+
+def outer_sum(left: Rows, right: Rows) -> Tensor:
+    """Σ left rightᵀ over all rows, (groups, d_left, d_right)."""
+    if isinstance(right, OneHot):
+        return outer_sum(right, left.dense() if isinstance(left, OneHot) else left).mT
+    if isinstance(left, OneHot):
+        rows = (right.squeeze(2).unsqueeze(2) * left.scale[..., None]).flatten(0, 2)
+        return rows.new_zeros(left.size, rows.shape[-1]).index_add(0, left.index.flatten(), rows)[None]
+    return torch.einsum("npgo,npgi->goi", left, right)
+
+
 def scatter_outer(dense: Tensor, hot: OneHot) -> Tensor:
     """Σ_p hot_p dense_pᵀ of each datum, (data, 1, size, d)."""
     n = hot.index.shape[0]
@@ -155,3 +196,17 @@ def thinned(rows: Rows, keep: Tensor) -> Rows:
         bag = rows.index.shape[-1]
         return OneHot(rows.index.reshape(-1, 1, bag)[keep], rows.scale.reshape(-1, 1, bag)[keep], rows.size)
     return rows.reshape(-1, 1, *rows.shape[2:])[keep]
+
+
+def row_table(own: Tensor, data: int) -> Tensor:
+    """Return the row numbers of each datum, (data, most rows of one), filled up with the number of all rows.
+
+    `own` (rows,): the datum of each; negative for rows of none.
+    """
+    heard = (own >= 0).nonzero().squeeze(1)
+    whose, order = own[heard].sort(stable=True)
+    counts = whose.bincount(minlength=data)
+    column = torch.arange(len(whose), device=own.device) - (counts.cumsum(0) - counts)[whose]
+    found = own.new_full((data, int(counts.max())), len(own))
+    found[whose, column] = heard[order]
+    return found

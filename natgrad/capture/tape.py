@@ -24,9 +24,11 @@ from torch.overrides import TorchFunctionMode
 from natgrad._tree import leaves_of
 from natgrad.capture.compile import eager, go_on_in_python
 from natgrad.capture.decompose import REWRITES
-from natgrad.capture.ops import IN_PLACE, RULES, OpUse, op_name
+from natgrad.capture.ops import IN_PLACE, RULES, OpUse, Picked, known_as, op_name
+from natgrad.capture.ops.elementwise import elements
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
-from natgrad.capture.views import LinearForm
+from natgrad.capture.picked import node_behind, picked_slice
+from natgrad.capture.views import LinearForm, kept_input
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
@@ -64,7 +66,8 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     inputs: set[Edge] = field(default_factory=set)
     data: int | None = None  # first dimension of the first tensor input
-    sizes: set[int] = field(default_factory=set)  # that may be the number of data, of batch-first or time-first inputs
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs
+    picked: dict[Any, Picked] = field(default_factory=dict)  # autograd node → the parameter it gathers from
     outputs: set[Edge] = field(default_factory=set)
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
@@ -75,8 +78,8 @@ class Tape:
         """Start noting calls."""
         tensors = leaves_of((args, kwargs))
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
-        self.sizes = {n for t in tensors for n in t.shape[:2]}
-        self.data = next((t.shape[0] for t in tensors if t.dim()), None)
+        self.shapes = [tuple(t.shape) for t in tensors if not t.is_nested]
+        self.data = next((t.size(0) for t in tensors if t.dim()), None)
         self._stack = ExitStack()
         self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
         self._stack.enter_context(_Watch(self))
@@ -90,25 +93,52 @@ class Tape:
     def note(self, func: Any, parsed: OpUse, out: Tensor, before: Sequence[Edge] = ()) -> None:
         """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
         check_selective_checkpointing()
-        held = weight_slice(parsed.weight, parsed.view, self.names)
-        weight, view = (None, parsed.view) if held is None else held
-        bias = slice_of(parsed.bias, self.names)
-        edge = edge_of(out)
-        if edge is None or (weight is None and bias is None):
+        edge, picked = edge_of(out), self.picked_behind(parsed.weight)
+        if edge is None or (parsed.needs_rows and picked is None and not parsed.view.leading(parsed.x)):
             return
-        if parsed.needs_data and self.sizes and all(n % s for n in view.leading(parsed.x) for s in self.sizes):
-            return
-        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias)) if t is not None and p is not None]
+        weight, view, x = None, parsed.view, parsed.x
+        if picked is not None:
+            weight, view, x = picked_slice(parsed, picked, self.names) or (weight, view, x)
+        else:
+            weight, view = weight_slice(parsed.weight, view, self.names) or (weight, view)
+        bias, offset = slice_of(parsed.bias, self.names), None
+        if view.region is not None or view.routes is not None or bias is None:
+            bias, offset = None, offset_of(parsed, out, self.names)  # no column of one matrix
+        claimed = [t for t, p in ((parsed.weight, weight), (parsed.bias, bias or offset)) if t is not None and p]
         if not any(t.requires_grad for t in claimed):
             return
         rest = [t for t in (parsed.x, parsed.weight, parsed.bias, *parsed.others) if isinstance(t, Tensor)]
         edges = [e for t in rest if not any(t is c for c in claimed) and (e := edge_of(t)) is not None]
         self.behind.setdefault(edge, []).extend([*edges, *before])
-        self.calls.append(LayerCall(op_name(func), weight, bias, view, parsed.x.detach(), edge))
+        name = op_name(func)
+        if weight is not None or bias is not None:
+            self.calls.append(LayerCall(name, weight, bias, view, kept_input(x.detach()), edge))
+        if offset is not None:
+            ones = torch.ones((), dtype=out.dtype, device=out.device).expand(out.shape)
+            self.calls.append(LayerCall(name, *offset, ones, edge))
+
+    def refuse_nested(self, func: Any, args: Sequence[Any]) -> None:
+        """Raise a CaptureError where a parameter of interest is used on a nested tensor."""
+        if (found := next((f for t in args if (f := find(t, self.names)) is not None), None)) is not None:
+            raise CaptureError(
+                f"parameter {found[0]!r} is used by {op_name(func)} on a nested tensor, whose rows have no dimension "
+                "that counts data. Pad it before that layer (torch.nested.to_padded_tensor) and mask the padding "
+                "after it, or leave the parameter out with `params=`"
+            )
 
     def owns(self, t: Any) -> bool:
-        """Whether a tensor is a parameter of interest, or a view or cast of one."""
-        return find(t, self.names) is not None
+        """Whether a tensor is a parameter of interest, a view or cast of one, or matrices picked out of one."""
+        picked = self.picked_behind(t)
+        return find(t, self.names) is not None if picked is None else picked.otherwise is None
+
+    def owns_second(self, t: Any) -> bool:
+        """Whether a tensor is what an op owns where it owns nothing else: rows of a table, or a repeated parameter."""
+        picked = self.picked_behind(t)
+        return picked is not None and picked.otherwise is not None
+
+    def picked_behind(self, t: Any) -> Picked | None:
+        """What a tensor, or what it is a view of, was picked from."""
+        return self.picked.get(node_behind(t)) if self.picked and isinstance(t, Tensor) else None
 
 
 def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:
@@ -127,7 +157,7 @@ def coverage_walk(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> tuple[set
     todo = [(e, "the output itself") for t in outputs if (e := edge_of(t)) is not None]
     while todo:
         edge, user = todo.pop()
-        if edge in seen:
+        if edge in seen or is_empty(edge):
             continue
         seen.add(edge)
         if edge in behind:
@@ -199,26 +229,45 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         following = torch.is_grad_enabled() and not in_backward() and not in_transform()
-        if following and (decomposed := REWRITES.get(func)) is not None:
+        op = known_as(func)
+        if following and (decomposed := REWRITES.get(op)) is not None:
             with self:
                 return decomposed(*args, **kwargs)
         if func is torch.autograd.grad:
             self.tape.differentiated = True
-        rule = RULES.get(func) if following else None
+        rule = RULES.get(op) if following else None
         if rule is None:
             return func(*args, **kwargs)
         before: list[Edge] = []
-        if func in IN_PLACE and self.tape.owns(args[1]):
+        if op in IN_PLACE and (self.tape.owns(args[1]) or self.tape.owns_second(args[1])):
             before = [e for e in [edge_of(args[0])] if e is not None]
             args, given = (args[0].detach().clone(), *args[1:]), args
         else:
             given = args
-        out = func(*given, **kwargs)
-        if out.requires_grad:
+        result = func(*given, **kwargs)
+        out = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(out, Tensor) and out.requires_grad and out.is_nested:
+            self.tape.refuse_nested(func, (*args, *kwargs.values()))
+        elif isinstance(out, Tensor) and out.requires_grad and out.numel():  # without entries it passes no gradient on
             parsed = rule(self.tape.owns, out, *args, **kwargs)
+            if parsed is None and self.tape.picked:
+                parsed = rule(self.tape.owns_second, out, *args, **kwargs)
+            if isinstance(parsed, Picked):
+                parsed.made = out
+                self.tape.picked[out.grad_fn] = parsed
+                parsed = parsed.otherwise
             if parsed is not None:
                 self.tape.note(func, parsed, out, before)
-        return out
+        return result
+
+
+def offset_of(parsed: OpUse, out: Tensor, names: Mapping[int, str]) -> tuple[ParameterSlice, None, LinearForm] | None:
+    """A bias that is no column of one matrix, as an offset: its piece, no bias, and its view."""
+    if find(parsed.bias, names) is None:
+        return None
+    assert parsed.bias is not None
+    held = weight_slice(parsed.bias, elements(parsed.bias, out.shape, parsed.bias_at), names)
+    return None if held is None else (held[0], None, held[1])
 
 
 def edge_of(t: Tensor) -> Edge | None:
@@ -226,6 +275,13 @@ def edge_of(t: Tensor) -> Edge | None:
         return None
     e = get_gradient_edge(t)
     return e.node, e.output_nr
+
+
+def is_empty(e: Edge) -> bool:
+    """Whether the tensor has no entries, and so passes no gradient on: a layer called on no rows."""
+    node, number = e
+    made = getattr(node, "_input_metadata", ())  # of the outputs in the forward pass
+    return number < len(made) and not made[number].is_nested_tensor and 0 in made[number].shape
 
 
 def as_gradient_edge(e: Edge) -> GradientEdge:

@@ -10,7 +10,7 @@ arXiv:1602.01407, §3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -26,7 +26,8 @@ class LinearForm:
 
     layout: Layout
     one_hot = False  # every input row is a unit vector: its second moment is diagonal
-    region: tuple[int, int] | None = None  # of an elementwise layout: the groups that the call uses
+    region: tuple[int, int] | None = None  # the groups that the call uses, which its rows are of; None for all
+    routes: Tensor | None = None  # (*leading) where each row goes through one group alone: which
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         """Sizes of the dimensions of the call's output that may count data or positions."""
@@ -50,12 +51,36 @@ class LinearForm:
         return None
 
 
+def kept_input(x: Tensor) -> Tensor:
+    """The input of a call as it is kept: of any sparse layout in coordinates, by which rows can be taken."""
+    return x if x.layout == torch.strided else x.to_sparse_coo()
+
+
+def made_dense(x: Tensor) -> Tensor:
+    """A kept input, or some rows of it, as rows are read from."""
+    return x if x.layout == torch.strided else x.to_dense()
+
+
 INNER = -1  # the first leading dimension is (positions · data): attention flattens (time, batch)
+Place = int | Tensor  # where a call's data are: a leading dimension, or INNER; else the row numbers of each datum
 
 
 def data_first(t: Tensor, axis: int, data: int) -> Tensor:
     """(*leading, …) with the dimension that counts data in front."""
     return t.unflatten(0, (-1, data)).movedim(1, 0) if axis == INNER else t.movedim(axis, 0)
+
+
+def owners_at(place: Place, sizes: tuple[int, ...], data: int) -> Tensor:
+    """The datum of each row of (*sizes), data and positions counted together; -1 for rows of none."""
+    own = torch.full((prod(sizes),), -1, dtype=torch.long)
+    if isinstance(place, Tensor):
+        whose = torch.arange(data, device=place.device)[:, None].expand_as(place)
+        kept = place < len(own)
+        own[place[kept].cpu()] = whose[kept].cpu()
+        return own
+    ordered = data_first(torch.arange(len(own)).reshape(sizes), place, data).reshape(data, -1)
+    own[ordered] = torch.arange(data)[:, None].expand_as(ordered)
+    return own
 
 
 def canonical(t: Rows, axis: int, data: int) -> Rows:
@@ -84,6 +109,7 @@ class DimsView(LinearForm):
     out_group: tuple[int, ...]
     out: tuple[int, ...]
     region: tuple[int, int] | None = None
+    routes: Tensor | None = field(default=None, compare=False)
 
     def leading(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[d] for d in self.positions)
@@ -92,17 +118,10 @@ class DimsView(LinearForm):
         return x.index_select(self.positions[0], keep)
 
     def input_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.spread(arranged(x.to(dtype), self.positions, self.group, self.into))
+        return arranged(x.to(dtype), self.positions, self.group, self.into)
 
     def gradient_rows(self, g: Tensor) -> Tensor:
-        return self.spread(arranged(g, self.out_positions, self.out_group, self.out))
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Zero rows for the groups that the call does not use."""
-        if self.region is None:
-            return rows
-        start, stop = self.region
-        return F.pad(rows, (0, 0, start, self.layout.groups - stop))
+        return arranged(g, self.out_positions, self.out_group, self.out)
 
 
 def arranged(t: Tensor, positions: tuple[int, ...], group: tuple[int, ...], last: tuple[int, ...]) -> Tensor:

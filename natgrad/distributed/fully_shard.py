@@ -131,7 +131,7 @@ class FullySharded(DataParallel):
         """
         told = self.ranks.gather([int(fine), data])
         counts = [d for _, d in told]
-        self.uneven = len(set(counts)) > 1
+        self.most, self.uneven = max(counts), len(set(counts)) > 1
         if self.uneven and min(counts) == 1:
             raise RuntimeError(
                 f"the ranks of a sharded model have {counts} data; with one datum the metric takes other backward "

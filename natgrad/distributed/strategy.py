@@ -26,6 +26,7 @@ class Strategy:
 
     rank, size = 0, 1
     sharded = False  # whether ranks hold shards of the parameters
+    most = 1  # data that a rank has, where all ranks make every backward pass together
     uneven = False  # whether ranks whose every backward pass is collective have unlike numbers of data
     holds_gradients = False  # whether gradients wait outside the parameters for the last of several backward passes
     refresh = 1  # steps between refreshes, once an optimizer drives the metric

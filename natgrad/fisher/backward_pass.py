@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad._tree import Tensors
 from natgrad.capture.tape import CaptureError, LayerCall, as_gradient_edge
-from natgrad.fisher.batch_axis import of_data
+from natgrad.fisher.owners import Data
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
 
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
@@ -26,7 +26,7 @@ class BackwardPass:
     calls: Sequence[LayerCall]  # those without an op rule last
     parameters: Mapping[str, Tensor]
 
-    def backward(self, v: Tensors, data: int) -> list[Tensor | None]:
+    def backward(self, v: Tensors, data: Data) -> list[Tensor | None]:
         """Gradients at all calls; where there is no op rule, the gradients (data, P) of the parameter itself."""
         return [*self.at_calls(v), *self.per_datum(v, data)]
 
@@ -39,7 +39,7 @@ class BackwardPass:
         found = dict(zip(once, self._grad([as_gradient_edge(e) for e in once], v)))
         return [found[e] for e in edges]
 
-    def per_datum(self, v: Tensors, data: int) -> list[Tensor | None]:
+    def per_datum(self, v: Tensors, data: Data) -> list[Tensor | None]:
         """One backward pass a datum."""
         names = [c.weight.name for c in self.calls if c.op == PER_DATUM and c.weight is not None]
         if not names:
@@ -51,19 +51,17 @@ class BackwardPass:
                 into.append(torch.zeros_like(p).flatten() if g is None else g.flatten())
         return [torch.stack(r) for r in rows]
 
-    def _one_datum_each(self, v: Tensors, data: int) -> Iterator[Tensors]:
-        if data == 1:
+    def _one_datum_each(self, v: Tensors, data: Data) -> Iterator[Tensors]:
+        if data.count == 1:
             yield v
             return
-        if data > MAX_PASSES:
+        if data.count > MAX_PASSES:
             raise ValueError(
-                f"parameters without an op rule need a backward pass for each of {data} data (limit {MAX_PASSES}); "
-                "pass fewer data an update, or leave them out with `params=`"
+                f"parameters without an op rule need a backward pass for each of {data.count} data (limit "
+                f"{MAX_PASSES}); pass fewer data an update, or leave them out with `params=`"
             )
-        for n in range(data):
-            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
-            keep[n] = True
-            yield tuple(of_data(t, keep) for t in v)
+        for n in range(data.count):
+            yield tuple(data.only(t, n) for t in v)
 
     def _grad(self, inputs: Sequence[Any], v: Tensors) -> tuple[Tensor | None, ...]:
         held = [t.to(o.dtype) for t, o in zip((t for t, live in zip(v, self.carries) if live), self.live)]

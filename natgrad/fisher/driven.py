@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
+from natgrad.capture.purpose import RETURNED
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import check_rule, undisturbed
 from natgrad.distributed.fsdp import kept_open, sharded_modules
 from natgrad.fisher.block_metric import BlockMetric
 from natgrad.fisher.estimator import Estimator
+from natgrad.fisher.forward import check_output
 from natgrad.fisher.hooks import Called, CriterionHooks
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.likelihoods.multi_head import MultiHead
-from natgrad.fisher.options import (
-    chosen_parameters,
-    received,
-)
+from natgrad.fisher.options import chosen_parameters, picks_by_output, received
 
 
 class DrivenMetric(BlockMetric):
@@ -36,6 +35,7 @@ class DrivenMetric(BlockMetric):
     default_step = "normalised"
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
     _folded = False  # whether statistics have changed since the last step
+    _said_bare = False  # whether it was said that no parameter has curvature
 
     model: nn.Module
     module: nn.Module  # without wrappers
@@ -47,11 +47,12 @@ class DrivenMetric(BlockMetric):
     nats: Tensor | None  # (Σ m u, Σ m) of `CriterionLikelihood.nats` at the last refresh
     dropped: int  # batches whose statistics were not finite
     _driver: Any  # the optimizer, if one drives
-    _pending: list[BatchStatistics]
+    _pending: list[BatchStatistics]  # whose gradients are in ``.grad``
+    _returned: list[BatchStatistics]  # whose gradients torch.autograd.grad has returned
     _masses: dict[str, Tensor]  # of the loss terms counted, by head
     _watcher: CriterionHooks
     _output: Callable[[Any], Any] | None
-    _targets: Callable[[Any], Any] | None
+    _targets: Callable[..., Any] | None
 
     @property
     def blocks(self) -> list[Block]:
@@ -126,19 +127,36 @@ class DrivenMetric(BlockMetric):
         return self._draw_training(output, targets, tapes)
 
     def draw_at_output(self, output: Any, given: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None:
-        args, kwargs = given
-        targets = None if self._targets is None else self._targets(received(args, kwargs))
-        return self._draw_training(self.output_of(output), targets, tapes)
+        picked = self.output_of(output)
+        targets = self.targets_of(given, picked)
+        check_output(self.likelihood, picked, targets)
+        return self._draw_training(picked, targets, tapes)
 
     def output_of(self, result: Any) -> Any:
         """What `output=` makes of what the model returned."""
         return result if self._output is None else self._output(result)
 
+    def targets_of(self, given: tuple[Any, Any], picked: Any) -> Any:
+        """What `targets=` makes of what the model was given, and of the output that was picked if it asks for it."""
+        if self._targets is None:
+            return None
+        inputs = received(*given)
+        return self._targets(inputs, picked) if picks_by_output(self._targets) else self._targets(inputs)
+
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
         with undisturbed(self.model), kept_open(self.model):
             return self.estimator.draw(output, targets, tapes, per_datum=False)
 
-    def count(self, draw: BatchStatistics) -> None:
+    def lacks_labels(self) -> bool:
+        """Whether labels are needed that only a call of the criterion gives."""
+        return self._targets is None and self.estimator.why_targets() is not None
+
+    def count(self, draw: BatchStatistics, purpose: str) -> None:
+        """Take in a draw whose loss is backpropagated, perhaps not for the first time."""
+        self._returned = [d for d in self._returned if d is not draw]
+        if purpose == RETURNED:
+            self._returned.append(draw)
+            return
         go_on(draw.streams)
         self._pending.append(draw)
 
@@ -194,16 +212,35 @@ class DrivenMetric(BlockMetric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
-        draws, self._pending = self._pending, []
+        # gradients that were returned made the step only if no others did: else they were looked at
+        draws = self._pending or self._returned
+        for draw in draws:
+            go_on(draw.streams)
+        self._pending, self._returned = [], []
         self._watcher.forget()
         if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where or draws:
             self._where, dtype = where, statistics_dtype(self.parameters.values())
             for block in self.blocks:
                 block.move(self.parameters[block.names[0]].device, dtype)
         if self.strategy.size > 1:  # ranks meet where all know that they do; what comes late is not waited for
-            return bool(self._driver.refresh_due) and self._commit(draws, decay)
+            return self._folds(bool(self._driver.refresh_due) and self._commit(draws, decay))
         draws = [d for d in draws if self._usable(d)]
-        return bool(draws) and self._commit(draws, decay)
+        return self._folds(bool(draws) and self._commit(draws, decay))
+
+    def _folds(self, folded: bool) -> bool:
+        """Say once where a refresh has found no curvature at all; returns what it is given."""
+        if folded and not self._said_bare and self.collection.uncovered and not any(b.known for b in self.blocks):
+            self._said_bare = True
+            used = [f"{n!r} (reached through {use.used_by})" for n, use in self.collection.uncovered.items()]
+            more = f" and {len(used) - 2} more" if len(used) > 2 else ""
+            warnings.warn(
+                f"no parameter has curvature: no op rule covers the use of {', '.join(used[:2])}{more}, so an "
+                "Adam-like rule trains the whole model. natgrad sees the ops of torch, torch.nn.functional and "
+                "torch.ops.aten. For an op of your own write a rule, natgrad.capture.ops.op_rule; in place of "
+                "TorchScript use the nn.Module that it was made from",
+                stacklevel=8,
+            )
+        return folded
 
     def agree(self, fine: Tensor) -> Tensor:
         return self.strategy.all_fine(self.model, fine)
@@ -242,8 +279,12 @@ class DrivenMetric(BlockMetric):
         }
 
     def discard_pending(self) -> None:
-        """Drop what was backpropagated but not stepped on; a forward pass whose loss is to come keeps its place."""
-        self._pending = []
+        """Drop what was backpropagated but not stepped on, with the random numbers that it took; a forward pass whose
+        loss is to come keeps its place.
+        """
+        if self._pending:
+            self.estimator.rewind(self._pending[0].start)
+        self._pending, self._returned = [], []
 
     @property
     def gradient_scale(self) -> float | None:

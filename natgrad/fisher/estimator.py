@@ -15,15 +15,15 @@ from natgrad.blocks.average import Statistics
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
-from natgrad.capture.layers import LayerIO, key_of, use_of
+from natgrad.capture.layers import LayerIO, key_of, uses_of
 from natgrad.capture.layouts import element_layout, flat_layout
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.capture.tape import CaptureError, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
-from natgrad.capture.views import GradientView
+from natgrad.capture.views import GradientView, Place
 from natgrad.distributed.strategy import Strategy
 from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
-from natgrad.fisher.batch_axis import axes_that_fit, count_data, data_axes
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.fisher.owners import Data, likely_data, whose
 from natgrad.fisher.pseudo_gradients import cotangents
 
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
@@ -40,9 +40,10 @@ class LossTerms:
     targets: Any
     backward: BackwardPass
     mass: Tensor | None
-    axes: list[int]  # of each call: which dimension of its rows counts data
-    data: int
+    places: list[Place]  # of each call: where the rows of each datum are
+    data: Data
     apart: bool  # whether each datum has a backward pass of its own
+    weight: float  # of this source in the loss
 
 
 class Estimator:
@@ -70,7 +71,6 @@ class Estimator:
         self.module, self.likelihood, self.kind, self.samples, self.seed = module, likelihood, kind, samples, seed
         self.collection, self.strategy = collection, strategy
         self.generators: dict[torch.device, torch.Generator] = {}  # of labels
-        self._axes: dict[tuple[object, ...], list[int] | None] = {}
         self._warned_batch_norm = False
 
     # one draw ------------------------------------------------------------------------------------------
@@ -94,12 +94,16 @@ class Estimator:
             with torch.autocast(device.type, enabled=False):  # statistics are not to be taken in half precision
                 draw = self._draw(output, targets, tapes, per_datum)
             if draw is not None:
-                draw.streams = self._streams()
+                draw.start, draw.streams = start, self._streams()
         finally:
-            for generator in self.generators.values():  # one that was made on the way starts from its seed again
-                generator.manual_seed(self.seed)
-            go_on(start)
+            self.rewind(start)
         return draw
+
+    def rewind(self, start: Streams) -> None:
+        """Let the random streams go on from where they were."""
+        for generator in self.generators.values():  # one that was made on the way starts from its seed again
+            generator.manual_seed(self.seed)
+        go_on(start)
 
     def _streams(self) -> Streams:
         return [(g, g.get_state()) for g in (*self.generators.values(), self.collection.rows)]
@@ -111,12 +115,12 @@ class Estimator:
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
-        from_inputs = next((t.data for t in tapes if t.data), None)
-        data = 1 if self.likelihood.unbatched(found) else count_data(found, from_inputs)
         fine = usable(found)
-        if not self.strategy.meet(fine, data):
-            return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
+        one = fine and self.likelihood.unbatched(found, targets)
+        likely = [Data(1)] if one else likely_data(found, [t.shapes for t in tapes])
+        if not self.strategy.meet(fine, likely[0].count):
+            return None  # the gradient is not finite either, and the optimizer skips its step
         traced_forward = [c for tape in tapes for c in tape.calls if c.out in reached]
         self._sort_out(traced_forward, missed, any(tape.differentiated for tape in tapes))
         for tape in tapes:
@@ -125,20 +129,20 @@ class Estimator:
         dtype = statistics_dtype(self.collection.parameters.values())
         detached = tuple(o.detach().to(dtype) for o in found)
         local = replace_tensors(output, found, detached)
-        extra = self._per_datum_calls(missed, data) if per_datum else []
+        extra = self._per_datum_calls(missed, max(d.count for d in likely)) if per_datum else []
         calls = self.collection.learn([*traced_forward, *extra])
         parts = [
-            self._part(source, likelihood, here, there, labels, calls, data)
+            self._part(source, likelihood, here, there, labels, calls, likely)
             for (source, likelihood, here, labels), (_, _, there, _) in zip(
                 self.likelihood.parts(self.kind, local, targets), self.likelihood.parts(self.kind, output, targets)
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
         nats = [part.likelihood.nats(part.outputs, part.targets) for part in parts]
-        known = [n.to(dtype) for n in nats if n is not None]
+        known = [n.to(dtype) * n.new_tensor([p.weight, 1]) for n, p in zip(nats, parts) if n is not None]
         return BatchStatistics(
             self._look(parts, calls, dtype, added=per_datum),
-            data,
+            parts[0].data.count,
             masses,
             nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
             labels=sum(part.likelihood.labels(part.outputs) for part in parts),
@@ -152,7 +156,7 @@ class Estimator:
         output: Any,
         targets: Any,
         calls: Sequence[LayerCall],
-        data: int,
+        likely: Sequence[Data],
     ) -> LossTerms:
         attached = likelihood.outputs(output)
         outputs = likelihood.outputs(local)  # last: the reading remembers what it was shown
@@ -160,18 +164,18 @@ class Estimator:
         passes = BackwardPass(
             [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, parameters
         )
-        axes = self._data_axes(source, outputs, passes, data)
-        mass = self._mass(likelihood, outputs, targets, data)
-        apart = axes is None
+        data, found = self._whose(outputs, passes, likely)
+        apart = found is None
+        mass = self._mass(likelihood, outputs, targets, data.count)
         if apart and self.strategy.uneven:
             raise RuntimeError(
                 "the data mix inside the model, so that each has a backward pass of its own, and the ranks of a "
                 "sharded model, which make every backward pass together, have unlike numbers of data. Give each "
                 "rank the same"
             )
-        return LossTerms(
-            source, likelihood, outputs, local, targets, passes, mass, axes or [0] * len(calls), data, apart
-        )
+        places = found or [0] * len(calls)
+        weight = self.likelihood.weight_of(source)
+        return LossTerms(source, likelihood, outputs, local, targets, passes, mass, places, data, apart, weight)
 
     def _look(
         self, parts: Sequence[LossTerms], calls: Sequence[LayerCall], dtype: torch.dtype, added: bool
@@ -224,7 +228,9 @@ class Estimator:
                 part.apart,
                 self.generator(part.outputs[0].device),
             ):
-                yield part, part.backward.backward(v, 1 if part.apart else part.data)
+                if part.weight != 1:
+                    v = tuple(t * part.weight**0.5 for t in v)
+                yield part, part.backward.backward(v, Data(1) if part.apart else part.data)
 
     def _uses(
         self,
@@ -244,16 +250,17 @@ class Estimator:
         for block in blocks:
             if not any(self.collection.parameters[n].requires_grad for n in block.names):
                 continue  # frozen: its curvature stays as it was
-            aligned = None if not block.needs_data else 1 if part.apart else part.data
+            aligned = None if not block.needs_data else 1 if part.apart else part.data.count
             uses: list[list[LayerIO]] = []
             for layer in block.layers:
-                here = []
+                here: list[LayerIO] = []
                 for i in of_layer.get(layer.key, []):
                     g = grads[i]
                     assert g is not None
-                    use = use_of(calls[i], layer, g, part.axes[i], part.data, aligned, dtype)
-                    use.first = i not in counted
-                    here.append(use)
+                    before = len(here)
+                    here += uses_of(calls[i], layer, g, part.places[i], part.data.count, aligned, dtype)
+                    for use in here[before:]:
+                        use.first = i not in counted
                 uses.append(here)
             yield block, uses, like
 
@@ -272,13 +279,14 @@ class Estimator:
 
     # what is used by what ------------------------------------------------------------------------------
 
+    def why_targets(self) -> str | None:
+        """Return why the metric depends on labels; None where it does not."""
+        if self.kind == "empirical":
+            return "kind='empirical' takes the observed labels"
+        return self.likelihood.why_targets()
+
     def _check_targets(self, targets: Any) -> None:
-        if targets is not None:
-            return
-        why = (
-            "kind='empirical' takes the observed labels" if self.kind == "empirical" else self.likelihood.why_targets()
-        )
-        if why is not None:
+        if targets is None and (why := self.why_targets()) is not None:
             raise ValueError(
                 f"the metric needs targets: {why}. Pass them to update(inputs, targets), call the criterion "
                 "module in the training loop, or give `targets=` (a callable) to pick them out of what the model "
@@ -329,26 +337,27 @@ class Estimator:
 
     # which rows belong to which datum ------------------------------------------------------------------
 
-    def _data_axes(self, source: str, outputs: Tensors, backward: BackwardPass, data: int) -> list[int] | None:
-        """Which dimension of each call's rows counts data, if all data can share a backward pass; else None."""
+    def _whose(
+        self, outputs: Tensors, backward: BackwardPass, likely: Sequence[Data]
+    ) -> tuple[Data, list[Place] | None]:
+        """How the data lie in the outputs, and where they are in each call; None there if they mix."""
         calls = backward.calls
-        leading = [c.view.leading(c.x) for c in calls]
         if self.kind == "sampled" and not any(b.needs_data for b in self.collection.blocks):
-            return [0] * len(calls)
-        if self.batch_norms() and self.kind != "exact":
-            choices = [axes_that_fit(sizes, data) for sizes in leading]
-            return [fit[0] for fit in choices] if all(choices) else None
-        key = (
-            source,
-            self.module.training,
-            tuple(sizes[0] // data if sizes and sizes[0] % data == 0 else sizes for sizes in leading),
-            tuple(o.shape[1:] for o in outputs),
+            return likely[0], [0] * len(calls)
+        noted = [c for c in calls if c.op != PER_DATUM]
+        data, where = whose(
+            outputs,
+            backward.at_calls,
+            [(c.view.leading(c.x), c.view.gradient_rows) for c in noted],
+            likely[:1] if self.strategy.sharded else likely,  # there all ranks make the same backward passes
+            self.strategy.most,
+            by_size=self.kind != "exact" and bool(self.batch_norms()),  # batch statistics count as fixed
+            must_tell=self.kind == "empirical",
         )
-        if key not in self._axes:
-            views = [(sizes, c.view.gradient_rows) for sizes, c in zip(leading, calls) if c.op != PER_DATUM]
-            self._axes[key] = data_axes(outputs, backward.at_calls, views, data)
-        axes = self._axes[key]
-        return None if axes is None else axes + [0] * (len(calls) - len(axes))
+        if not self.strategy.everywhere(where is not None) or where is None:
+            return data, None
+        by_data: list[Place] = [0] * (len(calls) - len(noted))  # rows that are data
+        return data, where + by_data
 
     def batch_norms(self) -> list[str]:
         """Modules that mix data by their batch statistics."""

@@ -12,6 +12,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -31,7 +32,7 @@ from natgrad.fisher.driven import DrivenMetric
 from natgrad.fisher.estimator import Estimator, usable
 from natgrad.fisher.forward import check_output, isolated, traced_forward
 from natgrad.fisher.hooks import CriterionHooks
-from natgrad.fisher.likelihoods.multi_head import MultiHead
+from natgrad.fisher.likelihoods.multi_head import MultiHead, Weight
 from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.fisher.options import (
     arguments,
@@ -41,9 +42,9 @@ from natgrad.fisher.options import (
     choose,
     chosen_parameters,
     max_factor_dim_by_pattern,
-    received,
     unwrapped,
 )
+from natgrad.metric.copies import refuse_pickle
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
@@ -57,7 +58,7 @@ class Fisher(DrivenMetric):
         model: the model that is trained; wrapped by DistributedDataParallel or ``torch.compile``, sharded by
             ``fully_shard``, or none of these.
         criterion: the loss module it is trained with (see `natgrad.fisher.likelihoods`), or a `Likelihood`; for several
-            heads a dictionary ``{output key: criterion}``, whose sum is the loss.
+            heads a dictionary ``{output key: criterion}``, whose sum is the loss. `Loss` makes a criterion of any loss.
         kind: "exact" (expectation over y in closed form), "sampled" (y drawn from the model), or "empirical" (observed
             labels; one outer product a datum).
         structure: "dense", "block", "diagonal", "kfac", "ekfac" or "input" (the input factor alone), or
@@ -65,8 +66,11 @@ class Fisher(DrivenMetric):
         sharing: "expand" or "reduce", what K-FAC makes of a layer's positions, or ``{name pattern: sharing}``.
         samples: labels drawn for each datum with kind "sampled".
         params: names or patterns of the parameters to take; None takes all that require grad.
+        weights: of several heads, ``{output key: weight}``, where the loss is the sum of weight times criterion: a
+            number, or a callable that is asked at every refresh. A head without one has weight 1.
         output: callable from what the model returns to what the criterion takes, where that is not the same.
-        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels.
+        targets: callable from what the model receives (its only argument, or ``(args, kwargs)``) to the labels; one
+            of two arguments is given what `output` has picked, too.
         seed: of the labels drawn; the global random state is never touched.
         max_positions: rows (data × positions) of a call that enter each Kronecker factor, at random, standing for all
             ("sampled" only); a refresh then costs at most that many outer products a layer. None takes all rows in
@@ -82,7 +86,7 @@ class Fisher(DrivenMetric):
             model it is always a direction, from the owner of the block.
 
     Raises:
-        TypeError: the criterion cannot be read as −log p(y|f).
+        TypeError: there is no metric for the criterion.
         ValueError: an option that does not exist (the message lists those that do), or a model without a trainable
             parameter.
     """
@@ -97,8 +101,9 @@ class Fisher(DrivenMetric):
         sharing: str | Mapping[str, str] = "expand",
         samples: int = 1,
         params: str | Iterable[str] | None = None,
+        weights: Mapping[str, Weight] | None = None,
         output: Callable[[Any], Any] | None = None,
-        targets: Callable[[Any], Any] | None = None,
+        targets: Callable[..., Any] | None = None,
         seed: int = 0,
         max_positions: int | None = None,
         max_factor_dim: int | Mapping[str, int | None] | None = None,
@@ -108,7 +113,9 @@ class Fisher(DrivenMetric):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Fisher takes a torch.nn.Module as the model, got {describe(model)}")
         choose("kind", kind, KINDS)
-        self.likelihood = MultiHead(criterion) if isinstance(criterion, Mapping) else likelihood_of(criterion)
+        if weights is not None and not isinstance(criterion, Mapping):
+            raise ValueError("weights= are those of several heads; give criterion={output key: criterion} with them")
+        self.likelihood = MultiHead(criterion, weights) if isinstance(criterion, Mapping) else likelihood_of(criterion)
         check_curvature_batch(kind, max_positions)
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
@@ -144,8 +151,38 @@ class Fisher(DrivenMetric):
         self.dropped = 0  # draws whose statistics were not finite
         self._driver: Any = None
         self._pending: list[BatchStatistics] = []
+        self._returned: list[BatchStatistics] = []
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
-        self._watcher = CriterionHooks(self, model, criterion if isinstance(criterion, Mapping) else {"": criterion})
+        self._watcher = CriterionHooks(self, model, self._criteria)
+
+    # copies --------------------------------------------------------------------------------------------
+
+    copies_with_model = True
+
+    @property
+    def _criteria(self) -> Mapping[str, nn.Module]:
+        return self.criterion if isinstance(self.criterion, Mapping) else {"": self.criterion}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fisher:
+        """Return a metric of the copied model, with statistics of its own, that no optimizer drives.
+
+        A criterion that is not part of the model is shared, as training loops go on calling the one they know.
+        """
+        if self.strategy.size > 1:
+            raise TypeError(
+                "a metric that ranks share cannot be copied: its process group cannot. Make another one and load this "
+                "one's state_dict()"
+            )
+        memo[id(self)] = twin = object.__new__(type(self))
+        copy.deepcopy(self.model, memo)
+        for criterion in self._criteria.values():
+            memo.setdefault(id(criterion), criterion)
+        held = {k: v for k, v in vars(self).items() if k not in ("_watcher", "_driver")}
+        vars(twin).update(copy.deepcopy(held, memo), _driver=None)
+        twin._watcher = CriterionHooks(twin, twin.model, twin._criteria)
+        return twin
+
+    __reduce__ = refuse_pickle
 
     # adding data ---------------------------------------------------------------------------------------
 
@@ -169,11 +206,10 @@ class Fisher(DrivenMetric):
                 "count them twice. Make a second metric: ng.Fisher(model, criterion)"
             )
         args, kwargs = arguments(inputs)
-        if targets is None and self._targets is not None:
-            targets = self._targets(received(args, kwargs))
         with isolated(self.module, self.parameters.values()):
             result, tape = traced_forward(self.module, self.parameter_names(), args, kwargs)
             output = self.output_of(result)
+            targets = self.targets_of((args, kwargs), output) if targets is None else targets
             check_output(self.likelihood, output, targets)
             self.estimator.warn_of_batch_norm()
             if not self.strategy.everywhere(usable(self.likelihood.outputs(output))):
@@ -222,7 +258,8 @@ class Fisher(DrivenMetric):
         for block in self.blocks:
             block.statistics, block.is_remote = {}, False
             block.version += 1
-        self.seen, self._pending, self._masses, self.nats, self.labels = 0, [], {}, None, 0
+        self.discard_pending()
+        self.seen, self._masses, self.nats, self.labels = 0, {}, None, 0
 
     def precondition_(self, damping: float) -> None:
         """Turn every ``.grad`` into (ĝ + damping·I)⁻¹ grad in place, for any other optimizer to step with.
@@ -297,6 +334,8 @@ class Fisher(DrivenMetric):
             "nats": None if nats is None else like.new_tensor(nats),
             "_masses": {source: like.new_tensor(mass) for source, mass in said["masses"].items()},
             "_where": [],  # the blocks may be of another dtype
+            "_pending": [],
+            "_returned": [],
         }
         self.collection.restore(found.blocks)  # all has been read: from here on nothing fails
         vars(self).update(taken)

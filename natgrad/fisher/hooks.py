@@ -6,15 +6,16 @@ A pre-hook of the root module opens a tape, a hook after it closes the tape. The
 2. else when the output is backpropagated, just before its own backward pass begins: with a functional loss, or a loss
    computed inside the model.
 
-Statistics count once their output is backpropagated, and are dropped otherwise, with the random numbers that they took.
-The hooks hold the metric weakly, and
-what they leave on the graph holds what a draw says and no graph, so no cycle keeps a graph alive.
+Statistics count once their loss is backpropagated to parameters, and are dropped otherwise, with the random numbers
+that they took. A backward pass for the gradient of the inputs alone is none of training (`natgrad.capture.purpose`).
+The hooks hold the metric weakly, and what they leave on the graph holds what a draw says and no graph, so no cycle
+keeps a graph alive.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from natgrad._tree import leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
+from natgrad.capture.purpose import ACCUMULATED, purpose_of_pass
 from natgrad.capture.tape import Hook, Tape, edge_of, in_backward, in_transform
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
@@ -51,7 +53,8 @@ class Watched(Protocol):
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None: ...
-    def count(self, draw: BatchStatistics) -> None: ...
+    def lacks_labels(self) -> bool: ...
+    def count(self, draw: BatchStatistics, purpose: str) -> None: ...
 
 
 class CriterionHooks:
@@ -62,9 +65,10 @@ class CriterionHooks:
         self.root = root
         self.tapes: list[Tape] = []
         self._open: Tape | None = None
-        self._inside: list[tuple[str, Any, Any]] = []  # calls of a criterion inside the root's forward
+        self._inside: list[tuple[str, Any, Any, Any]] = []  # calls of a criterion inside the root's forward
         self._called: Called = {}  # of the criteria of several heads, until all have been called
-        self.drawing = False  # a backward pass now is the metric's own
+        self._losses: dict[str, Any] = {}  # and what they returned
+        self.criterion_is_called = False  # whether it ever was, after a forward pass that was watched
         self._listeners = [Listener(self, key) for key in criteria]
         before, after = Hook(self._before, root), Hook(self._after, root)
         at_criteria = [Hook(listener.called, c) for c, listener in zip(criteria.values(), self._listeners)]
@@ -93,7 +97,7 @@ class CriterionHooks:
             self._open.close()
         self._open = None
         self.tapes = []
-        self._called = {}
+        self._called, self._losses = {}, {}
 
     # hooks ---------------------------------------------------------------------------------------------
 
@@ -136,43 +140,44 @@ class CriterionHooks:
             for t in leaves:
                 t.register_hook(fire)
 
-    def criterion_called(self, key: str, args: Any, kwargs: Any) -> None:
+    def criterion_called(self, key: str, args: Any, kwargs: Any, loss: Any) -> None:
         metric = self._metric()
         if metric is None or in_backward() or in_transform() or _unwatched.get():
             return
         if self._open is not None:
-            self._inside.append((key, args, kwargs))
+            self._inside.append((key, args, kwargs, loss))
             return
         if not self.tapes or not torch.is_grad_enabled():
             return
-        self._called[key] = (args, kwargs)
+        self._called[key], self._losses[key] = (args, kwargs), loss
         if len(self._called) < len(self._listeners):
             return
-        called, self._called = self._called, {}
-        self.drawing = True
-        try:
-            draw = metric.draw_at_criterion(called, self.tapes)
-        finally:
-            self.drawing = False
+        called, losses, self._called, self._losses = self._called, self._losses, {}, {}
+        names = {i: n for tape in self.tapes for i, n in tape.names.items()}
+        self.criterion_is_called = True
+        draw = metric.draw_at_criterion(called, self.tapes)
         if draw is not None:
-            self._count_on_backward(draw, called)
+            self._count_on_backward(draw, leaves_of(losses), names)
 
-    def _count_on_backward(self, draw: BatchStatistics, called: Called) -> None:
-        waiting = [draw]  # shared by the hooks: the first that fires takes it
+    def _count_on_backward(self, draw: BatchStatistics, losses: Sequence[Tensor], names: Mapping[int, str]) -> None:
+        """Count when the losses themselves are backpropagated: the output is reached by gradient penalties too."""
         watcher = weakref.ref(self)
+        waiting = [draw]  # the graph need not hold it once it is counted
 
         def count(_: Tensor) -> None:
             here = watcher()
-            if here is None or here.drawing:  # for another call of the criterion on the same output
+            metric = None if here is None else here._metric()
+            if here is None or metric is None or (purpose := purpose_of_pass(names)) is None:
                 return
-            metric = here._metric()
-            if waiting and metric is not None:
-                metric.count(waiting.pop())
+            if waiting:
+                metric.count(waiting[0], purpose)
+                if purpose == ACCUMULATED:
+                    waiting.clear()
             here.forget_drawn()
 
-        for t in leaves_of(called):
-            if t.requires_grad:
-                t.register_hook(count)
+        for loss in losses:
+            if loss.requires_grad:
+                loss.register_hook(count)
 
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
@@ -187,7 +192,7 @@ class Listener:
 
     def called(self, args: Any, kwargs: Any, result: Any) -> None:
         if (watcher := self._watcher()) is not None:
-            watcher.criterion_called(self.key, args, kwargs)
+            watcher.criterion_called(self.key, args, kwargs, result)
 
 
 def remove(handles: list[RemovableHandle]) -> None:
@@ -207,11 +212,13 @@ class Once:
         if watcher is None or tape is None or tape.drawn or tape not in watcher.tapes:
             return
         metric = watcher._metric()
-        if metric is None:
+        if metric is None or (purpose := purpose_of_pass(tape.names)) is None:
             return
+        if watcher.criterion_is_called and metric.lacks_labels():
+            return  # a term beside the criterion, as of a consistency between two outputs: it has no labels
         output, received = tape.at_output
         with torch.enable_grad():
             draw = metric.draw_at_output(output, received, [tape])
         watcher.tapes = [t for t in watcher.tapes if t is not tape]
         if draw is not None:
-            metric.count(draw)
+            metric.count(draw, purpose)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad._tree import describe
@@ -39,7 +42,21 @@ def check_max_factor_dim(max_factor_dim: Any) -> None:
 
 
 def check_modules(root: nn.Module) -> None:
-    """Raise a ValueError for modules that no metric can follow."""
+    """Raise a ValueError for modules that no metric can follow; warn of those whose ops it cannot see."""
+    if isinstance(root, torch.jit.ScriptModule):
+        raise ValueError(
+            "the model is TorchScript, which hides its ops and takes no hooks with keywords; give the nn.Module that "
+            "it was made from"
+        )
+    hidden = [path for path, module in root.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    for path in hidden:
+        inside = any(path.startswith(outer + ".") for outer in hidden)
+        if not inside and any(p.requires_grad for p in root.get_submodule(path).parameters()):
+            warnings.warn(
+                f"module {path!r} is TorchScript, which hides its ops: its parameters have no curvature, and "
+                "optimizers train them by an Adam-like rule. Use the nn.Module that it was made from",
+                stacklevel=3,
+            )
     for path, module in root.named_modules():
         if ".quantized" in type(module).__module__:
             raise ValueError(
@@ -124,6 +141,15 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def picks_by_output(targets: Callable[..., Any]) -> bool:
+    """Whether a `targets=` callable takes what `output=` has picked as a second argument."""
+    try:
+        parameters = inspect.signature(targets).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) == 2
 
 
 def received(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

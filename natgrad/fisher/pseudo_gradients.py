@@ -1,4 +1,4 @@
-"""Which cotangents to backpropagate for a kind of Fisher matrix, and which rows of a layer belong to which datum.
+"""Which cotangents to backpropagate for a kind of Fisher matrix.
 
 Every kind is a set of cotangents v on the outputs, F = (1/m) Σ_v Jᵀ v vᵀ J:
 
@@ -6,8 +6,8 @@ Every kind is a set of cotangents v on the outputs, F = (1/m) Σ_v Jᵀ v vᵀ J
 - sampled    the score of a label drawn from the model for every loss term, independent across terms;
 - empirical  the gradient of the observed loss of every datum.
 
-Where data mix (graph nets, batch statistics) or sit in
-another order, every datum, or for the exact kind every term, gets a pass of its own.
+Where data mix (messages between nodes, batch statistics) every datum, or for the exact kind every term, gets a pass of
+its own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.fisher.batch_axis import of_data
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.fisher.owners import Data
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 
@@ -32,7 +32,7 @@ def cotangents(
     targets: object,
     kind: str,
     samples: int,
-    data: int,
+    data: Data,
     apart: bool,
     generator: torch.Generator,
 ) -> Iterator[Tensors]:
@@ -44,9 +44,9 @@ def cotangents(
     if kind == "exact":
         yield from exact_cotangents(likelihood, outputs, targets, data, apart)
         return
-    if apart and data * samples > MAX_PASSES:
+    if apart and data.count * samples > MAX_PASSES:
         raise ValueError(
-            f"the data mix inside the model, so each of {data} data needs a backward pass of its own "
+            f"the data mix inside the model, so each of {data.count} data needs a backward pass of its own "
             f'(limit {MAX_PASSES}); pass fewer data an update, or use structure="kfac"'
         )
     for _ in range(1 if kind == "empirical" else samples):
@@ -58,17 +58,15 @@ def cotangents(
         if not apart:
             yield v
             continue
-        for n in range(data):
-            keep = torch.zeros(data, dtype=torch.bool, device=v[0].device)
-            keep[n] = True
-            yield tuple(of_data(t, keep) for t in v)
+        for n in range(data.count):
+            yield tuple(data.only(t, n) for t in v)
 
 
 def exact_cotangents(
-    likelihood: CriterionLikelihood, outputs: Tensors, targets: object, data: int, apart: bool
+    likelihood: CriterionLikelihood, outputs: Tensors, targets: object, data: Data, apart: bool
 ) -> Iterator[Tensors]:
     roots = likelihood.roots(outputs, targets)
-    passes = sum(r.term_count if apart else -(-r.term_count // data) for r in roots)
+    passes = sum(r.term_count if apart else -(-r.term_count // data.count) for r in roots)
     if passes > MAX_PASSES:
         why = (
             "the data mix inside the model, so every loss term needs its own"
@@ -78,11 +76,13 @@ def exact_cotangents(
         raise ValueError(
             f'kind="exact" would take {passes} backward passes ({why}; limit {MAX_PASSES}); use kind="sampled"'
         )
+    rows = max((o.shape[0] for o in outputs[:1] if o.dim()), default=1)
     for root in roots:
-        slots = root.term_count if apart else -(-root.term_count // data)
-        for slot in range(slots):
-            yield root.pull(outputs, partial(in_slot, slot=slot, slots=slots))
+        count = root.term_count
+        for slot in range(count if apart else -(-count // data.count)):
+            yield root.pull(outputs, partial(in_slot, slot=slot, data=None if apart else data, count=count, rows=rows))
 
 
-def in_slot(terms: Tensor, slot: int, slots: int) -> Tensor:
-    return terms % slots == slot
+def in_slot(terms: Tensor, slot: int, data: Data | None, count: int, rows: int) -> Tensor:
+    """Which terms are number `slot` of their datum; without data, of all."""
+    return (terms if data is None else data.slots(terms, count, rows)) == slot

@@ -22,7 +22,7 @@ from natgrad.blocks.average import Average
 from natgrad.blocks.base import Block
 from natgrad.blocks.structures import block_from_json, block_to_json
 
-FORMAT = 11
+FORMAT = 12
 
 
 def state_of(

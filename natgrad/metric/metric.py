@@ -177,7 +177,7 @@ class Metric(Trained, OwnGradient):
             if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
                 got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
                 raise ValueError(f"{what}[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}")
-            if v[name].is_sparse:
+            if v[name].layout != torch.strided:
                 raise ValueError(
                     f"{what}[{name!r}] is sparse; natgrad takes dense gradients: build the embedding with sparse=False"
                 )
@@ -215,6 +215,7 @@ class Euclidean(Metric):
     """
 
     positive_definite = True
+    copies_with_model = True
     step_options: Mapping[str, float] = {"damping": 0.0}
 
     def __init__(self, params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
@@ -271,6 +272,10 @@ class Sum(Metric):
         self.default_step = first.default_step
         options = first.step_options.items()  # those of the first part, but for no damping where the others need it
         self.step_options = {k: v for k, v in options if k != "damping" or v or self.positive_definite}
+
+    @property
+    def copies_with_model(self) -> bool:  # type: ignore[override]
+        return all(m.copies_with_model for _, m in self.parts)
 
     def flat(self, v: Mapping[str, Tensor]) -> Vector:
         return self._sum([m.flat(v) for _, m in self.parts])

@@ -34,6 +34,7 @@ class Trained:
     default_step = "fixed"  # the step rule where the user names none, by its name in `natgrad.optim.registry`
     step_options: Mapping[str, float] = {}  # and what it is made with
 
+    copies_with_model = False  # whether a deep copy watches the copied model
     labels = 0  # in a batch, one a datum and position, over all ranks; 0 where that is not known
 
     @property

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.optim.step_rule import Options
+
 GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
+
+FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
 
 
 def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -72,6 +76,26 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
             "multiplies the weights by 1 − lr · weight_decay. Make weight_decay smaller, or the lr that a schedule "
             "reaches"
         )
+
+
+def options_in_force(
+    groups: Iterable[Mapping[str, Any]], name_of: Mapping[Tensor, str], positive_definite: bool
+) -> dict[str, Options]:
+    """Return the options of every parameter: one object a group, so that who compares them sees which are the same."""
+    found: dict[str, Options] = {}
+    for g in groups:
+        check_options(g, positive_definite)  # schedules write here at any time
+        lr, full = float(g["lr"]), g[FULL_LR]
+        mine = Options(
+            lr,
+            float(g["momentum"]),
+            float(g["damping"]),
+            g["maximize"],
+            float(g["weight_decay"]),
+            lr / full if full else 1.0,
+        )
+        found.update(dict.fromkeys((name_of[p] for p in g["params"]), mine))
+    return found
 
 
 def check_state(state: Mapping[str, Any], groups: list[dict[str, Any]], rule: str, averages: bool) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from torch import Tensor
 from natgrad.capture.compile import go_on_in_python
 from natgrad.distributed.ddp import warn_alone
 from natgrad.distributed.strategy import Strategy
+from natgrad.metric.copies import refuse_pickle
 from natgrad.metric.metric import Metric, Vector
 from natgrad.optim import skips
-from natgrad.optim.groups import check_keys, check_options, check_state, split_groups
+from natgrad.optim.copies import deep_copy_of
+from natgrad.optim.groups import FULL_LR, check_keys, check_options, check_state, options_in_force, split_groups
 from natgrad.optim.interrupts import uninterrupted
 from natgrad.optim.registry import rule_of
 from natgrad.optim.skips import Skips, all_finite
@@ -33,7 +35,6 @@ GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
 TORCH_STATES = "torch.distributed.checkpoint.state_dict"  # the module of get_state_dict
 KEPT_APART = "kept apart"  # a key of `Optimizer.state`, where there is nothing else
-FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -189,7 +190,7 @@ class NaturalGradient(torch.optim.Optimizer):
         options = self._options()
         df = {n: -g if options[n].maximize else g for n, g in df.items()}
         for n, g in df.items():
-            if g.is_sparse:
+            if g.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {n!r} is sparse; natgrad takes dense ones: build the embedding with sparse=False"
                 )
@@ -298,20 +299,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return dict(self.strategy.shards_of({self._name_of[p]: p for p in parameters}))
 
     def _options(self) -> dict[str, Options]:
-        found: dict[str, Options] = {}
-        for g in self.param_groups:  # one object a group: who compares options sees at a glance that they are the same
-            check_options(g, self.metric.positive_definite)  # schedules write here at any time
-            lr, full = float(g["lr"]), g[FULL_LR]
-            mine = Options(
-                lr,
-                float(g["momentum"]),
-                float(g["damping"]),
-                g["maximize"],
-                float(g["weight_decay"]),
-                lr / full if full else 1.0,
-            )
-            found.update(dict.fromkeys((self._name_of[p] for p in g["params"]), mine))
-        return found
+        return options_in_force(self.param_groups, self._name_of, self.metric.positive_definite)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -341,7 +329,10 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         return {n: float(c) for n, c in self.rule.cosines().items()}
 
-    # state ---------------------------------------------------------------------------------------------
+    # copies and state ----------------------------------------------------------------------------------
+
+    __deepcopy__ = deep_copy_of
+    __reduce__ = refuse_pickle
 
     def state_dict(self) -> dict[str, Any]:
         """Options, counters, the step rule's state and the metric's; loads with ``weights_only=True``.

@@ -8,6 +8,7 @@ import torch
 import natgrad as ng
 from natgrad.capture import ops
 from natgrad.capture.ops import elementwise
+from natgrad.testing import check_op_rule
 from tests.layer_oracle import block_mask, empirical, gauss_newton, relative
 from tests.op_cases import CASES, Case, N, criteria
 
@@ -114,8 +115,11 @@ def test_a_rule_of_ones_own_is_one_function():
     loss = torch.nn.CrossEntropyLoss()
     without = metric(model, x, y, loss, kind="exact", structure="dense").coverage()["w"]
     assert "no op rule" in without.why
+    with pytest.raises(AssertionError, match="no op rule follows 'w'"):
+        check_op_rule(model, x)
     ops.op_rule(torch.addcmul)(addcmul)
     try:
+        check_op_rule(model, x)
         found = metric(model, x, y, loss, kind="exact", structure="dense")
         assert found.coverage()["w"].op == "addcmul"
         assert relative(found.dense(), gauss_newton(model, loss, x, y)) < TOLERANCE
@@ -123,3 +127,27 @@ def test_a_rule_of_ones_own_is_one_function():
             ops.op_rule(torch.addcmul)(addcmul)
     finally:
         del ops.RULES[torch.addcmul]
+
+
+@pytest.mark.parametrize(
+    ("slip", "said"), [("input", "curvature of 'w'"), ("graph", "no op rule follows 'a.weight': unused")]
+)
+def test_a_wrong_rule_is_found_and_named(slip, said):
+    def addcmul(own, out, input, tensor1, tensor2):
+        use = elementwise.scaled(tensor1, 2 * tensor2 if slip == "input" else tensor2, out)
+        use.others = (input, tensor2) if slip == "input" else ()
+        return use
+
+    torch.manual_seed(0)
+    ops.op_rule(torch.addcmul)(addcmul)
+    try:
+        with pytest.raises(AssertionError, match=said):
+            check_op_rule(Blended(), torch.randn(6, 3))
+    finally:
+        del ops.RULES[torch.addcmul]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_built_in_rules_pass_the_check_that_is_for_those_of_ones_own(case):
+    model, x = build(case)
+    check_op_rule(model, *(x if isinstance(x, tuple) else (x,)))

@@ -311,6 +311,7 @@ def test_parameters_without_a_rule_are_trained_on_a_matching_scale(rule: Any) ->
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.filterwarnings("ignore:no parameter has curvature")
 def test_a_model_with_no_covered_parameter_trains() -> None:
     class Gate(nn.Module):
         def __init__(self) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,25 +38,45 @@ class OpUse:
     x: Tensor
     view: LinearForm
     others: Sequence[Any] = ()  # further arguments that the output's graph leads to
-    needs_data: bool = False  # the call counts only where a dimension besides the parameter's own may count data
+    needs_rows: bool = False  # the call counts only where the output has a dimension besides the parameter's own
+    bias_at: int | None = None  # dimension of the output that the first one of the bias stands at; None aligns the last
 
 
-Rule = Callable[..., "OpUse | None"]
-RULES: dict[Any, Rule] = {}  # of every covered op; filled by `op_rule`
+@dataclass
+class Picked:
+    """What a rule says of a call that picks out of a stack by index: what is done with it is the use."""
+
+    source: Tensor  # (groups, …)
+    index: Tensor
+    otherwise: OpUse | None = None  # the use that the call itself is, where what is done with it is none
+    made: Tensor | None = None  # what the call returned
+
+
+Rule = Callable[..., "OpUse | Picked | None"]
+OneRule = TypeVar("OneRule", bound=Rule)
+RULES: dict[Any, Rule] = {}  # of every covered op, by `known_as`; filled by `op_rule`
 
 # ops that overwrite their first argument: it is kept as it was before
-IN_PLACE = (torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_)
+aten = torch.ops.aten
+IN_PLACE = {torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.sub_, "aten::mul_", "aten::add_", "aten::sub_"}
 
 
-def op_rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Let a function be the rule of these torch functions.
+def known_as(op: Any) -> Any:
+    """What an op is looked up by: a function by itself, one of `torch.ops` by its name, whatever its overload."""
+    if isinstance(op, torch._ops.OpOverload):
+        op = op.overloadpacket
+    return op._qualified_op_name if isinstance(op, torch._ops.OpOverloadPacket) else op
+
+
+def op_rule(*ops: Any) -> Callable[[OneRule], OneRule]:
+    """Let a function be the rule of these torch functions, those of `torch.ops` by themselves or by name, "lib::op".
 
     Raises:
         ValueError: one of them has a rule already.
     """
 
-    def register(rule: Rule) -> Rule:
-        for op in ops:
+    def register(rule: OneRule) -> OneRule:
+        for op in map(known_as, ops):
             if op in RULES:
                 raise ValueError(f"{op_name(op)} has a rule already, {RULES[op].__name__}")
             RULES[op] = rule

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import element_layout
-from natgrad.capture.ops.base import OpUse, Own, op_rule
+from natgrad.capture.ops.base import OpUse, Own, Picked, aten, op_rule
 from natgrad.capture.views import DimsView
 
 
@@ -27,12 +27,14 @@ def elements(w: Tensor, shape: Sequence[int], start: int | None = None) -> DimsV
 
 def scaled(w: Tensor, x: Tensor, out: Tensor) -> OpUse | None:
     """out = w ⊙ x + …, with w broadcast to the output."""
+    if x.layout != torch.strided:  # the gradient of w would be sparse
+        return None
     if w.dim() > out.dim() or any(a != b and a != 1 for a, b in zip(reversed(w.shape), reversed(out.shape))):
         return None
-    return OpUse(w, None, x.detach().expand(out.shape), elements(w, out.shape), needs_data=True)
+    return OpUse(w, None, x.detach().expand(out.shape), elements(w, out.shape), needs_rows=True)
 
 
-@op_rule(torch.mul, torch.Tensor.mul, torch.Tensor.mul_)
+@op_rule(torch.mul, torch.Tensor.mul, torch.Tensor.mul_, aten.mul, aten.mul_)
 def mul(own: Own, out: Tensor, input: Any, other: Any) -> OpUse | None:
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or own(input) == own(other):
         return None
@@ -43,7 +45,7 @@ def mul(own: Own, out: Tensor, input: Any, other: Any) -> OpUse | None:
     return parsed
 
 
-@op_rule(torch.add, torch.Tensor.add, torch.Tensor.add_)
+@op_rule(torch.add, torch.Tensor.add, torch.Tensor.add_, aten.add, aten.add_)
 def add(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpUse | None:
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or own(input) == own(other):
         return None
@@ -54,20 +56,27 @@ def add(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpU
     return parsed
 
 
-@op_rule(torch.sub, torch.Tensor.sub, torch.Tensor.sub_)
+@op_rule(torch.sub, torch.Tensor.sub, torch.Tensor.sub_, aten.sub, aten.sub_)
 def sub(own: Own, out: Tensor, input: Any, other: Any, *, alpha: Any = 1) -> OpUse | None:
     return add(own, out, input, other, alpha=-alpha)
 
 
 @op_rule(
-    torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat
+    *(torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to, torch.Tensor.repeat),
+    *(aten.expand, aten.expand_as, aten.broadcast_to, aten.repeat),
 )
-def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> OpUse | None:
-    """A parameter repeated: an offset to zero."""
-    return scaled(input, torch.ones((), dtype=input.dtype, device=input.device), out) if own(input) else None
+def broadcast(own: Own, out: Tensor, input: Tensor, *sizes: Any, **_: Any) -> OpUse | Picked | None:
+    """A parameter repeated: an offset to zero, or a matrix for a product with each of a batch."""
+    if not own(input):
+        return None
+    offset = scaled(input, torch.ones((), dtype=input.dtype, device=input.device), out)
+    one = input if input.dim() == 3 else input[None]
+    if one.dim() != 3 or out.dim() != 3 or one.shape != (1, *out.shape[1:]):
+        return offset
+    return Picked(one, torch.zeros(len(out), dtype=torch.long, device=out.device), offset)
 
 
-@op_rule(F.prelu)
+@op_rule(F.prelu, aten.prelu, aten._prelu_kernel)
 def prelu(own: Own, out: Tensor, input: Tensor, weight: Tensor) -> OpUse:
     x = input.detach().clamp(max=0)
     view = (

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import linear_layout
-from natgrad.capture.ops.base import OpUse, Own, op_rule
+from natgrad.capture.ops.base import OpUse, Own, Picked, aten, op_rule
 from natgrad.capture.views import IndexView
 
 
@@ -58,6 +58,72 @@ def embedding_bag(
     x = torch.stack([index.to(torch.float64), scale], dim=-1)  # (bags, longest, 2)
     view = IndexView(linear_layout(tuple(weight.shape), flipped=True), size, None, bags=True)
     return OpUse(weight, None, x, view, (per_sample_weights,))
+
+
+@op_rule(aten.embedding)
+def aten_embedding(own: Own, out: Tensor, weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any) -> OpUse:
+    return embedding(own, out, indices, weight, None if padding_idx < 0 else padding_idx)
+
+
+@op_rule(aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only)
+def aten_embedding_bag(
+    own: Own,
+    out: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> OpUse | None:
+    padding = None if padding_idx is None or padding_idx < 0 else padding_idx
+    return embedding_bag(
+        own,
+        out,
+        indices,
+        weight,
+        offsets,
+        mode=("sum", "mean", "max")[mode],
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding,
+    )
+
+
+@op_rule(torch.Tensor.__getitem__)
+def getitem(own: Own, out: Tensor, input: Tensor, index: Any) -> Picked | None:
+    """w[ids]: rows of a table, or matrices of a stack."""
+    first, *rest = index if isinstance(index, tuple) else (index,)
+    if any(r is not ... and r != slice(None) for r in rest if not isinstance(r, Tensor)) or not own(input):
+        return None
+    if any(isinstance(r, Tensor) for r in rest):
+        return None
+    first = torch.as_tensor(first, device=input.device) if isinstance(first, list) else first
+    return picked(own, input, first)
+
+
+@op_rule(aten.index)
+def index(own: Own, out: Tensor, input: Tensor, indices: Any) -> Picked | None:
+    return picked(own, input, indices[0]) if own(input) and all(i is None for i in indices[1:]) else None
+
+
+@op_rule(torch.index_select, torch.Tensor.index_select, aten.index_select)
+def index_select(own: Own, out: Tensor, input: Tensor, dim: int, index: Tensor) -> Picked | None:
+    return picked(own, input, index) if own(input) and dim == 0 else None
+
+
+def picked(own: Own, w: Tensor, ids: Any) -> Picked | None:
+    """Entries of the first dimension of `w` by a tensor of numbers."""
+    if not isinstance(ids, Tensor) or ids.dtype in (torch.bool, torch.uint8) or not ids.dim() or w.dim() < 2:
+        return None
+    if w.dim() > 2:
+        return Picked(w, ids)
+    size = w.shape[0]
+    view = IndexView(linear_layout(tuple(w.shape), flipped=True), size)
+    return Picked(w, ids, OpUse(w, None, ids % size, view))
 
 
 def bags(input: Tensor, offsets: Tensor | None, weights: Tensor | None, closed: bool) -> tuple[Tensor, Tensor]:

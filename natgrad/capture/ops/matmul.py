@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natgrad.capture.layouts import Dims, linear_layout
-from natgrad.capture.ops.base import OpUse, Own, op_rule
+from natgrad.capture.ops.base import OpUse, Own, aten, op_rule
 from natgrad.capture.views import DimsView
 
 
-@op_rule(F.linear)
+@op_rule(F.linear, aten.linear)
 def linear(own: Own, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> OpUse:
     lead, last = tuple(range(input.dim() - 1)), (input.dim() - 1,)
     if weight.dim() == 1:
@@ -24,10 +24,15 @@ def linear(own: Own, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | 
     return OpUse(weight, bias, input, view)
 
 
-def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequence[Any], os: Sequence[Any]) -> Any:
-    """einsum over one label a dimension; None where it is no stack of linear maps."""
+def contraction(x: Tensor, w: Tensor, xs: Sequence[Any], ws: Sequence[Any], os: Sequence[Any]) -> OpUse | None:
+    """einsum of an input and a parameter over one label a dimension; None where it is no stack of linear maps.
+
+    The labels and the sizes of the parameter alone decide what its dimensions count, not how many rows there are.
+    """
     if any(len(set(labels)) != len(labels) for labels in (xs, ws, os)):
         return None
+    # broadcast along the output, whatever the size of the input there
+    ws = [f"one {d}" if w.shape[d] == 1 and s in xs and s in os else s for d, s in enumerate(ws)]
     group = [s for s in ws if s in xs and s in os]
     into = [s for s in ws if s in xs and s not in os]
     outs = [s for s in ws if s not in xs and s in os]
@@ -38,7 +43,11 @@ def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequen
         return None  # summed over alone
     if any(s not in xs for s in positions):
         return None
-    if any(x.shape[xs.index(s)] != w.shape[ws.index(s)] for s in (*group, *into)):
+    for s in group:  # an input that every group takes
+        d = list(xs).index(s)
+        if x.shape[d] == 1:
+            x = x.expand(*x.shape[:d], w.shape[ws.index(s)], *x.shape[d + 1 :])
+    if any(x.shape[list(xs).index(s)] != w.shape[ws.index(s)] for s in (*group, *into)):
         return None  # broadcast inside a label
 
     def dims(labels: Sequence[Any], of: Sequence[Any]) -> tuple[int, ...]:
@@ -54,30 +63,36 @@ def contraction(x: Tensor, w: Tensor, out: Tensor, xs: Sequence[Any], ws: Sequen
         dims(group, os),
         dims(outs, os),
     )
-    return OpUse(w, None, x, view, needs_data=True)
+    return OpUse(w, None, x, view, needs_rows=True)
 
 
 @op_rule(
-    torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv
+    *(torch.matmul, torch.Tensor.matmul, aten.matmul, torch.mm, torch.Tensor.mm, aten.mm, torch.sparse.mm),
+    *(torch.bmm, torch.Tensor.bmm, aten.bmm, torch.mv, torch.Tensor.mv, aten.mv),
 )
 def matmul(own: Own, out: Tensor, a: Tensor, b: Tensor) -> OpUse | None:
     if own(a) == own(b):
         return None
+    w, x = (a, b) if own(a) else (b, a)
+    if x.dim() < w.dim() and x.dim() > 1:  # every matrix of the stack takes the same input
+        x = x[(None,) * (w.dim() - x.dim())]
+    a, b = (w, x) if w is a else (x, w)
     batch = [f"batch{i}" for i in range(max(a.dim(), b.dim()) - 2)]
-    left = labels_of(a, batch, ["row", "inner"] if a.dim() > 1 else ["inner"], "left")
-    right = labels_of(b, batch, ["inner", "column"] if b.dim() > 1 else ["inner"], "right")
+    left = labels_of(a, batch, ["row", "inner"])
+    right = labels_of(b, batch, ["inner", "column"])
     ends = (["row"] if a.dim() > 1 else []) + (["column"] if b.dim() > 1 else [])
     both = batch + ends
-    return contraction(b, a, out, right, left, both) if own(a) else contraction(a, b, out, left, right, both)
+    return contraction(b, a, right, left, both) if w is a else contraction(a, b, left, right, both)
 
 
-def labels_of(t: Tensor, batch: list[str], ends: list[str], side: str) -> list[str]:
-    """Labels of one operand of matmul; a batch dimension of size 1 is its own, since it is broadcast."""
-    mine = batch[len(batch) - (t.dim() - 2) :] if t.dim() > 2 else []
-    return [f"{side}{s}" if t.shape[d] == 1 else s for d, s in enumerate(mine)] + ends
+def labels_of(t: Tensor, batch: list[str], ends: list[str]) -> list[str]:
+    """Labels of one operand of matmul."""
+    if t.dim() == 1:
+        return ["inner"]
+    return batch[len(batch) - (t.dim() - 2) :] + ends
 
 
-@op_rule(torch.einsum)
+@op_rule(torch.einsum, aten.einsum)
 def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> OpUse | None:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -95,7 +110,7 @@ def einsum(own: Own, out: Tensor, equation: Any, *operands: Any) -> OpUse | None
     spelled = [spell(s, t.dim() - len(s.replace("...", "")), width) for s, t in zip(sides, operands)]
     result = spell(right, width, width)
     i = int(own(operands[1]))
-    return contraction(operands[1 - i], operands[i], out, spelled[1 - i], spelled[i], result)
+    return contraction(operands[1 - i], operands[i], spelled[1 - i], spelled[i], result)
 
 
 def spell(side: str, here: int, width: int) -> list[str]:
@@ -104,22 +119,23 @@ def spell(side: str, here: int, width: int) -> list[str]:
     return [*before, *([f"…{width - here + i}" for i in range(here)] if dots else []), *after]
 
 
-@op_rule(torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm)
+@op_rule(
+    *(torch.addmm, torch.Tensor.addmm, aten.addmm, torch.sparse.addmm),
+    *(torch.baddbmm, torch.Tensor.baddbmm, aten.baddbmm),
+)
 def addmm(own: Own, out: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     parsed = matmul(own, out, mat1, mat2)
     if parsed is None or alpha != 1 or beta != 1:
         return None
     if own(input):
-        if not own(mat2) or input.shape != out.shape[-1:] or mat2.dim() != 2:
-            return None
         parsed.bias = input
     else:
         parsed.others = (input,)
-    parsed.needs_data = False
+    parsed.needs_rows = False
     return parsed
 
 
-@op_rule(F.bilinear)
+@op_rule(F.bilinear, aten.bilinear)
 def bilinear(own: Own, out: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Any = None) -> OpUse:
     """x1ᵀ W[o] x2: linear in the outer product of the inputs."""
     x = input1.detach().unsqueeze(-1) * input2.detach().unsqueeze(-2)
@@ -127,3 +143,19 @@ def bilinear(own: Own, out: Tensor, input1: Tensor, input2: Tensor, weight: Tens
     lead = tuple(range(n))
     view = DimsView(Dims(tuple(weight.shape), (), (0,), (1, 2)), lead, (), (n, n + 1), lead, (), (n,))
     return OpUse(weight, bias, x, view, (input1, input2))
+
+
+@op_rule(
+    *(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None),
+    *(aten._grouped_mm, "transformers::grouped_mm_fallback"),
+)
+def grouped_mm(
+    own: Own, out: Tensor, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> Any:
+    """Rows offs[k − 1] to offs[k] of the input go through matrix k; those past the last go nowhere."""
+    if a.dim() != 2 or b.dim() != 3 or own(a) or offs is None or bias is not None:
+        return None
+    routes = torch.searchsorted(offs.long(), torch.arange(len(a), device=a.device), right=True)
+    routes = torch.where(routes < len(b), routes, -1)
+    layout = Dims(tuple(b.shape), (0,), (2,), (1,))
+    return OpUse(b, None, a, DimsView(layout, (0,), (), (1,), (0,), (), (1,), routes=routes))

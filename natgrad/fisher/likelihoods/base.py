@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe, replace_tensors
+from natgrad.fisher.owners import Data
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class CriterionLikelihood:
         """The sources of loss terms that have a mass each: (key, reading, output, targets)."""
         return [("", self, output, targets)]
 
+    def weight_of(self, source: str) -> float:
+        """Return what a source of loss terms is multiplied by in the loss."""
+        return 1.0
+
     def outputs(self, output: Any) -> Tensors:
         """The tensors the likelihood depends on.
 
@@ -102,8 +107,8 @@ class CriterionLikelihood:
         """Why the metric depends on the labels, or None where it does not."""
         return None
 
-    def unbatched(self, outputs: Tensors) -> bool:
-        """Whether the output is that of one datum, without a dimension of data."""
+    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
+        """Whether the output is that of one datum, without a dimension of data, or of data that the loss couples."""
         return False
 
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
@@ -147,7 +152,7 @@ class CriterionLikelihood:
         """
         raise NotImplementedError
 
-    def observed(self, outputs: Tensors, output: Any, targets: Any, data: int) -> Tensors:
+    def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
         """∇ℓ_n at the observed labels, ℓ_n the loss of datum n alone at the criterion's own reduction."""
         leaves = tuple(o.detach().requires_grad_() for o in outputs)
         with torch.enable_grad():
@@ -156,9 +161,11 @@ class CriterionLikelihood:
         grads = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, leaves))
         if self.reduction == "sum":
             return grads
-        mass = self.term_mass(outputs, targets).view(data, -1).sum(1)
+        rows = 1 if data.count == 1 else outputs[0].shape[0]
+        by_row = self.term_mass(outputs, targets).view(rows, -1).sum(1)
+        mass = by_row.new_zeros(data.count).index_add(0, data.of_rows(rows).to(by_row.device), by_row)
         scale = torch.where(mass > 0, 1 / mass, torch.zeros_like(mass))
-        return tuple(per_datum(g, scale, data) for g in grads)
+        return tuple(data.scaled(g, scale) for g in grads)
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
         """The loss summed over its terms."""
@@ -169,7 +176,7 @@ class CriterionLikelihood:
 
 
 def check_reduction(criterion: Any) -> None:
-    if criterion.reduction not in ("mean", "sum"):
+    if criterion.reduction not in ("mean", "sum", *["batchmean"] * isinstance(criterion, nn.KLDivLoss)):
         raise ValueError(
             f"{type(criterion).__name__}(reduction={criterion.reduction!r}) has no single loss to take the metric of; "
             'use reduction="mean" or "sum", the one you train with'
@@ -183,10 +190,3 @@ def normal_like(f: Tensor, generator: torch.Generator) -> Tensor:
 def counted(f: Tensor) -> Tensor:
     """Entries numbered in order, in the shape of f."""
     return torch.arange(f.numel(), device=f.device).reshape(f.shape)
-
-
-def per_datum(g: Tensor, scale: Tensor, data: int) -> Tensor:
-    """g with the rows of datum n multiplied by scale[n]."""
-    if g.dim() == 0 or g.shape[0] % data:
-        return g * scale.reshape(()) if data == 1 else g
-    return (g.reshape(data, -1) * scale[:, None]).reshape(g.shape)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from natgrad._tree import Tensors
+from natgrad._tree import Tensors, describe
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot
 
 
@@ -22,7 +22,7 @@ class CrossEntropy(CriterionLikelihood):
             return "`weight` depends on the labels"
         return None if c.ignore_index == -100 else f"`ignore_index={c.ignore_index}` depends on the labels"
 
-    def unbatched(self, outputs: Tensors) -> bool:
+    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
         return outputs[0].dim() == 1
 
     def rows(self, f: Tensor) -> Tensor:
@@ -96,3 +96,48 @@ class NegativeLogLikelihood(CrossEntropy):
 
     def score(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p)
+
+
+class Divergence(NegativeLogLikelihood):
+    """`nn.KLDivLoss`: the output is log p along its last dimension; −log p_y in the mean over the target's y."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__(criterion)
+        self.by_batch = self.reduction == "batchmean"
+        self.reduction = "sum" if self.reduction == "sum" else "mean"
+
+    def outputs(self, output: Any) -> Tensors:
+        (f,) = super().outputs(output)
+        if f.dim() and f.numel() and bool((f.detach().float().logsumexp(-1).abs() > 0.1).any()):
+            raise ValueError(
+                f"nn.KLDivLoss takes logarithms of probabilities along the last dimension, but those of {describe(f)} "
+                "do not sum to one; return log_softmax(logits, dim=-1)"
+            )
+        return (f,)
+
+    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
+        return outputs[0].dim() < 2
+
+    def rows(self, f: Tensor) -> Tensor:
+        return f.reshape(-1, f.shape[-1])
+
+    def like(self, rows: Tensor, f: Tensor) -> Tensor:
+        return rows.reshape(f.shape)
+
+    def classes(self, f: Tensor) -> int:
+        return f.shape[-1]
+
+    def factors(self, f: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        rows = self.rows(f)
+        c = rows.new_ones(len(rows))
+        if targets is not None:
+            c = self.rows(targets.exp() if self.criterion.log_target else targets).to(f).sum(1)
+        # "batchmean" divides by the data, "mean" by all entries
+        return c, torch.full_like(c, f.shape[0] / len(rows) if self.by_batch else f.shape[-1])
+
+    def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        c, mass = self.factors(outputs[0], targets)
+        return torch.stack([c.sum(), mass.sum()])
+
+    def labels(self, outputs: Tensors) -> int:
+        return len(self.rows(outputs[0]))

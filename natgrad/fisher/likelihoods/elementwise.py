@@ -90,3 +90,41 @@ class PoissonCount(Elementwise):
         rate = self.rate(f)
         newton_scale = rate - torch.poisson(rate, generator=generator)
         return (newton_scale if self.criterion.log_input else newton_scale / rate,)
+
+
+class Absolute(Elementwise):
+    """`nn.L1Loss`: Laplace of scale 1, whose Fisher information is 1."""
+
+    def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
+        return None  # in the units of the user's data
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        return torch.ones_like(f)
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        return (2 * torch.bernoulli(torch.full_like(f, 0.5), generator=generator) - 1,)
+
+
+class BernoulliProbability(Elementwise):
+    """`nn.BCELoss`: the output is p itself; c = weight, h = 1 / (p (1 − p))."""
+
+    def ignorance(self, outputs: Tensors) -> float | None:
+        return math.log(2)
+
+    def inner(self, f: Tensor) -> Tensor:
+        eps = torch.finfo(f.dtype).eps  # a sigmoid rounds to 0 and 1, where the information is infinite
+        return f.clamp(eps, 1 - eps)
+
+    def c(self, f: Tensor) -> Tensor:
+        weight = self.criterion.weight
+        return torch.ones_like(f) if weight is None else torch.ones_like(f) * weight
+
+    def curvature(self, f: Tensor, targets: Any) -> Tensor:
+        p = self.inner(f)
+        return self.c(f) / (p * (1 - p))
+
+    def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
+        (f,) = outputs
+        p = self.inner(f)
+        return (self.c(f).sqrt() * (p - torch.bernoulli(p, generator=generator)) / (p * (1 - p)),)

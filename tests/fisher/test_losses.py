@@ -1,0 +1,343 @@
+"""Losses that are no likelihood, against the generalised Gauss–Newton matrix by plain autograd."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import natgrad as ng
+from tests import layer_oracle
+
+N = 6
+
+
+def net(*last: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), *last).double()
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+NUMBERS, CLASSES = 2 * drawn(N, 3), torch.tensor([0, 2, 1, 1, 0, 2])
+WEIGHTS = torch.rand(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def distillation(o: Tensor, t: Tensor) -> Tensor:
+    return 4 * F.kl_div((o / 2).log_softmax(1), (t / 2).softmax(1), reduction="batchmean")
+
+
+def weighted(o: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
+    return (F.cross_entropy(o, y[0], reduction="none") * y[1]).sum() / y[1].sum()
+
+
+def masked(o: Tensor, y: Tensor) -> Tensor:
+    kept = y > 0
+    return ((o - y).square() * kept).sum() / kept.sum()
+
+
+def centred(o: Tensor, y: Tensor) -> Tensor:
+    """Data are coupled through their mean."""
+    return (o - y).square().mean() + (o.mean(0) - y.mean(0)).square().sum()
+
+
+LOSSES: dict[str, tuple[nn.Module, Any]] = {
+    "huber": (nn.HuberLoss(), NUMBERS),
+    "huber sum": (nn.HuberLoss(reduction="sum", delta=0.5), NUMBERS),
+    "smooth l1": (nn.SmoothL1Loss(beta=0.5), NUMBERS),
+    "soft margin": (nn.SoftMarginLoss(), NUMBERS.sign()),
+    "multilabel": (nn.MultiLabelSoftMarginLoss(), (NUMBERS > 0).double()),
+    "huber function": (ng.Loss(F.huber_loss), NUMBERS),
+    "fourth power": (ng.Loss(lambda o, y: (o - y).pow(4)), NUMBERS),
+    "fourth power, summed": (ng.Loss(lambda o, y: (o - y).pow(4), reduction="sum"), NUMBERS),
+    "log cosh": (ng.Loss(lambda o, y: (o - y).cosh().log().mean()), NUMBERS),
+    "distillation": (ng.Loss(distillation), NUMBERS),
+    "weighted": (ng.Loss(weighted), (CLASSES, WEIGHTS)),
+    "masked": (ng.Loss(masked), NUMBERS),
+    "classes, terms": (ng.Loss(lambda o, y: F.cross_entropy(o, y, reduction="none")), CLASSES),
+    "within a datum": (ng.Loss(lambda o, y: ((o - y).sum(1) ** 2 + (o - y).pow(4).sum(1)).mean()), NUMBERS),
+    "across data": (ng.Loss(centred), NUMBERS),
+}
+COUPLED, RATIO = {"across data"}, {"weighted", "masked"}
+
+
+def matrix(model: nn.Module, loss: Callable[[Any, Any], Tensor], x: Tensor, y: Any) -> Tensor:
+    out = model(x)
+    jac = layer_oracle.jacobian(out, list(model.parameters()))
+    h = torch.autograd.functional.hessian(lambda z: loss(z.view_as(out), y), out.detach().flatten())
+    return jac.mT @ h @ jac
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_exact_is_the_gauss_newton_matrix(name: str) -> None:
+    model, x, (loss, y) = net(), drawn(N, 3, seed=3), LOSSES[name]
+    metric = ng.Fisher(model, loss, kind="exact", structure="dense")
+    metric.update(x, y)
+    assert relative(metric.dense(), matrix(model, loss, x, y)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_sampled_is_it_in_the_mean(name: str) -> None:
+    model, x, (loss, y) = net(), drawn(N, 3, seed=3), LOSSES[name]
+    metric = ng.Fisher(model, loss, structure="dense", samples=2000)
+    metric.update(x, y)
+    assert relative(metric.dense(), matrix(model, loss, x, y)) <= 0.06  # a few times 2000**-0.5
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - COUPLED - RATIO))
+def test_empirical_takes_the_loss_of_each_datum(name: str) -> None:
+    model, x, (loss, y) = net(), drawn(N, 3, seed=3), LOSSES[name]
+    metric = ng.Fisher(model, loss, kind="empirical", structure="dense")
+    metric.update(x, y)
+    expected: Any = 0
+    for n in range(N):
+        g = torch.autograd.grad(loss(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters()))
+        flat = torch.cat([t.flatten() for t in g])
+        expected = expected + torch.outer(flat, flat) / (N if loss.reduction == "mean" else 1)
+    assert relative(metric.dense(), expected) <= 1e-10
+
+
+def test_empirical_refuses_a_loss_that_couples_data() -> None:
+    metric = ng.Fisher(net(), ng.Loss(centred), kind="empirical")
+    with pytest.raises(ValueError, match="couples the data of a batch"):
+        metric.update(drawn(N, 3), NUMBERS)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3)])
+def test_rows_of_images_and_sequences(shape: tuple[int, int]) -> None:
+    """Classes in the second or the last dimension; the Hessian falls into blocks of classes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Unflatten(1, shape)).double()
+    x, y = drawn(N, 3), torch.randint(3, (N, 2))
+    loss = nn.CrossEntropyLoss()
+    generic = ng.Loss(lambda o, y: F.cross_entropy(o if shape[0] == 3 else o.movedim(-1, 1), y))
+    found = [ng.Fisher(model, c, kind="exact", structure="dense") for c in (loss, generic)]
+    found[1].update(x, y)
+    assert relative(found[1].dense(), matrix(model, generic, x, y)) <= 1e-10
+    if shape[0] == 3:
+        found[0].update(x, y)
+        assert relative(found[1].dense(), found[0].dense()) <= 1e-10
+
+
+class Variational(nn.Module):
+    """Two outputs: a mean and a logarithm of a variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean, self.spread = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x).tanh()
+        return self.mean(h), self.spread(h)
+
+
+def test_a_loss_of_two_outputs() -> None:
+    def loss(out: Any, y: Tensor) -> Tensor:
+        return ((out[0] - y).square() * 2 + out[1].exp() + (out[0] * 0.1 + out[1]).square()).mean()
+
+    torch.manual_seed(0)
+    model, x, y = Variational().double(), drawn(N, 3), drawn(N, 2)
+    for kind, bound in (("exact", 1e-10), ("sampled", 0.08)):
+        metric = ng.Fisher(model, ng.Loss(loss), kind=kind, structure="dense", samples=2000 if kind == "sampled" else 1)
+        metric.update(x, y)
+        mean, spread = model(x)
+        jac = layer_oracle.jacobian(torch.cat([mean.flatten(), spread.flatten()]), list(model.parameters()))
+        z = torch.cat([mean.flatten(), spread.flatten()]).detach()
+        h = torch.autograd.functional.hessian(lambda z: loss((z[: 2 * N].view(N, 2), z[2 * N :].view(N, 1)), y), z)
+        assert relative(metric.dense(), jac.mT @ h @ jac) <= bound
+
+
+def test_probabilities_have_the_metric_of_their_logits() -> None:
+    x, y = drawn(N, 3), (NUMBERS > 0).double()
+    weight = torch.tensor([0.5, 1.0, 2.0]).double()
+    found = []
+    for model, loss in (
+        (net(), nn.BCEWithLogitsLoss(weight=weight)),
+        (net(nn.Sigmoid()), nn.BCELoss(weight=weight)),
+    ):
+        found.append(ng.Fisher(model, loss, kind="exact", structure="dense"))
+        found[-1].update(x, y)
+    assert relative(found[1].dense(), found[0].dense()) <= 1e-10
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize("log_target", [True, False])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_divergence_has_the_metric_of_the_logits(reduction: str, log_target: bool) -> None:
+    loss = nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    target = NUMBERS.log_softmax(1) if log_target else NUMBERS.softmax(1)
+    metric = ng.Fisher(net(nn.LogSoftmax(-1)), loss, kind="exact", structure="dense")
+    x = drawn(N, 3)
+    metric.update(x, target)
+    expected = matrix(net(), lambda z, t: loss(z.log_softmax(-1), t), x, target)
+    assert relative(metric.dense(), expected) <= 1e-10
+
+
+def test_divergence_of_what_is_no_distribution_is_refused() -> None:
+    metric = ng.Fisher(net(), nn.KLDivLoss(reduction="batchmean"))
+    with pytest.raises(ValueError, match="return log_softmax"):
+        metric.update(drawn(N, 3), NUMBERS.softmax(1))
+
+
+def test_absolute_errors_are_laplace() -> None:
+    x = drawn(N, 3)
+    found = []
+    for loss in (nn.L1Loss(), ng.Likelihood(lambda f: torch.distributions.Laplace(f, torch.ones_like(f)))):
+        found.append(ng.Fisher(net(), loss, kind="exact", structure="dense"))
+        found[-1].update(x, NUMBERS)
+    assert relative(found[0].dense(), found[1].dense()) <= 1e-10
+
+
+def test_a_loss_that_is_not_convex_is_refused_with_its_eigenvalue() -> None:
+    for kind in ("exact", "sampled"):
+        metric = ng.Fisher(net(), ng.Loss(lambda o, y: (o - y).sin().mean()), kind=kind)
+        with pytest.raises(ValueError, match=r"has the eigenvalue -0\.\d+"):
+            metric.update(drawn(N, 3), NUMBERS)
+        assert metric.seen == 0
+
+
+def test_a_loss_without_curvature_is_said() -> None:
+    with pytest.raises(ValueError, match="linear in the outputs"):
+        ng.Fisher(net(), ng.Loss(lambda o, y: (o * y).mean())).update(drawn(N, 3), NUMBERS)
+    with pytest.warns(UserWarning, match="is zero for all data of a batch"):
+        ng.Fisher(net(), ng.Loss(lambda o, y: (o - y).abs().mean())).update(drawn(N, 3), NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ng.Loss(3), "takes a callable"),
+        (lambda: ng.Loss(nn.HuberLoss), "takes a callable"),
+        (lambda: ng.Loss(F.mse_loss, reduction="none"), "reduction"),
+        (lambda: ng.Fisher(net(), nn.CTCLoss()), r"ng\.Loss"),
+        (lambda: ng.Fisher(net(), nn.MSELoss(), weights={"a": 1.0}), "several heads"),
+        (lambda: heads({"c": 1.0}), "heads that there are not"),
+        (lambda: heads({"a": -1.0}), "at least 0"),
+        (lambda: heads({"a": float("nan")}), "at least 0"),
+        (lambda: heads({"a": "much"}), "must be a number"),
+    ],
+)
+def test_bad_input_is_named(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+# heads -------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x).tanh()
+        return {"a": self.a(h), "b": self.b(h)}
+
+
+def heads(weights: Any, **options: Any) -> ng.Fisher:
+    torch.manual_seed(0)
+    return ng.Fisher(
+        Heads().double(), {"a": nn.CrossEntropyLoss(), "b": nn.MSELoss()}, weights=weights, structure="dense", **options
+    )
+
+
+@pytest.mark.parametrize(
+    "weight", [0.01, torch.tensor(0.01, dtype=torch.float64), lambda: 0.01], ids=["number", "tensor", "callable"]
+)
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
+def test_heads_have_weights(kind: str, weight: Any) -> None:
+    metric = heads({"b": weight}, kind=kind, samples=2000 if kind == "sampled" else 1)
+    x, y = drawn(N, 3), {"a": CLASSES, "b": drawn(N, 1, seed=5)}
+    metric.update(x, y)
+    model, loss = metric.model, {"a": nn.CrossEntropyLoss(), "b": nn.MSELoss()}
+    params = list(model.parameters())
+    expected: Any = 0
+    if kind == "empirical":
+        for n in range(N):
+            out = model(x[n : n + 1])
+            value = loss["a"](out["a"], y["a"][n : n + 1]) + 0.01 * loss["b"](out["b"], y["b"][n : n + 1])
+            g = layer_oracle.flat(torch.autograd.grad(value, params), params)
+            expected = expected + torch.outer(g, g) / N
+    else:
+        for key, w in (("a", 1.0), ("b", 0.01)):
+            out = model(x)[key]
+            jac = layer_oracle.jacobian(out, params)
+            h = torch.autograd.functional.hessian(
+                lambda z, key=key, w=w, out=out: w * loss[key](z.view_as(out), y[key]), out.detach().flatten()
+            )
+            expected = expected + jac.mT @ h @ jac
+    assert relative(metric.dense(), expected) <= (0.06 if kind == "sampled" else 1e-10)
+
+
+def test_a_weight_is_asked_at_every_refresh() -> None:
+    value = [1.0]
+    metric = heads({"a": 0.0, "b": lambda: value[0]}, kind="exact")
+    x, y = drawn(N, 3), {"a": CLASSES, "b": drawn(N, 1, seed=5)}
+    metric.update(x, y)
+    once = metric.dense()
+    value[0] = 3.0
+    metric.reset()
+    metric.update(x, y)
+    assert relative(metric.dense(), 3 * once) <= 1e-12
+
+
+# training ----------------------------------------------------------------------------------------------
+
+
+def trained(
+    make: Callable[[nn.Module], torch.optim.Optimizer], model: nn.Module, loss: Any, x: Tensor, y: Tensor
+) -> float:
+    optimizer, g = make(model), torch.Generator().manual_seed(0)
+    for _ in range(150):
+        rows = torch.randint(len(x), (64,), generator=g)
+        optimizer.zero_grad()
+        loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(loss(model(x), y))
+
+
+def regression() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """A regression with outliers."""
+    x = torch.rand(1000, 5)
+    y = (
+        (3 * x[:, 0] * x[:, 1]).sin()
+        + x[:, 2].square()
+        + torch.where(torch.rand(1000) < 0.05, 10.0, 0.05) * torch.randn(1000)
+    )
+    return nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 1)), nn.HuberLoss(delta=0.5), x, y[:, None]
+
+
+def taught() -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """A net that learns the predictions of another."""
+    x, teacher = torch.randn(1000, 10), nn.Sequential(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 5))
+    with torch.no_grad():
+        y = 4 * teacher(x)
+    return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 5)), ng.Loss(distillation), x, y
+
+
+@pytest.mark.parametrize("problem", [regression, taught])
+def test_training_is_ahead_of_adamw_at_its_best_rate(problem: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model, loss, x, y = problem()
+    rivals = []
+    for lr in (1e-3, 3e-3, 1e-2):
+        twin = copy.deepcopy(model)
+        rivals.append(trained(lambda m, lr=lr: torch.optim.AdamW(m.parameters(), lr), twin, loss, x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = trained(lambda m: ng.NaturalGradient(ng.Fisher(m, loss)), model, loss, x, y)
+    assert ours < min(rivals)
