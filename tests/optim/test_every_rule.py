@@ -191,6 +191,19 @@ def test_the_state_of_another_rule_is_refused(name: str) -> None:
 
 
 @each
+def test_a_copy_goes_on_as_the_first_does(name: str) -> None:
+    problem = Problem(name)
+    problem.step()
+    if RULES[name].searches:  # whose metric is made of functions that may mean the model
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(problem)
+        return
+    twin = copy.deepcopy(problem)
+    assert [problem.step() for _ in range(5)] == [twin.step() for _ in range(5)]
+    assert torch.equal(problem.weights(), twin.weights())
+
+
+@each
 def test_its_defaults_are_those_in_force(name: str) -> None:
     problem = Problem(name)
     assert problem.opt.info["damping_meaning"]
