@@ -13,15 +13,21 @@ import pytest
 import natgrad
 
 # Each room may import those before it.
-ROOMS = ("_tree", "linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "cli")
-FACES = (
-    "__init__",
-    "__main__",
-    "operators",
-    "checkpoint",
-    "huggingface",
-    "testing",
-)  # public names, and what needs none of them
+ROOMS = (
+    "_tree",
+    "state",
+    "linalg",
+    "metric",
+    "capture",
+    "blocks",
+    "distributed",
+    "fisher",
+    "function_space",
+    "optim",
+    "cli",
+)
+# public names, and what needs none of them
+FACES = ("__init__", "__main__", "operators", "checkpoint", "huggingface", "testing")
 
 ROOT = Path(natgrad.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

@@ -269,6 +269,10 @@ class Block:
         """Shapes of the statistics, known before there are any; of (…, p, d) with p > 1 each piece is inverted."""
         raise NotImplementedError
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each statistic that the block may have, by its key."""
+        raise NotImplementedError
+
     def relative_to_mean(self, damping: float) -> float:
         mean = float(self.trace()) / self.dimension
         return damping * mean if mean > 0 else 1.0

@@ -32,6 +32,9 @@ class LayerBlock(JointBlock):
     def sides(self) -> list[tuple[int, ...]]:
         return [(self.dimension, self.dimension)]
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        return {"matrix": (self.dimension, self.dimension)}
+
     @property
     def matrix(self) -> Tensor:
         return self.value("matrix")

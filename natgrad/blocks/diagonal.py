@@ -35,6 +35,9 @@ class DiagonalBlock(JointBlock):
     def sides(self) -> list[tuple[int, ...]]:
         return [(self.dimension,)]
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        return {"diagonal": (self.dimension,)}
+
     def inverse(self, damping: float) -> Inverse:
         return DiagonalInverse(1 / (self.diagonal() + damping))
 

@@ -27,6 +27,10 @@ class EigenvalueBlock(KroneckerBlock):
     structure = "ekfac"
     two_pass = True
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        bases = {f"Q_{side}": self._shape(side) for side in "UV"}
+        return {**super().shapes_of_statistics(), **bases, "S": tuple(self.shape)}
+
     def choose_basis(self, new: Statistics, added: bool, plain: bool) -> None:
         """Choose the basis of the second look: that of everything up to now, or the one in force if that may move."""
         if not new:

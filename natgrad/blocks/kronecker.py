@@ -111,6 +111,9 @@ class KroneckerBlock(Block):
     def sides(self) -> list[tuple[int, ...]]:
         return [self._shape("U"), self._shape("V")]
 
+    def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
+        return {key: self._shape(key) for key in ("U", "V", "U′", "V′")}
+
     def _rows(self, use: LayerIO) -> tuple[Rows, Rows | None, float]:
         """Gradients, inputs where they are not counted yet, and how many rows each gradient row stands for."""
         if self.sharing == "reduce":

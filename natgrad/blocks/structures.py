@@ -31,7 +31,13 @@ def block_to_json(block: Block) -> dict[str, Any]:
 
 
 def block_from_json(data: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Block:
-    """Return an empty block. `shapes`: of the parameters."""
+    """Return an empty block. `shapes`: of the parameters.
+
+    Raises:
+        ValueError: its structure is none; other errors where more of it is none.
+    """
+    if data["structure"] not in STRUCTURES:
+        raise ValueError(f"structure {data['structure']!r}; there are {', '.join(STRUCTURES)}")
     layers = [layer_from_json(d, shapes) for d in data["layers"]]
     return STRUCTURES[data["structure"]](layers, data["sharing"], data["max_factor_dim"], data["trains"])
 

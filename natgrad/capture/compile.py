@@ -8,6 +8,7 @@ runs in Python, so that the calls can be noted.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 
 
 class _Eager:
-    """How many forward passes are being watched, and the stance that the first of them set."""
+    """How many forward passes are being watched, in all threads, and the stance that the first of them set."""
 
+    lock = threading.Lock()
     watched = 0
     stance: Any = None
 
@@ -27,17 +29,19 @@ def eager() -> Iterator[None]:
     """Compiled code runs eagerly inside. Several metrics of one model leave in the order they entered: the last one out
     restores the stance.
     """
-    if not _Eager.watched and "torch._dynamo" in sys.modules:
-        _Eager.stance = torch.compiler.set_stance("force_eager")
-        _Eager.stance.__enter__()
-    _Eager.watched += 1
+    with _Eager.lock:
+        if not _Eager.watched and "torch._dynamo" in sys.modules:
+            _Eager.stance = torch.compiler.set_stance("force_eager")
+            _Eager.stance.__enter__()
+        _Eager.watched += 1
     try:
         yield
     finally:
-        _Eager.watched -= 1
-        if not _Eager.watched and _Eager.stance is not None:
-            _Eager.stance.__exit__(None, None, None)
-            _Eager.stance = None
+        with _Eager.lock:
+            _Eager.watched -= 1
+            if not _Eager.watched and _Eager.stance is not None:
+                _Eager.stance.__exit__(None, None, None)
+                _Eager.stance = None
 
 
 def go_on_in_python() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from natgrad.capture.ops.elementwise import elements
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
 from natgrad.capture.picked import node_behind, picked_slice
 from natgrad.capture.views import LinearForm, kept_input
+from natgrad.state.interrupts import uninterrupted
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge
 
@@ -80,15 +81,17 @@ class Tape:
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         self.shapes = [tuple(t.shape) for t in tensors if not t.is_nested]
         self.data = next((t.size(0) for t in tensors if t.dim()), None)
-        self._stack = ExitStack()
-        self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
-        self._stack.enter_context(_Watch(self))
+        with uninterrupted():
+            self._stack = ExitStack()
+            self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched
+            self._stack.enter_context(_Watch(self))
 
     def close(self) -> None:
         """Stop noting calls; harmless when not open."""
-        if self._stack is not None:
-            self._stack.close()
-            self._stack = None
+        with uninterrupted():
+            stack, self._stack = self._stack, None
+            if stack is not None:
+                stack.close()
 
     def note(self, func: Any, parsed: OpUse, out: Tensor, before: Sequence[Edge] = ()) -> None:
         """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""
@@ -314,7 +317,9 @@ class Hook:
                 return
             go_on_in_python()
         method = self._method()
-        if method is not None and self._module() is module:
+        if method is None or self._module() is not module:
+            return
+        with uninterrupted() if self.due else nullcontext():  # ordinary steps leave the handler of signals alone
             method(*args)
 
     def __deepcopy__(self, memo: Any) -> Hook:

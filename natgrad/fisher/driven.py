@@ -36,6 +36,7 @@ class DrivenMetric(BlockMetric):
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
     _folded = False  # whether statistics have changed since the last step
     _said_bare = False  # whether it was said that no parameter has curvature
+    _missed = False  # whether a refresh that fell due had no statistics, as the steps moved to another thread
 
     model: nn.Module
     module: nn.Module  # without wrappers
@@ -112,7 +113,7 @@ class DrivenMetric(BlockMetric):
         ):
             # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
-        return self._driver is not None and self._driver.refresh_due
+        return self._driver is not None and (self._driver.refresh_due or self._missed)
 
     def parameter_names(self) -> Mapping[int, str]:
         return self.strategy.parameter_names(self.parameters)
@@ -163,6 +164,8 @@ class DrivenMetric(BlockMetric):
     # what an optimizer asks ----------------------------------------------------------------------------
 
     def include(self, parameter: Tensor) -> str | None:
+        if self._driver is not None:
+            self._watcher.expect(True)  # the metric knows nothing of it yet, so a refresh is due
         for name, p in chosen_parameters(self.module, None).items():
             if p is parameter:
                 self.parameters[name] = p
@@ -204,7 +207,7 @@ class DrivenMetric(BlockMetric):
             self._folded = False
             for block in self.blocks:
                 block.release()
-        self._watcher.expect(due)
+        self._watcher.expect(due or self._missed)
 
     @property
     def needs_refresh(self) -> bool:
@@ -212,12 +215,15 @@ class DrivenMetric(BlockMetric):
 
     def advance(self, decay: float) -> bool:
         """Fold what was backpropagated since the last call into the moving average; whether there was any."""
+        moved = self._watcher.train_here()
         # gradients that were returned made the step only if no others did: else they were looked at
         draws = self._pending or self._returned
         for draw in draws:
             go_on(draw.streams)
         self._pending, self._returned = [], []
         self._watcher.forget()
+        if self.strategy.size == 1:
+            self._missed = not draws and (self._missed or (moved and self._driver.refresh_due))
         if (where := [(p.device, p.dtype) for p in self.parameters.values()]) != self._where or draws:
             self._where, dtype = where, statistics_dtype(self.parameters.values())
             for block in self.blocks:
@@ -282,6 +288,7 @@ class DrivenMetric(BlockMetric):
         """Drop what was backpropagated but not stepped on, with the random numbers that it took; a forward pass whose
         loss is to come keeps its place.
         """
+        self._watcher.train_here()
         if self._pending:
             self.estimator.rewind(self._pending[0].start)
         self._pending, self._returned = [], []

@@ -45,6 +45,7 @@ from natgrad.fisher.options import (
     unwrapped,
 )
 from natgrad.metric.copies import refuse_pickle
+from natgrad.state.interrupts import uninterrupted
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
@@ -321,9 +322,14 @@ class Fisher(DrivenMetric):
         """Take over statistics.
 
         Raises:
-            ValueError: they belong to another model or another kind of metric; the message names the differences. The
-                metric stays as it was.
+            ValueError: they are damaged, or belong to another model or another kind of metric; the message names the
+                differences. The metric stays as it was.
         """
+        take_over = self.prepared(state)
+        with uninterrupted():
+            take_over()
+
+    def prepared(self, state: Mapping[str, Any]) -> Callable[[], None]:
         shapes = {n: p.shape for n, p in self.parameters.items()}
         found = metric_file.restored(state, self._about(), shapes, self._like().device)
         said, nats = found.said, found.said["nats"]
@@ -337,17 +343,31 @@ class Fisher(DrivenMetric):
             "_pending": [],
             "_returned": [],
         }
-        self.collection.restore(found.blocks)  # all has been read: from here on nothing fails
-        vars(self).update(taken)
-        self.estimator.generators.clear()  # one that had not drawn yet starts from its seed again
-        for which, saved in found.generators.items():
-            generator = self.collection.rows if which == ROWS else self.estimator.generator(torch.device(which))
+        streams = {which: self._stream(which, saved, said["rank"]) for which, saved in found.generators.items()}
+        rows = streams.pop(ROWS, self.collection.rows)
+
+        def take_over() -> None:  # nothing in here fails
+            self.collection.rows = rows
+            self.collection.restore(found.blocks)
+            vars(self).update(taken)
+            # a device that had not drawn yet starts from its seed again
+            self.estimator.generators = {torch.device(which): g for which, g in streams.items()}
+            self.share_out()
+
+        return take_over
+
+    def _stream(self, which: str, saved: Any, rank: int) -> torch.Generator:
+        """Return a random stream from its state, for the rows or of a device. `rank`: whose it was."""
+        try:
+            generator = torch.Generator("cpu" if which == ROWS else which)
             generator.set_state(saved.cpu())
-            if self.strategy.rank != found.said["rank"]:
-                # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
-                start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-                generator.manual_seed(self.strategy.seed(start))
-        self.share_out()
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"the random stream {which!r} in the metric's state is none: {error}") from error
+        if self.strategy.rank != rank:
+            # another rank's stream: one of our own follows from it, so that no two ranks draw the same labels
+            start = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+            generator.manual_seed(self.strategy.seed(start))
+        return generator
 
     def save(self, path: Any) -> None:
         """Write the statistics to a safetensors file, beside it first and then renamed. Of a sharded model rank 0 does.
@@ -358,17 +378,17 @@ class Fisher(DrivenMetric):
         if not self.strategy.sharded:
             metric_file.save(self._state(), path)
             return
+        error: BaseException | None = None
         with self.whole():
-            try:
-                if self.strategy.rank == 0:
+            if self.strategy.rank == 0:
+                try:
                     metric_file.save(self._state(), path)
-                written = True
-            except OSError:
-                written = False
-                raise
-            finally:
-                everywhere = self.strategy.everywhere(written)
-        if not everywhere:
+                except BaseException as raised:  # whatever it is, the other ranks wait to hear of it
+                    error = raised
+            written = self.strategy.everywhere(error is None)
+        if error is not None:
+            raise error
+        if not written:
             raise OSError(f"rank 0 could not write the metric to {path}; it says why")
 
     def load(self, path: Any) -> None:

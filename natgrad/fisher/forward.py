@@ -17,16 +17,25 @@ from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.state.interrupts import entered
 
 
 @contextmanager
 def isolated(module: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
     """For forward passes of a metric's own."""
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    with entered(
+        kept_random_state(), torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(module)
+    ):
+        yield
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Python's own random numbers go on afterwards as if none had been drawn."""
     drawn = random.getstate()
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), unwatched(), kept_attributes(module):
-            yield
+        yield
     finally:
         random.setstate(drawn)
 
@@ -41,8 +50,8 @@ def traced_forward(
     """
     buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
     tape = Tape(names)
-    tape.open(args, kwargs)
     try:
+        tape.open(args, kwargs)
         if tape.data == 0:
             raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
         return torch.func.functional_call(module, buffers, args, kwargs), tape

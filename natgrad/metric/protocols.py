@@ -5,7 +5,7 @@ Every answer here is that of a metric which has nothing to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -95,6 +95,15 @@ class Trained:
     def state_dict(self) -> dict[str, Any]:
         """Statistics to continue from: tensors, strings and numbers only. Empty where the metric keeps none."""
         return {}
+
+    def prepared(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what takes over a state, which has been read and checked from end to end by then: an optimizer calls
+        it once everything else that it loads has been checked as well.
+
+        Raises:
+            ValueError: the state is of another metric, or no whole one. Nothing has changed.
+        """
+        return lambda: self.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over `state_dict`.

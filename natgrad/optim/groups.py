@@ -96,26 +96,3 @@ def options_in_force(
         )
         found.update(dict.fromkeys((name_of[p] for p in g["params"]), mine))
     return found
-
-
-def check_state(state: Mapping[str, Any], groups: list[dict[str, Any]], rule: str, averages: bool) -> dict[str, Any]:
-    """Return natgrad's own part of an optimizer state.
-
-    Args:
-        groups: the parameter groups here; `rule`: the step rule's name; `averages`: whether weights are averaged.
-
-    Raises:
-        ValueError: it is no state of NaturalGradient, or of one with other groups, another rule or no such average.
-    """
-    mine: dict[str, Any] | None = state.get("natgrad")
-    if mine is None:
-        raise ValueError(f"this is no NaturalGradient state: it has the keys {list(state)} but not 'natgrad'")
-    if mine["rule"] != rule:
-        raise ValueError(f"the state is of the step rule {mine['rule']}, this optimizer has {rule}")
-    sizes, theirs = ([len(g["params"]) for g in part] for part in (groups, state["param_groups"]))
-    if sizes != theirs:
-        raise ValueError(f"the state has parameter groups of {theirs} parameters, this optimizer of {sizes}")
-    if (mine["average"] is None) == averages:
-        here, there = ("one", "none") if averages else ("none", "one")
-        raise ValueError(f"this optimizer keeps {here} of averaged weights and the state {there}; see `average`")
-    return mine

@@ -12,6 +12,7 @@ from typing import Any
 from natgrad.optim.optimizer import NaturalGradient
 
 NAME = "info.jsonl"  # in the folder of a run
+NUMBERS = ("steps", "refreshes", "share_of_time", "damping")
 
 
 def record(opt: NaturalGradient) -> dict[str, Any]:
@@ -40,7 +41,18 @@ def lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: {error}") from error
             if not isinstance(found, dict):
                 raise ValueError(f"{path}, line {number} is no JSON object")
+            check(found, f"{path}, line {number}")
             yield found
+
+
+def check(record: dict[str, Any], where: str) -> None:
+    """Raise a ValueError for an entry that is no number where `record` writes one."""
+    cosines = record.get("cosines", {})
+    if not isinstance(cosines, dict):
+        raise ValueError(f"{where}: 'cosines' must be numbers by name, got {cosines!r:.80}")
+    for name, value in [*((k, record[k]) for k in NUMBERS if k in record), *cosines.items()]:
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{where}: {name!r} must be a number, got {value!r:.80}")
 
 
 def plain(value: Any) -> Any:

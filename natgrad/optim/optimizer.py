@@ -24,12 +24,14 @@ from natgrad.metric.copies import refuse_pickle
 from natgrad.metric.metric import Metric, Vector
 from natgrad.optim import skips
 from natgrad.optim.copies import deep_copy_of
-from natgrad.optim.groups import FULL_LR, check_keys, check_options, check_state, options_in_force, split_groups
-from natgrad.optim.interrupts import uninterrupted
+from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups
 from natgrad.optim.registry import rule_of
+from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
 from natgrad.optim.step_rule import Options, ScaledStep, StepContext, StepRule
 from natgrad.optim.weight_average import WeightAverage
+from natgrad.state.interrupts import uninterrupted
+from natgrad.state.seal import sealed
 
 GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
 AVERAGE_LIMIT = 0.85  # largest decay of the moving average of the statistics
@@ -255,8 +257,8 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
                 "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
-                "compiled model to Fisher), with grad enabled, and "
-                "backpropagate its loss"
+                "compiled model to Fisher), with grad enabled, in the thread that made the optimizer or called "
+                "zero_grad, and backpropagate its loss"
             )
         self.steps += 1
         if due:
@@ -356,35 +358,33 @@ class NaturalGradient(torch.optim.Optimizer):
             "refreshes": self.refreshes,
             "next_refresh": self._next_refresh,
             "skipped": self._skips.total,
-            "average": None
-            if average is None
-            else {"steps": average.steps, "values": self.strategy.whole(average.values)},
+            "average": average and {"steps": average.steps, "values": self.strategy.whole(average.values)},
             "rule": type(self.rule).__name__,
             "rule_state": self.rule.state_dict(),
             "metric": self.metric.state_dict(),
         }
-        return state
+        return sealed(copy.deepcopy(state))  # a state is its own: training goes on
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit.
 
         Raises:
-            ValueError: it is no state of this optimizer, or belongs to another model, metric or step rule; nothing has
-                changed then.
+            ValueError: it is damaged, no state of this optimizer, or belongs to another model, metric or step rule;
+                nothing has changed then.
         """
-        mine = check_state(state_dict, self.param_groups, type(self.rule).__name__, self._average is not None)
+        state, mine = checked(state_dict, self.param_groups, self.rule, self._name_of, self._average is not None)
+        check_groups(state["param_groups"], self.metric.positive_definite)
+        rule, take_over = loaded(self.rule, mine["rule_state"]), self.metric.prepared(mine["metric"])
+        values = {} if mine["average"] is None else self.strategy.shard(copy.deepcopy(mine["average"]["values"]))
         with uninterrupted():
-            self.metric.load_state_dict(mine["metric"])  # checks before it changes anything
+            with kept_on_failure(self, "state", "param_groups"):
+                # tensors of ours keep their own dtype, torch would cast them to the parameter's: not in `state`, then
+                super().load_state_dict({"state": {KEPT_APART: {}}, "param_groups": state["param_groups"]})
+                take_over()
             self.metric.discard_pending()
-            super().load_state_dict(
-                {**{k: v for k, v in state_dict.items() if k != "natgrad"}, "state": {KEPT_APART: {}}}
-            )
-            # tensors of ours keep their own dtype; torch would cast them to the parameter's: they are not in `state`
-            self.rule.load_state_dict(copy.deepcopy(mine["rule_state"]))
+            vars(self.rule).update(rule)
             if self._average is not None:
-                self._average.steps = mine["average"]["steps"]
-                values = self.strategy.shard(mine["average"]["values"])
-                self._average.values = {n: a.clone() for n, a in values.items()}
+                self._average.steps, self._average.values = mine["average"]["steps"], dict(values)
             self.steps, self.refreshes = mine["steps"], mine["refreshes"]
             self._next_refresh, self._skips.total = mine["next_refresh"], mine["skipped"]
             self.metric.expect(self.refresh_due)

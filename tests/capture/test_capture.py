@@ -148,7 +148,7 @@ def test_forward_without_grad_is_not_watched() -> None:
     model.eval()
     with torch.inference_mode():
         model(X)
-    assert metric._watcher.tapes == []
+    assert metric._watcher.here.tapes == []
     assert not metric.advance(0.0)
 
 

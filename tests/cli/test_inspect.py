@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ import natgrad as ng
 from natgrad.cli.app import main
 from natgrad.cli.inspect import report as inspect_report
 from natgrad.cli.inspect import spectra
+from natgrad.fisher import state as metric_file
 from natgrad.optim import journal
+from natgrad.state.seal import SEAL, sealed
 
 
 @pytest.fixture
@@ -229,3 +232,77 @@ def test_the_command_says_in_one_line_what_is_wrong(
         said = capsys.readouterr().err
         assert message in said
         assert len(said.splitlines()) == 1
+
+
+class Tags(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [tag, *(name for name, _ in attrs)]
+
+
+EVIL = "<script onload=x>alert(1)</script><img src=x onerror=y>$\\frac{$"
+
+
+def evil(state: dict[str, Any], place: str) -> dict[str, Any]:
+    """The state of a metric whose file says what no metric says, with right checksums."""
+    text = state["about"]
+    if place in ("kind", "reduction", "criterion"):
+        text = json.dumps({**json.loads(text), place: EVIL})
+    elif place == "a name":
+        text = text.replace("first.weight", json.dumps(EVIL)[1:-1])
+    elif place == "a name without a block":
+        text = text.replace('"gate"', json.dumps(EVIL))
+    return sealed({**{k: v for k, v in state.items() if k != SEAL}, "about": text})
+
+
+@pytest.mark.parametrize("place", ["kind", "reduction", "criterion", "a name", "a name without a block", "the journal"])
+def test_what_files_say_is_shown_and_not_run(place: str, run: Path, tmp_path: Path) -> None:
+    names: set[str] = set()
+    for number in range(2):
+        if number:
+            state = metric_file.load(run / inspect_report.METRIC)
+            metric_file.save(evil(state, place), run / inspect_report.METRIC)
+            if place == "the journal":
+                lines = [json.loads(line) for line in (run / journal.NAME).read_text().splitlines()]
+                lines[-1].update(skipped=EVIL, dropped_statistics=EVIL, damping_meaning=EVIL)
+                lines[-1]["cosines"] = {EVIL: 0.5}
+                (run / journal.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (page, *_) = inspect_report.write(run)
+        tags = Tags()
+        tags.feed(page.read_text())
+        if not number:
+            names = set(tags.found)
+    assert "&lt;script" in page.read_text()
+    assert set(tags.found) <= names
+
+
+@pytest.mark.parametrize("entry", [{"steps": EVIL}, {"cosines": EVIL}, {"cosines": {"a": "b"}}, {"share_of_time": []}])
+def test_a_journal_that_holds_no_numbers_is_refused(entry: dict[str, Any], run: Path) -> None:
+    with (run / journal.NAME).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=rf"info.jsonl, line 11: '({'|'.join(entry)}|a)' must be"):
+        inspect_report.write(run)
+
+
+def test_a_damaged_metric_is_not_shown(run: Path) -> None:
+    path = run / inspect_report.METRIC
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is not as it was saved"):
+        inspect_report.write(run)
+
+
+def test_a_page_is_written_through_no_link(run: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    for name in (inspect_report.PAGE, "inspect-spectra.png"):
+        (run / name).symlink_to(precious)
+    inspect_report.write(run)
+    assert precious.read_text() == "years of work"
+    assert not (run / inspect_report.PAGE).is_symlink()

@@ -6,6 +6,7 @@ import contextlib
 import pickle
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,12 @@ def cut_description(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:500])
 
 
+def cut_description_and_checksum(path: Path) -> None:
+    """As in a checkpoint by torch's own writer."""
+    cut_description(path)
+    (path / ".metadata.crc32").unlink()
+
+
 def unfinished(path: Path) -> None:
     (path / ".metadata").unlink()
 
@@ -335,7 +342,8 @@ def overwritten(path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (remove, r"is incomplete: __1_0.distcp is missing"),
     "short": (cut, r"is incomplete: __1_0.distcp has \d+ of \d+ bytes"),
-    "description": (cut_description, r".metadata is cut short or no description"),
+    "description": (cut_description, r".metadata is not as it was saved"),
+    "no checksum": (cut_description_and_checksum, r".metadata is cut short or no description"),
     "unfinished": (unfinished, r"is no complete checkpoint: it has no .metadata"),
     "overwritten": (overwritten, r"cannot be read on rank \d"),
 }
@@ -452,6 +460,9 @@ def test_nothing_runs_on_loading(tmp_path: Path) -> None:
     checkpoint.save(run.targets, tmp_path / "c")
     whole = (tmp_path / "c" / ".metadata").read_bytes()
     (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=r"metadata is not as it was saved: it or its checksum .* is damaged"):
+        checkpoint.load(run.targets, tmp_path / "c")
+    (tmp_path / "c" / ".metadata.crc32").unlink()
     with pytest.raises(ValueError, match=r"it names builtins.exec, which no checkpoint consists of"):
         checkpoint.load(run.targets, tmp_path / "c")
     (tmp_path / "c" / ".metadata").write_bytes(whole)
@@ -468,6 +479,84 @@ def test_nothing_runs_on_loading(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read on rank 0: Weights only load failed"):
         checkpoint.load({"model": Odd(2, 2)}, tmp_path / "odd")
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    run = Trained(0, 1)
+    run.steps(0, 2)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    (tmp_path / "step-9.partial").symlink_to(precious)
+    with pytest.raises(OSError, match=r"step-9.partial is no folder that natgrad has made, but a link"):
+        checkpoint.save(run.targets, tmp_path / "step-9")
+    (tmp_path / "step-9.partial").unlink()
+    (tmp_path / "step-9.partial").mkdir()
+    for name in ("__0_0.distcp", ".metadata.tmp", ".metadata.crc32", ".metadata.crc32.partial"):
+        (tmp_path / "step-9.partial" / name).symlink_to(precious / "thesis.tex")
+    checkpoint.save(run.targets, tmp_path / "step-9")
+    checkpoint.load(run.targets, tmp_path / "step-9")
+    (tmp_path / "step-10").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="already"):
+        checkpoint.save(run.targets, tmp_path / "step-10")
+    for link in ("metric.safetensors", "metric.safetensors.partial"):
+        (tmp_path / link).symlink_to(precious / "thesis.tex")
+    run.metric.save(tmp_path / "metric.safetensors")
+    run.metric.load(tmp_path / "metric.safetensors")
+    assert not (tmp_path / "metric.safetensors").is_symlink()
+    assert [p.name for p in precious.iterdir()] == ["thesis.tex"]
+    assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+def rewritten(folder: Path, change: Callable[[Any], None]) -> None:
+    """The description of a checkpoint, changed on purpose: with a checksum that fits."""
+    metadata = Reader(folder).read_metadata()
+    change(metadata)
+    data = pickle.dumps(metadata)
+    (folder / ".metadata").write_bytes(data)
+    (folder / ".metadata.crc32").write_bytes(b"%08x" % zlib.crc32(data))
+
+
+def all_infos(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda metadata: [change(info) for info in metadata.storage_data.values()]  # type: ignore[func-returns-value]
+
+
+def huge(metadata: Any) -> None:
+    name = next(n for n in metadata.state_dict_metadata if n.endswith(".about"))
+    metadata.state_dict_metadata[name].size = torch.Size([2**50])
+
+
+def backwards(metadata: Any) -> None:
+    name = next(n for n in metadata.state_dict_metadata if n.endswith(".about"))
+    metadata.state_dict_metadata[name].size = (-3,)
+
+
+CRAFTED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "up": (all_infos(lambda i: setattr(i, "relative_path", "../../secret")), "leads out of the folder"),
+    "absolute": (all_infos(lambda i: setattr(i, "relative_path", "/etc/hostname")), "leads out of the folder"),
+    "link": (all_infos(lambda i: setattr(i, "relative_path", "link")), "leads out of the folder"),
+    "size": (huge, r"is said to have 1125899906842624 bytes, and its file holds \d+"),
+    "below zero": (backwards, r"has the size \(-3,\)"),
+    "offset": (all_infos(lambda i: setattr(i, "offset", -1)), "at -1, length"),
+    "length": (all_infos(lambda i: setattr(i, "length", 2**50)), r"has \d+ of \d+ bytes"),
+    "nothing": (lambda metadata: metadata.__dict__.update(storage_data=None), "no description of a checkpoint"),
+    "no names": (lambda metadata: metadata.__dict__.update(state_dict_metadata=3), "no description of a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("how", CRAFTED)
+def test_a_crafted_description_is_refused_before_memory_is_taken(how: str, tmp_path: Path) -> None:
+    run = Trained(0, 1)
+    run.steps(0, 2)
+    checkpoint.save(run.targets, tmp_path / "a" / "step-1")
+    (tmp_path / "secret").write_bytes(bytes(10_000))
+    (tmp_path / "a" / "step-1" / "link").symlink_to(tmp_path / "secret")
+    change, words = CRAFTED[how]
+    rewritten(tmp_path / "a" / "step-1", change)
+    before = run.state()
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(run.targets, tmp_path / "a" / "step-1")
+    assert same(run.state(), before)
 
 
 def test_no_piece_is_pickled(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import natgrad as ng
+from natgrad.fisher import state as metric_file
 from natgrad.optim.kl_trust_region import KLTrustRegion
+from natgrad.state.files import write_whole
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, build, data, steps_with_failures
 
@@ -158,6 +162,57 @@ def test_a_file_is_written_once_and_read_by_all(pool_of: PoolOf, tmp_path: Path)
     alone = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), kind="exact")
     alone.load(tmp_path / "metric.safetensors")
     np.testing.assert_array_equal(alone.dense().numpy(), one)
+
+
+def limited(path: Any, data: bytes) -> None:
+    """Write a file where no more than a kilobyte fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the limit ends the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, before[1]))
+    try:
+        write_whole(path, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def on_a_full_disk(rank: int, size: int, folder: str) -> str:
+    net, criterion, opt = setup()
+    one_step(net, criterion, opt, 0, rank, size)
+    opt.metric.save(f"{folder}/metric.safetensors")
+    one_step(net, criterion, opt, 1, rank, size)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metric_file, "write_whole", limited)
+        try:
+            opt.metric.save(f"{folder}/metric.safetensors")
+        except OSError as error:
+            return str(error)
+    return ""
+
+
+def test_a_full_disk_is_said_on_all_ranks(pool_of: PoolOf, tmp_path: Path) -> None:
+    first, second = pool_of(2).run(on_a_full_disk, str(tmp_path))
+    assert "File too large" in first
+    assert "rank 0 could not write the metric" in second
+    alone = ng.Fisher(build("mlp"), nn.CrossEntropyLoss(), kind="exact")
+    alone.load(tmp_path / "metric.safetensors")  # the one from before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def another_error(rank: int, size: int, folder: str) -> str:
+    net, criterion, opt = setup()
+    one_step(net, criterion, opt, 0, rank, size)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(metric_file, "to_bytes", lambda *_, **__: 1 / 0)
+        try:
+            opt.metric.save(f"{folder}/metric.safetensors")
+        except (OSError, ZeroDivisionError) as error:
+            return type(error).__name__
+    return ""
+
+
+def test_whatever_stops_a_save_is_said_on_all_ranks(pool_of: PoolOf, tmp_path: Path) -> None:
+    assert pool_of(2).run(another_error, str(tmp_path)) == ["ZeroDivisionError", "OSError"]
 
 
 def update_with_nan(rank: int, size: int) -> None:

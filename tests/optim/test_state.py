@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from training_cases import Scaled, batches, classifier, distance, natural, same, train, weights
 
 import natgrad as ng
+from natgrad.state.seal import SEAL
 
 RULES: dict[str, Any] = {
     "default": lambda: None,
@@ -193,3 +195,51 @@ def test_the_metric_goes_through_safetensors(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no safetensors file"):
         other.load(tmp_path / "other.safetensors")
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {p: v for k, t in tree.items() for p, v in leaves(t, f"{path}.{k}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {p: v for i, t in enumerate(tree) for p, v in leaves(t, f"{path}.{i}").items()}
+    return {path: tree}
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "dense", "diagonal", "input"])
+def test_a_state_holds_sums_over_data_and_nothing_of_one_datum(structure: str) -> None:
+    """The data of a batch in another order change every entry by rounding alone: no list of data, and no hash of one,
+    survives that. Nor does a state grow with them.
+    """
+
+    def state(order: Tensor, size: int = 16) -> dict[str, Any]:
+        model = Scaled()
+        opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact", structure=structure))
+        for x, y in batches(6, size):
+            train(model, opt, [(x[order], y[order])])
+        return leaves({k: v for k, v in opt.state_dict().items() if k != SEAL})
+
+    one, other = state(torch.arange(16)), state(torch.randperm(16, generator=torch.Generator().manual_seed(1)))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            scale = float(value.abs().max()) or 1.0
+            # eigenvectors have a sign, and turn where eigenvalues are close
+            if ".Q_" not in name:
+                assert float((value - other[name]).abs().max()) < 1e-7 * scale, name
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, other[name]), name
+        elif isinstance(value, float):
+            assert value == pytest.approx(other[name]), name
+        elif ".seal" not in name:
+            assert rounded(value) == rounded(other[name]), name
+    more = state(torch.arange(160), 160)
+    assert {n: v.shape for n, v in more.items() if isinstance(v, Tensor)} == {
+        n: v.shape for n, v in one.items() if isinstance(v, Tensor)
+    }
+
+
+def rounded(value: Any) -> Any:
+    """A text with its numbers to eight digits."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\d+\.\d+(e-?\d+)?", lambda m: f"{float(m.group()):.8g}", value)

@@ -37,7 +37,7 @@ def spectra(found: Sequence[Spectrum]) -> Figure:
         ax.plot(share, np.sort(damped)[::-1], color=PALETTE[1], lw=1.4, label="damped")
         ax.plot(share, np.maximum(values, floor), color=PALETTE[0], lw=1.8, label="eigenvalues")
         ax.set_yscale("log")
-        ax.set_title(s.name, fontsize=8.5, color=INK, loc="left")
+        ax.set_title(s.name, fontsize=8.5, color=INK, loc="left", parse_math=False)
         tidy(ax)
         if i == 0:
             ax.legend(frameon=False, fontsize=8)
@@ -58,7 +58,7 @@ def cosines(names: Sequence[str], expected: Sequence[float], last: Sequence[floa
     ax.plot(expected, y, "o", mfc="white", mec=PALETTE[0], ms=6, label="to expect from spectrum and damping")
     if any(c is not None for c in last):
         ax.plot([math.nan if c is None else c for c in last], y, "o", color=PALETTE[0], ms=6, label="last step")
-    ax.set_yticks(y, names, fontsize=8.5)
+    ax.set_yticks(y, names, fontsize=8.5, parse_math=False)  # a name is text, whatever dollars it holds
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("cos(direction, gradient); shaded: plain gradient descent in all but name", fontsize=8.5)

@@ -17,6 +17,7 @@ from natgrad.cli.inspect.spectra import SavedMetric, Spectrum
 from natgrad.fisher.coverage import readable
 from natgrad.optim import journal
 from natgrad.optim.normalised import NormalisedStep
+from natgrad.state.files import write_whole
 
 METRIC = "metric.safetensors"  # in the folder of a run
 PAGE = "inspect.html"
@@ -92,9 +93,14 @@ def write(given: str | os.PathLike[str], page: Path | None = None, damping: floa
     written = [page]
     for name, image in drawn.items():
         written.append(page.with_name(f"{page.stem}-{name}.png"))
-        written[-1].write_bytes(image)
-    page.write_text(render(metric, source, value, relative, drawn), encoding="utf-8")
+        write_whole(written[-1], image)
+    write_whole(page, render(metric, source, value, relative, drawn).encode())
     return written
+
+
+def escaped(text: object) -> str:
+    """Return what a file says, for the page to show and not to run."""
+    return html.escape(str(text))
 
 
 def draw(metric: SavedMetric, source: Source) -> dict[str, bytes]:
@@ -114,8 +120,8 @@ def render(metric: SavedMetric, source: Source, damping: float, relative: bool, 
     about = metric.about
     kind = "relative to the mean eigenvalue" if relative else "absolute"
     parts = [
-        f"<h1>natgrad inspect</h1><p class=path>{html.escape(str(source.given))}</p>",
-        f"<p>{html.escape(str(about['criterion']))} ({about['reduction']}), kind “{about['kind']}”, "
+        f"<h1>natgrad inspect</h1><p class=path>{escaped(source.given)}</p>",
+        f"<p>{escaped(about['criterion'])} ({escaped(about['reduction'])}), kind “{escaped(about['kind'])}”, "
         f"{len(metric.parameters)} parameters in {len(metric.spectra)} blocks, {about['seen']:,} data seen, "
         f"damping {damping:g} ({kind}).</p>",
         tiles(source.last, metric),
@@ -144,7 +150,7 @@ def render(metric: SavedMetric, source: Source, damping: float, relative: bool, 
     body = "\n".join(parts)
     return (
         f"<!doctype html>\n<html lang=en><meta charset=utf-8>\n<meta name=viewport content='width=device-width'>\n"
-        f"<title>natgrad inspect: {html.escape(source.given.name)}</title>\n<style>{STYLE}</style>\n<body>\n{body}\n"
+        f"<title>natgrad inspect: {escaped(source.given.name)}</title>\n<style>{STYLE}</style>\n<body>\n{body}\n"
         f"<p class=note>natgrad {natgrad.__version__}</p>\n</body></html>\n"
     )
 
@@ -160,7 +166,9 @@ def tiles(last: Mapping[str, Any], metric: SavedMetric) -> str:
     total = sum(s.memory for s in metric.spectra)
     shown += [(readable(total), "of statistics"), (str(len(metric.uncovered)), "parameters without curvature")]
     return (
-        "<div class=tiles>" + "".join(f"<div class=tile><b>{b}</b><span>{t}</span></div>" for b, t in shown) + "</div>"
+        "<div class=tiles>"
+        + "".join(f"<div class=tile><b>{escaped(b)}</b><span>{escaped(t)}</span></div>" for b, t in shown)
+        + "</div>"
     )
 
 
@@ -172,7 +180,7 @@ def verdict(found: Sequence[Spectrum], last: Mapping[str, Any]) -> str:
         said = "No block has become plain gradient descent: every direction differs from its gradient."
         return f"<p class=verdict>{said}</p>"
     which = "Every block" if len(plain) == len(now) else f"{len(plain)} of {len(now)} blocks"
-    listed = "" if len(plain) == len(now) else " (" + html.escape(", ".join(plain)) + ")"
+    listed = "" if len(plain) == len(now) else " (" + escaped(", ".join(plain)) + ")"
     return (
         f"<p class='verdict warn'>{which}{listed}: the direction is the gradient to within {figures.PLAIN:g}. There the "  # noqa: E501
         "metric changes the length of the step and nothing else.</p>"
@@ -206,8 +214,8 @@ def block_table(found: Sequence[Spectrum], last: Mapping[str, Any]) -> str:
         cos = last.get(s.name)
         warn = " class=warn" if (cos if cos is not None else s.cosine) >= figures.PLAIN else ""
         cells = [
-            f"<td class=left>{html.escape(', '.join(s.names))}</td><td class=left>{s.structure}</td>",
-            f"<td>{html.escape(s.sizes)}</td><td>{readable(s.memory)}</td><td>{float(s.values[0]):.2g}</td>",
+            f"<td class=left>{escaped(', '.join(s.names))}</td><td class=left>{escaped(s.structure)}</td>",
+            f"<td>{escaped(s.sizes)}</td><td>{readable(s.memory)}</td><td>{float(s.values[0]):.2g}</td>",
             f"<td>{s.condition:.1e}</td><td>{s.null} of {len(s.values):,}</td><td>{s.effective_rank:.1f}</td>",
             f"<td>{100 * s.damped_share:.0f} %</td><td>{s.cosine:.3f}</td>",
             f"<td{warn}>{'' if cos is None else f'{cos:.3f}'}</td>",
@@ -221,7 +229,7 @@ def coverage(metric: SavedMetric) -> str:
     if not metric.uncovered:
         return "<p>Every parameter has a block.</p>"
     rows = "".join(
-        f"<tr><td>{html.escape(n)}</td><td>{'×'.join(map(str, metric.parameters[n])) or 'scalar'}</td></tr>"
+        f"<tr><td>{escaped(n)}</td><td>{escaped('×'.join(map(str, metric.parameters[n])) or 'scalar')}</td></tr>"
         for n in metric.uncovered
     )
     return (

@@ -11,10 +11,8 @@ Of a block with eigenvalues λ_i, damped to δ_i, are computed
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,13 +95,11 @@ def load(path: str | os.PathLike[str], damping: float, relative: bool) -> SavedM
             step rule has it; else absolute.
 
     Raises:
-        FileNotFoundError, ValueError: as `natgrad.fisher.state.read`.
+        FileNotFoundError, ValueError: as `natgrad.fisher.state.load` and `opened`.
     """
-    text, tensors = metric_file.read(Path(path))
-    about = json.loads(text)
+    about, state = metric_file.opened(metric_file.load(path))
     shapes = {n: torch.Size(s) for n, s in about["parameters"].items()}
-    kept = {n: t for n, t in tensors.items() if not n.startswith("generator.")}
-    blocks = metric_file.blocks_from(about, kept, shapes, torch.device("cpu"))
+    blocks = metric_file.blocks_from(about, state["tensors"], shapes, torch.device("cpu"))
     return SavedMetric(about, [spectrum(b, damping, relative) for b in blocks if b.statistics])
 
 

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from natgrad.distributed.checkpoint.files import METADATA, Reader, Writer
 from natgrad.distributed.checkpoint.packing import Pieces, pack, unpack
 from natgrad.distributed.checkpoint.stateful import Planner, Saved, empty_pieces
+from natgrad.state.interrupts import uninterrupted
 
 PLAIN = "plain"  # the entry that holds the plain values
 NAMED = 5  # differences that one message lists
@@ -106,15 +107,16 @@ def load(targets: Mapping[str, Any], path: str | os.PathLike[str], process_group
     states: dict[str, Any] = {}
     together(lambda: states.update({k: s.unpacked(found[k]) for k, s in others.items()}), process_group)
     before = {k: copy.deepcopy(s.what.state_dict()) for k, s in others.items()}
-    try:
-        for key, s in others.items():
-            together(lambda s=s, key=key: s.what.load_state_dict(states[key]), process_group)  # type: ignore[misc]
-    except Exception:
-        for key, s in others.items():
-            s.what.load_state_dict(before[key])
-        raise
-    for key, model in models.items():
-        set_model_state_dict(model, found[key])
+    with uninterrupted():
+        try:
+            for key, s in others.items():
+                together(lambda s=s, key=key: s.what.load_state_dict(states[key]), process_group)  # type: ignore[misc]
+        except BaseException:
+            for key, s in others.items():
+                s.what.load_state_dict(before[key])
+            raise
+        for key, model in models.items():  # names, shapes and checksums have been compared
+            set_model_state_dict(model, found[key])
     return unpack(found[PLAIN]) if PLAIN in found else {}
 
 

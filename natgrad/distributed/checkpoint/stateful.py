@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from natgrad.distributed.checkpoint.packing import ABOUT, Pieces, pack, unpack
+from natgrad.state.seal import SEAL, sealed, unsealed
 
 STREAM = "stream"  # stream.{rank}.{which}: the state of a random generator of that rank
 
@@ -41,8 +42,7 @@ class Saved:
         return getattr(getattr(self.metric, "strategy", None), "rank", 0)  # other optimizers have no metric
 
     def state_dict(self) -> Pieces:
-        state = self.what.state_dict()
-        state, streams = without_streams(state)
+        state, streams = without_streams(self.what.state_dict())
         pieces = pack(state)
         pieces.update({f"{STREAM}.{self.rank}.{which}": s.clone() for which, s in streams.items()})
         return pieces
@@ -81,15 +81,12 @@ class Saved:
 
 
 def without_streams(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The state of an optimizer or a metric as it is on every rank, and the random streams that differ."""
+    """The state of an optimizer or a metric as it is on every rank, sealed, and the random streams that differ."""
     metric = metric_state(state)
     if not metric:
         return state, {}
-    shared = {k: v for k, v in metric.items() if k != "generators"}
-    shared["about"] = json.dumps({**json.loads(metric["about"]), "rank": 0})
-    if metric is state:
-        return shared, metric["generators"]
-    return {**state, "natgrad": {**state["natgrad"], "metric": shared}}, metric["generators"]
+    about = json.dumps({**json.loads(metric["about"]), "rank": 0})
+    return with_metric(state, {**metric, "about": about, "generators": {}}), metric["generators"]
 
 
 def with_streams(state: Any, streams: Mapping[int, dict[str, Tensor]], rank: int) -> Any:
@@ -97,9 +94,20 @@ def with_streams(state: Any, streams: Mapping[int, dict[str, Tensor]], rank: int
     metric = metric_state(state)
     if metric:
         whose = rank if rank in streams else 0
-        metric["about"] = json.dumps({**json.loads(metric["about"]), "rank": whose})
-        metric["generators"] = streams.get(whose, {})
+        metric = unsealed(metric, "the metric's state")
+        about = json.dumps({**json.loads(metric["about"]), "rank": whose})
+        rest = state if "natgrad" not in state else unsealed(state, "the optimizer's state")
+        state = with_metric(rest, {**metric, "about": about, "generators": streams.get(whose, {})})
     return state
+
+
+def with_metric(state: Any, metric: dict[str, Any]) -> Any:
+    """Return the state of an optimizer, or of the metric itself, with another state of the metric; sealed anew."""
+    metric = sealed({k: v for k, v in metric.items() if k != SEAL})
+    if "natgrad" not in state:
+        return metric
+    rest = {k: v for k, v in state.items() if k != SEAL}
+    return sealed({**rest, "natgrad": {**rest["natgrad"], "metric": metric}})
 
 
 def metric_state(state: Any) -> dict[str, Any] | None:

@@ -1,11 +1,11 @@
-"""Ctrl-C that waits for the end of a short stretch of code, so that nothing is left half-written."""
+"""Ctrl-C that waits for the end of a short stretch of code, so that nothing is left half-written or half-entered."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 
@@ -27,3 +27,17 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if held:
             handler(*held[0])
+
+
+@contextmanager
+def entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter contexts, and leave them whatever ends the block; Ctrl-C waits while they are entered and left."""
+    with ExitStack() as stack:
+        try:
+            with uninterrupted():
+                for context in contexts:
+                    stack.enter_context(context)
+            yield
+        finally:
+            with uninterrupted():
+                stack.close()
