@@ -244,3 +244,12 @@ def block_diagonal(matrix: Tensor, model: nn.Module) -> Tensor:
         index = torch.tensor(where)
         out[index[:, None], index] = matrix[index[:, None], index]
     return out
+
+
+def mask(d: int, longest: int | None) -> Tensor:
+    """Ones where two of d rows lie in one piece: the fewest pieces of at most `longest`, the last one the smallest."""
+    longest = d if longest is None else longest
+    count = next(k for k in range(1, d + 1) if k * longest >= d)
+    rows = next(p for p in range(1, d + 1) if p * count >= d)
+    piece = torch.tensor([i // rows for i in range(d)])
+    return (piece[:, None] == piece).double()

@@ -22,7 +22,7 @@ from rich.console import Console
 import natgrad
 from natgrad.cli.inspect.command import inspect
 from natgrad.cli.solve import solve
-from natgrad.cli.tasks import TASKS
+from natgrad.cli.tasks import TASKS, task_in
 from natgrad.cli.tasks.networks import INITIALISATIONS
 from natgrad.cli.tasks.task import CommandError
 from natgrad.cli.training.compare import Comparison
@@ -60,7 +60,7 @@ def root(
 @app.command()
 def train(
     task: Annotated[
-        str, typer.Argument(help=f"{'; '.join(f'{t.name}: {t.summary}' for t in TASKS.values())}.")
+        str, typer.Argument(help="; ".join(f"{t.name}: {t.summary}" for t in TASKS.values()) + "; or your own file.")
     ] = DEFAULT_TASK,
     optimizers: Annotated[
         str, typer.Option(help=f"Names with commas between, from {', '.join(CONTENDERS)}.")
@@ -86,7 +86,7 @@ def train(
     rival runs at four learning rates with a cosine schedule, and its best final training loss counts. Writes
     curves.png, log.jsonl, model.safetensors and metric.safetensors.
     """
-    chosen = TASKS[one_of(task, TASKS, "task")]
+    chosen = task_in(Path(task)) if task.endswith(".py") else TASKS[one_of(task, TASKS, "task")]
     names = [one_of(name.strip(), CONTENDERS, "optimizer") for name in optimizers.split(",")]
     if len(set(names)) != len(names):
         raise CommandError(f"--optimizers {optimizers} names one twice; each runs once")

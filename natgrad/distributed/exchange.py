@@ -81,7 +81,7 @@ def reconcile(collection: BlockCollection, texts: Sequence[Mapping[str, Any]]) -
 def name_of(block: Mapping[str, Any]) -> str:
     """What a block is called on every rank: the piece that its first layer is known by."""
     first = block["layers"][0]
-    return str([block["structure"], first["weight"] or first["biases"][0]])
+    return json.dumps([block["structure"], first["weight"] or first["biases"][0]])  # tuples are lists once sent
 
 
 def joined(held: dict[str, Any], other: Mapping[str, Any]) -> None:

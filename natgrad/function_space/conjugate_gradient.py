@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from natgrad.function_space.jacobian import JacobianOperator
+from natgrad.function_space.solvers import Solver
 from natgrad.linalg.krylov import CG_ITERATIONS, CG_TOLERANCE, conjugate_gradient, nystrom
 
 NYSTROM_RANK = 100
@@ -26,7 +27,7 @@ class Nystrom:
         return r + self.basis @ (self.scale * (self.basis.mT @ r))
 
 
-class ConjugateGradient:
+class ConjugateGradient(Solver):
     """(JᵀJ + λI)⁻¹ by conjugate gradients. Products alone, from a kept J where it is small."""
 
     def __init__(self, rows: JacobianOperator, damping: float) -> None:
@@ -40,9 +41,6 @@ class ConjugateGradient:
     def sharp(self, g: Tensor) -> Tensor:
         x, self.iterations = conjugate_gradient(self.product, g, self.precondition, CG_TOLERANCE, CG_ITERATIONS)
         return x
-
-    def pull(self, c: Tensor) -> Tensor:
-        return self.sharp(self.rows.vjp(c))
 
     def logdet(self) -> Tensor:
         n, p = self.rows.count, self.rows.parameters

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from natgrad.linalg.cholesky import ensure_fits
 from natgrad.metric.metric import Metric, Vector
 
 log = logging.getLogger("natgrad")
-SOLVERS: dict[str, Callable[[JacobianOperator, float], Solver]] = {
+SOLVERS: dict[str, type[Solver]] = {
     "dense": Dense,
     "kernel": Kernel,
     "cg": ConjugateGradient,
@@ -75,7 +75,7 @@ class JacobianMetric(Metric):
         if held is not None and held[0] == damping:
             return held[1]
         self._factor = None  # frees the old one first
-        solver = held[1].damped(damping) if held is not None and isinstance(held[1], (Dense, Kernel)) else None
+        solver = None if held is None else held[1].damped(damping)
         del held
         self._factor = (damping, solver or self._make_solver(damping))
         return self._factor[1]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,17 +25,30 @@ from natgrad.linalg.cholesky import NOT_FINITE, damped_cholesky, ensure_fits, fr
 from natgrad.metric.metric import DENSE_PARAMETERS
 
 
-class Solver(Protocol):
+class Solver:
     """What a solver does; see the module docstring."""
 
-    def sharp(self, g: Tensor) -> Tensor: ...
+    rows: JacobianOperator
 
-    def pull(self, c: Tensor) -> Tensor: ...
+    def __init__(self, rows: JacobianOperator, damping: float) -> None:
+        raise NotImplementedError
 
-    def logdet(self) -> Tensor: ...
+    def sharp(self, g: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def pull(self, c: Tensor) -> Tensor:
+        return self.sharp(self.rows.vjp(c))
+
+    def logdet(self) -> Tensor:
+        """log det(JᵀJ + λI)"""
+        raise NotImplementedError
+
+    def damped(self, damping: float) -> Solver | None:
+        """The same with another damping, where that costs less than a new one."""
+        return None
 
 
-class Dense:
+class Dense(Solver):
     """Triangular factor of JᵀJ + λI in parameter space: O(NP² + P³) once, O(NP + P²) a solve."""
 
     def __init__(self, rows: JacobianOperator, damping: float) -> None:
@@ -85,7 +97,7 @@ class Dense:
         return 2 * self.factor.diagonal().abs().log().sum()
 
 
-class Kernel:
+class Kernel(Solver):
     """Woodbury: Cholesky of JJᵀ + λI in the space of residuals: O(N²P + N³) once, O(NP + N²) a solve."""
 
     REFINEMENTS = 2

@@ -268,7 +268,10 @@ class Sum(Metric):
                     f"{type(m).__name__} has {m.names}"
                 )
         super().__init__(first.parameters)
-        self.default_step, self.step_options = first.default_step, first.step_options
+        self.positive_definite = all(m.positive_definite for _, m in self.parts)
+        self.default_step = first.default_step
+        options = first.step_options.items()  # those of the first part, but for no damping where the others need it
+        self.step_options = {k: v for k, v in options if k != "damping" or v or self.positive_definite}
 
     @property
     def copies_with_model(self) -> bool:  # type: ignore[override]

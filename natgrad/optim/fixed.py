@@ -82,10 +82,8 @@ class FixedStep(AlongGradient):
         self.lr, self.momentum, self.damping = lr, momentum, damping
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Increments:
-        options = context.options
-        d = self._descent.direction(metric, df, options)
-        self.info = {"damping": next(iter(options.values())).damping, "step_length": next(iter(options.values())).lr}
-        return {n: ScaledStep(d[n], -options[n].lr) for n in df}
+        d = self._descent.direction(metric, df, context.options)
+        return {n: ScaledStep(d[n], -context.options[n].lr) for n in df}
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -39,8 +39,6 @@ class Grafted(AlongGradient):
                 wanted, natural = norm([lengths[n] for n in mine]), norm([d[n] for n in mine])
                 ratio = torch.where(natural > 0, wanted / natural, torch.zeros_like(natural))
                 step.update({n: d[n] * (ratio * -options[n].lr).to(d[n].dtype) for n in mine})
-        first = next(iter(options.values()))
-        self.info = {"damping": first.damping, "step_length": first.lr}
         return dict(step)
 
     def state_dict(self) -> dict[str, Any]:

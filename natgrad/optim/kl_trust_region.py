@@ -44,10 +44,6 @@ class KLTrustRegion(AlongGradient):
         }
         divergence = metric.inner(full, full) / 2
         shorter = (self.radius / divergence).sqrt().clamp(max=1)  # 1 where the divergence is 0
-        first = next(iter(options.values()))
-        self.info = {
-            "damping": first.damping,
-            "step_length": shorter * first.lr,
-            "predicted_kl": divergence * shorter.square(),
-        }
+        length = next(iter(options.values())).lr
+        self.info.update(step_length=shorter * length, predicted_kl=divergence * shorter.square())
         return {n: t * shorter.to(t.dtype) for n, t in step.items()}

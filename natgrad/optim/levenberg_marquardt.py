@@ -18,7 +18,8 @@ class LevenbergMarquardt(SearchRule):
     """Full steps with a damping that follows the gain ratio ρ = (actual decrease) / (decrease of the quadratic model).
 
     λ falls by `factor` where ρ > 0.75 and grows by it where ρ < 0.25; a step with ρ ≤ 0 is not taken but tried again
-    with more damping, `tries` times (Nocedal & Wright, section 10.3).
+    with more damping, `tries` times (Nocedal & Wright, section 10.3). λ stays between `smallest` and 1 / `smallest`: at
+    a minimum no step lowers the loss by more than rounding, and λ would grow without end.
     """
 
     damping_meaning = "absolute: (ĝ + λI)⁻¹, λ adapted by the gain ratio from the given start"
@@ -49,7 +50,7 @@ class LevenbergMarquardt(SearchRule):
             if ratio > 0.75:
                 self._damping = max(damping / self.factor, self.smallest)
             elif ratio < 0.25:
-                self._damping = damping = damping * self.factor
+                self._damping = damping = min(damping * self.factor, 1 / self.smallest)
             else:
                 self._damping = damping
             if ratio > 0:

@@ -86,8 +86,7 @@ class NormalisedStep(StepRule):
         for n, g in df.items():
             if n not in plan.covered:
                 moved[n] = self._adam.direction(n, g) * (-options[n].lr * VECTOR_SHARE)
-        first = next(iter(options.values()))
-        self.info = {"damping": first.damping, "step_length": first.lr, "kept_factors": 0, **told}
+        self.info.update({"kept_factors": 0, **told})
         return {n: d for n, d in moved.items() if n in df}
 
     def plan(self, metric: Metric, df: Mapping[str, Tensor], refreshed: bool) -> Plan:

@@ -208,6 +208,8 @@ class NaturalGradient(torch.optim.Optimizer):
         on_host = skips.free_to_read(fine)  # known to be fine by now; elsewhere a bad step is masked on the device
         if not on_host:
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
+        first = next(iter(options.values()))
+        self.rule.info = {"damping": first.damping, "step_length": first.lr}  # where the rule says nothing else
         context = StepContext(options, self.refreshed)
         self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
         if self._average is not None:

@@ -52,7 +52,8 @@ class StepRule:
 
     ``lr``, ``momentum``, ``damping`` and ``weight_decay`` are the defaults it brings; ``damping_meaning`` says in words
     what its damping means, and is shown in ``opt.info``. `update` returns the increments {name: Δθ}, tensors or
-    `ScaledStep`; names left out stay where they are. State that must survive a checkpoint goes through `state_dict`.
+    `ScaledStep`; names left out stay where they are. `info` holds damping and lr of the first group when `update` is
+    called, and what it adds for ``opt.info``. State that must survive a checkpoint goes through `state_dict`.
     """
 
     lr: float = 1.0

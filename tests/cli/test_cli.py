@@ -158,3 +158,46 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
+OWN = """
+from torch import nn, randn
+from torch.nn.functional import mse_loss
+from natgrad.cli.tasks import Data, Task
+
+def load(folder):
+    x = randn(64, 3)
+    return Data(x[:48], x[:48].sum(1, keepdim=True), x[48:], x[48:].sum(1, keepdim=True), "made up")
+
+TASK = Task("own", "a sum", load, lambda init: nn.Linear(3, 1), nn.MSELoss, mse_loss, "squared error", 16, 1.0,
+            {"adamw": (1e-2, 1e-1), "sgd": (1e-2, 1e-1)})
+"""
+
+
+def test_a_task_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "my_task.py").write_text(OWN)
+    assert main(["train", str(tmp_path / "my_task.py"), "--steps", "3", "--out", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["task"] == "own"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "is no file; give one with a TASK of type natgrad.cli.tasks.Task"),
+        ("x = 1", "has no TASK of type natgrad.cli.tasks.Task"),
+        ("TASK = 1", "has no TASK of type natgrad.cli.tasks.Task"),
+        ("import no_such_module", "cannot be run: ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_a_file_that_is_no_task_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, words: str
+) -> None:
+    path = tmp_path / "my_task.py"
+    if text is not None:
+        path.write_text(text)
+    assert main(["train", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
