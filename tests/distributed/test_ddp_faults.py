@@ -106,11 +106,11 @@ def bad_statistics(rank: int, size: int) -> Result:
     metric, count = opt.metric, opt.metric.count
     messages, before = [], None
 
-    def spoilt(draw: Any) -> None:
+    def spoilt(draw: Any, purpose: str) -> None:
         for _, new in draw.statistics:
             for average in new.values():
                 average.sums = {h: s * float("inf") for h, s in average.sums.items()}
-        count(draw)
+        count(draw, purpose)
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -147,7 +147,7 @@ def no_forward(rank: int, size: int) -> None:
         x, y = data(step)
         opt.zero_grad()
         if rank == 1 and step == 1:
-            opt.metric.count = lambda draw: None
+            opt.metric.count = lambda draw, purpose: None
         criterion(net(x), y).backward()
         opt.step()
         opt.metric.__dict__.pop("count", None)
