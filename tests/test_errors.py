@@ -491,7 +491,7 @@ def test_a_failed_save_keeps_the_file_before(tmp_path: Any, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("natgrad.fisher.state.save_file", full)
+    monkeypatch.setattr("natgrad.metric.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         m.save(path)
     assert path.read_bytes() == before

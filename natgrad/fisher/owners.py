@@ -38,6 +38,7 @@ class Data:
 
     count: int
     inner: bool = False  # rows in the order (positions, data), not (data, positions)
+    shape: tuple[int, ...] = ()  # first dimensions of the input whose last counts data; none where rows are data
 
     def of_rows(self, rows: int) -> Tensor:
         """Return the number of the datum of each row, (rows,)."""
@@ -74,21 +75,30 @@ class Data:
 def likely_data(outputs: Tensors, passes: Sequence[Sequence[tuple[int, ...]]]) -> list[Data]:
     """Return how the data may lie, most likely first. `passes`: shapes of the tensors that each forward pass received.
 
-    Data are the first dimension of an input, or the second where time is first. The outputs may have flattened either
-    with other positions. Where the first does not divide the rows of the outputs, each row may be a datum.
+    Data are the first dimension of the input, or the second where time is first. The outputs may have flattened either
+    with positions. Where the first dimension does not divide the rows of the outputs, each row may be a datum.
     """
     rows = gcd(*(o.shape[0] for o in outputs if o.dim()))
-    first = [s[0] for shapes in passes for s in shapes if s]
+    given = [[s for s in shapes if s] for shapes in passes]
+    first = [s[0] for shapes in given for s in shapes]
     if (first and max(first) == 1) or rows <= 1:
         return [Data(1)]  # a batch of one
-    leading = [next((s[0] for s in shapes if s), 0) for shapes in passes] or [0]
+    leading = [shapes[0][0] for shapes in given if shapes] or [0]
     if rows in (leading[0], sum(leading)):
         return [Data(rows)]
-    sizes = dict.fromkeys([*first, *(s[1] for shapes in passes for s in shapes if len(s) > 1)])
-    flattened = [Data(n, inner) for n in sizes if 1 < n < rows and rows % n == 0 for inner in (False, True)]
-    if rows in sizes:
+    # of further inputs only those that the rows are the data and positions of, or all positions but one, as of text
+    inputs = [s for shapes in given for s in shapes[1:] if len(s) > 1 and rows in (s[0] * s[1], s[0] * (s[1] - 1))]
+    inputs = [*(shapes[0] for shapes in given if shapes), *inputs]
+    prefixes = dict.fromkeys([*(s[:1] for s in inputs), *(s[:2] for s in inputs if len(s) > 1)])
+    flattened = [
+        Data(before[-1], inner, before)
+        for before in prefixes
+        if 1 < before[-1] < rows and rows % before[-1] == 0
+        for inner in (False, True)
+    ]
+    if rows in first or any(s[1:2] == (rows,) for shapes in given for s in shapes):
         return [Data(rows), *flattened]
-    return flattened if Data(leading[0]) in flattened else [*flattened, Data(rows)]
+    return flattened if any(d.count == leading[0] for d in flattened) else [*flattened, Data(rows)]
 
 
 def whose(
@@ -228,15 +238,20 @@ def lies_along(own: Tensor, sizes: tuple[int, ...], axis: int, data: int) -> boo
 
 
 def shown(found: Sequence[Tensor | None], views: Sequence[Leading], data: Data) -> tuple[int, int]:
-    """Return the first call that has a dimension of data, and which: as many entries, each of the datum of its number.
+    """Return the first call that shows the data of an input, and which of its dimensions: (call, dimension).
 
-    It tells data from positions, as both may divide the rows of the outputs: what an earlier call shows, and there an
-    earlier dimension, is nearer to the input. `UNSHOWN` where there is none.
+    Its dimensions begin as those of the input, and each entry along the last of these belongs to one datum. That tells
+    data from positions, as both may divide the rows of the outputs. `UNSHOWN` where there is none before data mix.
     """
+    axis = len(data.shape) - 1
     for i, (own, (sizes, _)) in enumerate(zip(found, views)):
-        if own is None or bool((own == MIXED).any()) or len(own[own >= 0].unique()) < data.count:
+        if own is None:
             continue
-        for axis, n in enumerate(sizes):
-            if n == data.count and lies_along(own, sizes, axis, n):
-                return i, axis
+        if axis < 0 or bool((own == MIXED).any()):
+            return UNSHOWN
+        if sizes[: axis + 1] == data.shape:
+            entries = own.reshape(sizes).movedim(axis, 0).reshape(data.count, -1)
+            whose = entries.amax(1)  # silent rows are negative
+            same = (entries == whose[:, None]) | (entries == SILENT)
+            return (i, axis) if bool(same.all()) and len(whose.unique()) == data.count else UNSHOWN
     return UNSHOWN
