@@ -3,7 +3,8 @@
     python -m tests.fuzz --examples 2000
 
 A model is a chain of ops on a vector (N, d), a sequence (N, T, d) or an image (N, C, H, W), with layers used again,
-tied and transposed weights and parametrizations, under a criterion, a reduction and a kind.
+tied and transposed weights and parametrizations, under a criterion, a reduction and a kind. As many models again come
+from `tests.programs`, which also take steps, are copied and resumed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch.nn.utils import parametrizations
 import natgrad as ng
 from natgrad.capture.tape import CaptureError
 from tests.layer_oracle import empirical, gauss_newton, relative
+from tests.programs import REFUSALS as PROGRAM_REFUSALS
+from tests.programs import try_program
 
 EXACT = 1e-8
 
@@ -360,7 +363,30 @@ def main() -> None:
         print(f"{counts[name]:6d}  {counts[name] / total:6.1%}  {name}")
     for spec, said in wrong[:10]:
         print(said, spec)
-    raise SystemExit(1 if wrong or counts["met"] < 0.8 * total else 0)
+    failed = programs(options.examples, options.seed)
+    raise SystemExit(1 if failed or wrong or counts["met"] < 0.85 * total else 0)
+
+
+def programs(examples: int, seed: int) -> bool:
+    """Try random programs and print what came out, by kind and structure; whether that is too little."""
+    start, wrong = time.perf_counter(), []
+    counts: collections.Counter[str] = collections.Counter()
+    by_case: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for i in range(examples):
+        case, structure, said = try_program(examples * seed + i)
+        said, _, what = said.partition(":")
+        counts[said] += 1
+        by_case[f"{case.kind} {structure}"][said] += 1
+        if said == "wrong":
+            wrong.append(f"{what} [{case.kind} {case.sharing} {structure}] {case.name}")
+    print(f"{examples} programs in {time.perf_counter() - start:.0f} s")
+    for name in ("met", *PROGRAM_REFUSALS, "wrong"):
+        print(f"{counts[name]:6d}  {counts[name] / examples:6.1%}  {name}")
+    shares = {name: found["met"] / found.total() for name, found in sorted(by_case.items())}
+    print("met, by kind and structure: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    for said in wrong[:10]:
+        print(said)
+    return bool(wrong) or min(shares.values()) < 0.85
 
 
 if __name__ == "__main__":

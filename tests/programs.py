@@ -484,20 +484,24 @@ def steps(case: Case, structure: str, count: int = 3) -> str | None:
     return None
 
 
-def try_program(seed: int) -> str:
-    """ "met", a reason of `REFUSALS`, or "wrong: …"."""
+def try_program(seed: int) -> tuple[Case, str, str]:
+    """The case, its structure, and "met", a reason of `REFUSALS`, or "wrong: …"."""
     case = draw_case(seed)
     structure = random.Random(seed).choice(["kfac", "ekfac", "diagonal", "block", "dense"])
+    return case, structure, verdict(case, structure)
+
+
+def verdict(case: Case, structure: str) -> str:
     tasks: list[Callable[[], str | None]] = [lambda: steps(case, structure)]
     if case.kind != "sampled":
         tasks = [lambda: matrices(case), lambda: split(case), *tasks]
     try:
         for task in tasks:
             if (said := task()) is not None:
-                return f"wrong: {said} [{case.kind} {case.sharing} {structure}]: {case.name}"
+                return f"wrong: {said}"
     except (CaptureError, ValueError) as error:
         reason = next((name for name, said in REFUSALS.items() if re.search(said, str(error))), None)
-        return reason or f"wrong: a refusal that is not listed: {error} [{case.kind} {structure}]: {case.name}"
+        return reason or f"wrong: a refusal that is not listed: {error}"
     except Exception as error:  # a crash is what is looked for
-        return f"wrong: {type(error).__name__}: {error} [{case.kind} {structure}]: {case.name}"
+        return f"wrong: {type(error).__name__}: {error}"
     return "met"

@@ -259,12 +259,17 @@ class Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         go_on_in_python()
         root: Any = self._root()
+        watcher = self._watcher()
+        # held, so that no collection of garbage takes the metric away while its pass is open
+        metric = None if watcher is None else watcher._metric()
         try:
             return (root._call_impl if self.inner is None else self.inner)(*args, **kwargs)
         except BaseException:
-            if (watcher := self._watcher()) is not None:
+            if watcher is not None:
                 watcher.here.abandon()
             raise
+        finally:
+            del metric
 
     def enter(self) -> None:
         root = self._root()

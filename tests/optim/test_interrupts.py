@@ -345,3 +345,31 @@ def test_steps_that_move_to_another_thread_take_a_missed_refresh_later() -> None
 
     assert step(*data[0])
     assert [in_thread(lambda: step(*data[1])), step(*data[2]), step(*data[3])] == [False, False, True]
+
+
+class Collects(nn.Module):
+    """Garbage is collected in the middle of its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gc.collect()
+        return self.layer(x)
+
+
+def test_a_metric_that_nobody_holds_leaves_no_mode_on_the_stack() -> None:
+    """Metric and optimizer hold each other, so that they go at a collection of garbage, which may come at any time."""
+    gc.disable()
+    try:
+        model = Collects()
+        opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()))
+        del opt
+        model(torch.randn(4, 3))
+        assert torch.overrides._get_current_function_mode_stack() == []
+        gc.collect()
+        model(torch.randn(4, 3))
+        assert not model._forward_hooks
+    finally:
+        gc.enable()
