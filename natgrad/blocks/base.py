@@ -25,6 +25,7 @@ from natgrad.blocks.average import Average, Statistics
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg.inverse import Inverse
+from natgrad.linalg.kronecker import negligible
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -216,7 +217,7 @@ class Block:
 
     def relative_to_mean(self, damping: float) -> float:
         mean = float(self.trace()) / self.dimension
-        return damping * mean if mean > 0 else 1.0
+        return damping * mean if mean > negligible(self.dtype) else 1.0
 
     def diagonal(self) -> Tensor:
         raise NotImplementedError

@@ -72,6 +72,7 @@ class Estimator:
         self.generators: dict[torch.device, torch.Generator] = {}  # of labels
         self._axes: dict[tuple[object, ...], list[int] | None] = {}
         self._warned_batch_norm = False
+        self.unusable: str | None = None  # why the last output gave no statistics
 
     # one draw ------------------------------------------------------------------------------------------
 
@@ -118,6 +119,7 @@ class Estimator:
         from_inputs = next((t.data for t in tapes if t.data), None)
         data = 1 if self.likelihood.unbatched(found) else count_data(found, from_inputs)
         fine = usable(found)
+        self.unusable = None if fine else why_unusable(found)
         if not self.strategy.meet(fine, data):
             return None  # the gradient is not finite either, and the optimizer skips its step
         self._check_targets(targets)
@@ -372,6 +374,13 @@ class Estimator:
             "is deployed",
             stacklevel=4,
         )
+
+
+def why_unusable(outputs: Tensors) -> str:
+    """What to say of outputs that are not `usable`."""
+    if any(o.numel() == 0 for o in outputs):
+        return "the batch is empty, so there is no metric to descend by; leave such batches out"
+    return "the model's output holds NaN or Inf, so there is no metric to descend by; look at inputs and parameters"
 
 
 def usable(outputs: Tensors) -> bool:

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,7 @@ class Watched(Protocol):
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None: ...
+    def look_at_gradient(self, output: Any, g: Tensor) -> None: ...
     def lacks_labels(self) -> bool: ...
     def count(self, draw: BatchStatistics, purpose: str) -> None: ...
 
@@ -155,24 +157,25 @@ class CriterionHooks:
         called, losses, self._called, self._losses = self._called, self._losses, {}, {}
         names = {i: n for tape in self.tapes for i, n in tape.names.items()}
         self.criterion_is_called = True
+        before = [tape for tape in self.tapes if not tape.drawn]
         draw = metric.draw_at_criterion(called, self.tapes)
         if draw is not None:
-            self._count_on_backward(draw, leaves_of(losses), names)
+            waiting = Waiting(draw)
+            for tape in before:
+                tape.waiting = waiting if tape.drawn else None
+            self._count_on_backward(waiting, leaves_of(losses), names)
 
-    def _count_on_backward(self, draw: BatchStatistics, losses: Sequence[Tensor], names: Mapping[int, str]) -> None:
+    def _count_on_backward(self, waiting: Waiting, losses: Sequence[Tensor], names: Mapping[int, str]) -> None:
         """Count when the losses themselves are backpropagated: the output is reached by gradient penalties too."""
         watcher = weakref.ref(self)
-        waiting = [draw]  # the graph need not hold it once it is counted
 
         def count(_: Tensor) -> None:
+            waiting.claimed = True
             here = watcher()
             metric = None if here is None else here._metric()
             if here is None or metric is None or (purpose := purpose_of_pass(names)) is None:
                 return
-            if waiting:
-                metric.count(waiting[0], purpose)
-                if purpose == ACCUMULATED:
-                    waiting.clear()
+            waiting.count(metric, purpose)
             here.forget_drawn()
 
         for loss in losses:
@@ -182,6 +185,20 @@ class CriterionHooks:
     def forget_drawn(self) -> None:
         """Their loss is being backpropagated: let the graph be freed."""
         self.tapes = [t for t in self.tapes if not t.drawn]
+
+
+@dataclass
+class Waiting:
+    """What was drawn where the criterion was called, until its loss is backpropagated."""
+
+    draw: BatchStatistics | None
+    claimed: bool = False  # whether the loss has been backpropagated, for whatever
+
+    def count(self, metric: Watched, purpose: str) -> None:
+        if self.draw is not None:
+            metric.count(self.draw, purpose)
+            if purpose == ACCUMULATED:
+                self.draw = None  # the graph need not hold it any longer
 
 
 class Listener:
@@ -201,23 +218,34 @@ def remove(handles: list[RemovableHandle]) -> None:
 
 
 class Once:
-    """Draws at the output when it is backpropagated, unless the criterion has drawn before."""
+    """Draws at the output when it is backpropagated, unless the criterion has drawn before.
+
+    What the criterion has drawn counts here where its own loss was not backpropagated at all: the gradient of the
+    output comes from elsewhere, as from a loss that is written out again.
+    """
 
     def __init__(self, watcher: CriterionHooks, tape: Tape) -> None:
         # weak: the tape holds the graph, and the graph holds this hook
         self._watcher, self._tape = weakref.ref(watcher), weakref.ref(tape)
 
-    def __call__(self, _: Tensor) -> None:
+    def __call__(self, g: Tensor) -> None:
         watcher, tape = self._watcher(), self._tape()
-        if watcher is None or tape is None or tape.drawn or tape not in watcher.tapes:
+        if watcher is None or tape is None or tape not in watcher.tapes:
+            return
+        waiting = tape.waiting
+        if tape.drawn and (waiting is None or waiting.claimed):
             return
         metric = watcher._metric()
         if metric is None or (purpose := purpose_of_pass(tape.names)) is None:
+            return
+        if waiting is not None:
+            waiting.count(metric, purpose)
             return
         if watcher.criterion_is_called and metric.lacks_labels():
             return  # a term beside the criterion, as of a consistency between two outputs: it has no labels
         output, received = tape.at_output
         with torch.enable_grad():
+            metric.look_at_gradient(output, g)
             draw = metric.draw_at_output(output, received, [tape])
         watcher.tapes = [t for t in watcher.tapes if t is not tape]
         if draw is not None:
