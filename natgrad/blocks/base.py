@@ -27,7 +27,7 @@ from natgrad.capture.layers import Layer, LayerIO, summed_gradients
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg import kronecker
 from natgrad.linalg.inverse import Inverse
-from natgrad.linalg.kronecker import FactorisationError
+from natgrad.linalg.kronecker import FactorisationError, negligible
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -275,7 +275,7 @@ class Block:
 
     def relative_to_mean(self, damping: float) -> float:
         mean = float(self.trace()) / self.dimension
-        return damping * mean if mean > 0 else 1.0
+        return damping * mean if mean > negligible(self.dtype) else 1.0
 
     def diagonal(self) -> Tensor:
         raise NotImplementedError

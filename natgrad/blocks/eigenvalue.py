@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from natgrad.blocks.average import Average, Statistics
@@ -18,7 +17,7 @@ from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
 from natgrad.linalg.block_diagonal import across, left_times, times, transposed
 from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
-from natgrad.linalg.kronecker import eigen_of
+from natgrad.linalg.kronecker import eigen_of, per
 
 
 class EigenvalueBlock(KroneckerBlock):
@@ -99,8 +98,7 @@ class EigenvalueBlock(KroneckerBlock):
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         values, qu, qv = self.eigen()
         mean = values.mean()
-        scaled = values * torch.where(mean > 0, 1 / mean, torch.zeros_like(mean))
-        return EigenInverse(1 / (scaled + damping), qu, qv)
+        return EigenInverse(1 / (values * per(mean) + damping), qu, qv)
 
     def newton_scale(self) -> Tensor:
         mean: Tensor = self.value("S").mean()

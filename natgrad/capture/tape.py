@@ -73,6 +73,7 @@ class Tape:
     outputs: set[Edge] = field(default_factory=set)
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
+    waiting: Any = None  # what was drawn where the criterion was called, until its loss is backpropagated
     at_output: Any = None  # (output, (args, kwargs)) of the forward pass, for a draw at the output
     _stack: ExitStack | None = None
 

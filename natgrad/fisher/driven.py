@@ -34,6 +34,7 @@ class DrivenMetric(BlockMetric):
 
     default_step = "normalised"
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
+    _warned_of_loss = False
     _folded = False  # whether statistics have changed since the last step
     _missed = False  # whether a refresh that fell due had no statistics, as the steps moved to another thread
     _said_bare = False  # whether it was said that no parameter has curvature
@@ -145,8 +146,29 @@ class DrivenMetric(BlockMetric):
         return self._targets(inputs, picked) if picks_by_output(self._targets) else self._targets(inputs)
 
     def _draw_training(self, output: Any, targets: Any, tapes: list[Tape]) -> BatchStatistics | None:
-        with undisturbed(self.model), kept_open(self.model):
-            return self.estimator.draw(output, targets, tapes, per_datum=False)
+        try:
+            with undisturbed(self.model), kept_open(self.model):
+                return self.estimator.draw(output, targets, tapes, per_datum=False)
+        except RuntimeError:
+            self.check_parameters()  # which may say why
+            raise
+
+    def look_at_gradient(self, output: Any, g: Tensor) -> None:
+        """Warn once where the gradient at the output cannot be the criterion's."""
+        if self._output is not None or not isinstance(output, Tensor) or self._warned_of_loss:
+            return
+        if (
+            g.shape == output.shape
+            and bool(torch.isfinite(g).all())
+            and (why := self.likelihood.disagrees(g)) is not None
+        ):
+            self._warned_of_loss = True
+            warnings.warn(
+                f"the metric is the curvature of {self.likelihood.name}, but another loss seems to be backpropagated: "
+                f"{why}. Give ng.Fisher the criterion that you train with; if you do, and add terms on the output, "
+                "all is well",
+                stacklevel=2,
+            )
 
     def lacks_labels(self) -> bool:
         """Whether labels are needed that only a call of the criterion gives."""
@@ -191,12 +213,46 @@ class DrivenMetric(BlockMetric):
                 "the model was sharded after the metric was made, which holds the parameters from before; call "
                 "fully_shard first, then make the metric"
             )
+        if self._driver is not None and self._driver.steps:
+            warnings.warn(
+                "this metric is driven by another NaturalGradient already, which can no longer step: the new one goes "
+                "on with its statistics. Where both are to train, give each a metric of its own; options for some of "
+                "the parameters go into groups=",
+                stacklevel=3,
+            )
         self._driver = driver
         if self.strategy.size > 1:
             check_rule(driver.rule, self.strategy.sharded)
             self.strategy.check_same(self._described())
             self.strategy.refresh = driver.refresh
         self.collection.train()
+
+    @property
+    def driver(self) -> Any:
+        return self._driver
+
+    def check_parameters(self) -> None:
+        if self.strategy.sharded:
+            return  # what the model holds are shards, or what they were put together to
+        here = {id(p) for p in self.module.parameters()}
+        gone = [n for n, p in self.parameters.items() if id(p) not in here]
+        if gone:
+            raise RuntimeError(
+                f"{len(gone)} of {len(self.parameters)} parameters were replaced in the model after the metric was "
+                f"made, {gone[0]!r} the first: by load_state_dict(…, assign=True), a new parameter or module in its "
+                "place, or tying. Neither metric nor optimizer know the new ones; make both after that"
+            )
+        grown = [n for n, p in self.parameters.items() if p.shape != self.collection.layers.shapes[n]]
+        if grown:
+            raise RuntimeError(
+                f"parameter {grown[0]!r} has shape {tuple(self.parameters[grown[0]].shape)}, and had "
+                f"{tuple(self.collection.layers.shapes[grown[0]])} when the metric was made; make metric and optimizer "
+                "after the change"
+            )
+
+    @property
+    def why_no_statistics(self) -> str:
+        return self.estimator.unusable or super().why_no_statistics
 
     def without_curvature(self) -> set[str]:
         return set(self.parameters).difference(*(b.names for b in self.blocks if b.known))

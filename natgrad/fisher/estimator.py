@@ -72,6 +72,7 @@ class Estimator:
         self.collection, self.strategy = collection, strategy
         self.generators: dict[torch.device, torch.Generator] = {}  # of labels
         self._warned_batch_norm = False
+        self.unusable: str | None = None  # why the last output gave no statistics
 
     # one draw ------------------------------------------------------------------------------------------
 
@@ -116,6 +117,7 @@ class Estimator:
         if not reached and not missed:
             return None
         fine = usable(found)
+        self.unusable = None if fine else why_unusable(found)
         self._check_targets(targets)
         one = fine and self.likelihood.unbatched(found, targets)
         likely = [Data(1)] if one else likely_data(found, [t.shapes for t in tapes])
@@ -376,6 +378,13 @@ class Estimator:
             "is deployed",
             stacklevel=4,
         )
+
+
+def why_unusable(outputs: Tensors) -> str:
+    """What to say of outputs that are not `usable`."""
+    if any(o.numel() == 0 for o in outputs):
+        return "the batch is empty, so there is no metric to descend by; leave such batches out"
+    return "the model's output holds NaN or Inf, so there is no metric to descend by; look at inputs and parameters"
 
 
 def usable(outputs: Tensors) -> bool:

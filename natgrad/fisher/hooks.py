@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +57,7 @@ class Watched(Protocol):
     def parameter_names(self) -> Mapping[int, str]: ...
     def draw_at_criterion(self, called: Called, tapes: list[Tape]) -> BatchStatistics | None: ...
     def draw_at_output(self, output: Any, received: tuple[Any, Any], tapes: list[Tape]) -> BatchStatistics | None: ...
+    def look_at_gradient(self, output: Any, g: Tensor) -> None: ...
     def lacks_labels(self) -> bool: ...
     def count(self, draw: BatchStatistics, purpose: str) -> None: ...
 
@@ -204,32 +206,47 @@ class CriterionHooks:
         called, losses, here.called, here.losses = here.called, here.losses, {}, {}
         names = {i: n for tape in here.tapes for i, n in tape.names.items()}
         self.criterion_is_called = True
+        before = [tape for tape in here.tapes if not tape.drawn]
         draw = metric.draw_at_criterion(called, here.tapes)
         if draw is not None:
-            self._count_on_backward(draw, leaves_of(losses), names, here)
+            waiting = Waiting(draw)
+            for tape in before:
+                tape.waiting = waiting if tape.drawn else None
+            self._count_on_backward(waiting, leaves_of(losses), names, here)
 
     def _count_on_backward(
-        self, draw: BatchStatistics, losses: Sequence[Tensor], names: Mapping[int, str], passes: Passes
+        self, waiting: Waiting, losses: Sequence[Tensor], names: Mapping[int, str], passes: Passes
     ) -> None:
         """Count when the losses themselves are backpropagated: the output is reached by gradient penalties too."""
         watcher, held = weakref.ref(self), weakref.ref(passes)
-        waiting = [draw]  # the graph need not hold it once it is counted
 
         def count(_: Tensor) -> None:
+            waiting.claimed = True
             here, mine = watcher(), held()
             metric = None if here is None else here._metric()
             if mine is None or metric is None or (purpose := purpose_of_pass(names)) is None:
                 return  # without passes: their thread trains no more
             with uninterrupted():
-                if waiting:
-                    metric.count(waiting[0], purpose)
-                    if purpose == ACCUMULATED:
-                        waiting.clear()
+                waiting.count(metric, purpose)
                 mine.forget_drawn()
 
         for loss in losses:
             if loss.requires_grad:
                 loss.register_hook(count)
+
+
+@dataclass
+class Waiting:
+    """What was drawn where the criterion was called, until its loss is backpropagated."""
+
+    draw: BatchStatistics | None
+    claimed: bool = False  # whether the loss has been backpropagated, for whatever
+
+    def count(self, metric: Watched, purpose: str) -> None:
+        if self.draw is not None:
+            metric.count(self.draw, purpose)
+            if purpose == ACCUMULATED:
+                self.draw = None  # the graph need not hold it any longer
 
 
 class Listener:
@@ -311,24 +328,35 @@ def remove(handles: list[RemovableHandle], guard: Guard) -> None:
 
 
 class Once:
-    """Draws at the output when it is backpropagated, unless the criterion has drawn before."""
+    """Draws at the output when it is backpropagated, unless the criterion has drawn before.
+
+    What the criterion has drawn counts here where its own loss was not backpropagated at all: the gradient of the
+    output comes from elsewhere, as from a loss that is written out again.
+    """
 
     def __init__(self, watcher: CriterionHooks, passes: Passes, tape: Tape) -> None:
         # weak: the tape holds the graph, and the graph holds this hook
         self._watcher, self._passes, self._tape = weakref.ref(watcher), weakref.ref(passes), weakref.ref(tape)
 
-    def __call__(self, _: Tensor) -> None:
+    def __call__(self, g: Tensor) -> None:
         watcher, passes, tape = self._watcher(), self._passes(), self._tape()
-        if watcher is None or passes is None or tape is None or tape.drawn or tape not in passes.tapes:
+        if watcher is None or passes is None or tape is None or tape not in passes.tapes:
+            return
+        waiting = tape.waiting
+        if tape.drawn and (waiting is None or waiting.claimed):
             return
         metric = watcher._metric()
         if metric is None or (purpose := purpose_of_pass(tape.names)) is None:
+            return
+        if waiting is not None:
+            waiting.count(metric, purpose)
             return
         if watcher.criterion_is_called and metric.lacks_labels():
             return  # a term beside the criterion, as of a consistency between two outputs: it has no labels
         output, received = tape.at_output
         with uninterrupted():
             with torch.enable_grad():
+                metric.look_at_gradient(output, g)
                 draw = metric.draw_at_output(output, received, [tape])
             passes.tapes = [t for t in passes.tapes if t is not tape]
             if draw is not None:

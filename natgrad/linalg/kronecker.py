@@ -129,8 +129,8 @@ def damped_by(diagonal: Tensor, own: int) -> Tensor:
         return out
     width = diagonal.shape[-1] - own
     size = diagonal.mean()
-    inputs = diagonal[..., :width].mean()
-    out[..., :width] = torch.where(inputs > 0, inputs * per(size), 1.0)
+    inputs = diagonal[..., :width].mean() * per(size)
+    out[..., :width] = torch.where(inputs > 0, inputs, 1.0)
     biases = diagonal[..., width:] * per(size)
     out[..., width:] = torch.where(biases > 0, biases, 1.0)
     return out
@@ -146,9 +146,17 @@ def relative_system(side: Tensor, number: int, damping: float, own: int = 0) -> 
     return m, damping**0.5
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """Return what a mean eigenvalue counts as zero below: its reciprocal and its square would leave the dtype's range,
+    and the entries that it is the mean of have lost their digits. A classifier that is sure of all labels gets there.
+    """
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps
+
+
 def per(size: Tensor) -> Tensor:
-    """1 / size, a scalar; 0 where that is."""
-    return torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    """1 / size, a scalar; 0 where that is, see `negligible`."""
+    return torch.where(size > negligible(size.dtype), 1 / size, torch.zeros_like(size))
 
 
 def finite(m: Tensor) -> Tensor:

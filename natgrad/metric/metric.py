@@ -307,9 +307,17 @@ class Sum(Metric):
         stacked = self._stacked()
         return super().sample(damping, generator) if stacked is None else stacked.sample(damping, generator)
 
+    @property
+    def driver(self) -> Any:
+        return next((m.driver for _, m in self.parts if m.driver is not None), None)
+
     def drive(self, driver: Any) -> None:
         for _, m in self.parts:
             m.drive(driver)
+
+    def check_parameters(self) -> None:
+        for _, m in self.parts:
+            m.check_parameters()
 
     def advance(self, decay: float) -> bool:
         changed = [m.advance(decay) for _, m in self.parts]

@@ -59,8 +59,29 @@ class Trained:
         """Whether the optimizer must have seen statistics before its first step."""
         return False
 
+    @property
+    def driver(self) -> Any:
+        """The optimizer that steps along this metric, where only one can; None where any may."""
+        return None
+
     def drive(self, driver: Driver) -> None:
         """Called once by the optimizer that will step along this metric."""
+
+    def check_parameters(self) -> None:
+        """Called by the optimizer from time to time.
+
+        Raises:
+            RuntimeError: the model's parameters are others by now than the metric's.
+        """
+
+    @property
+    def why_no_statistics(self) -> str:
+        """Why a step cannot be taken, where `needs_refresh` and nothing has come."""
+        return (
+            "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
+            "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
+            "compiled model to Fisher), with grad enabled, in the thread that steps, and backpropagate its loss"
+        )
 
     def expect(self, due: bool) -> None:
         """Told by the optimizer, after each step, whether the next forward passes are to refresh the metric."""

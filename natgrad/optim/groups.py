@@ -14,6 +14,7 @@ from natgrad.optim.step_rule import Options
 
 GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
 
+LARGEST_LR = 1e12  # a larger one overflows where it is squared beside a direction in float32
 FULL_LR = "full_lr"  # a key of parameter groups: the lr that a group was made with, which schedules are a share of
 
 
@@ -55,7 +56,7 @@ def check_options(values: Mapping[str, Any], positive_definite: bool) -> None:
     and beyond.
     """
     ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "lr": (lambda v: v >= 0, "at least 0"),
+        "lr": (lambda v: 0 <= v <= LARGEST_LR, f"from 0 to {LARGEST_LR:g}"),
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
         "damping": (lambda v: v > 0 or (v == 0 and positive_definite), "positive"),
         "weight_decay": (lambda v: v >= 0, "at least 0"),

@@ -27,6 +27,7 @@ from natgrad.metric.seal import sealed
 from natgrad.optim import skips
 from natgrad.optim.copies import deep_copy_of
 from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups
+from natgrad.optim.mistakes import check_driver, loss_of_closure, say_no_gradient
 from natgrad.optim.registry import rule_of
 from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
@@ -101,6 +102,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(split_groups(metric.parameters, groups), defaults)
         self.state[KEPT_APART] = {}  # type: ignore[index]  # else get_state_dict takes a step to have a state
         self._skips = Skips()
+        self._idle = False  # whether it was said that a step had no gradient
         self._spent, self._started = 0.0, time.perf_counter()
         if type(metric).observe is not Metric.observe:
             warn_alone(type(metric).__name__)
@@ -170,11 +172,11 @@ class NaturalGradient(torch.optim.Optimizer):
         go_on_in_python()  # the state of a step does not fit a graph
         if self._showing_average:
             raise RuntimeError("step() inside `with opt.averaged():` would train the average; leave the block first")
+        check_driver(self.metric, self)
         arg = arg if closure is None else closure
         loss: Any = None
         if callable(arg):
-            with torch.enable_grad():
-                loss = arg()
+            loss = loss_of_closure(arg, self._name_of)
         began = time.perf_counter()
         if arg is not None and not callable(arg):
             loss = self.metric.observe(arg)
@@ -185,6 +187,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if df:
             with uninterrupted():
                 self._step(df)
+        else:
+            self._idle = say_no_gradient(self.metric, callable(arg), self._idle or self.steps > 0)
         self._spent += time.perf_counter() - began
         return loss
 
@@ -249,17 +253,13 @@ class NaturalGradient(torch.optim.Optimizer):
         """Fold pending statistics into the moving average and set the date of the next refresh."""
         # a plain mean at first, so that no start value lingers; then an exponential average
         decay = min(AVERAGE_LIMIT, 1 - 1 / (self.refreshes + 1))
-        due = self.refresh_due
+        if due := self.refresh_due:
+            self.metric.check_parameters()
         self.refreshed = self.metric.advance(decay)
         if self.refreshed:
             self.refreshes += 1
         elif due and self.metric.needs_refresh and not self.refreshes:
-            raise RuntimeError(
-                "no forward pass of the metric's model was seen before this step, so there is no metric to descend by. "
-                "Call the model itself (`model(x)`, not a submodule or model.forward; where it is compiled, give the "
-                "compiled model to Fisher), with grad enabled, in the thread that made the optimizer or called "
-                "zero_grad, and backpropagate its loss"
-            )
+            raise RuntimeError(self.metric.why_no_statistics)
         self.steps += 1
         if due:
             self._next_refresh = self.steps - 1 + max(1, min(self.refresh, int(self.steps * GAP_GROWTH)))

@@ -451,6 +451,7 @@ def test_an_exception_in_forward_is_survived() -> None:
     assert metric.seen == 4
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 def test_no_graph_is_kept_alive() -> None:
     model, criterion = mlp(), nn.CrossEntropyLoss()
     metric = driven(model, criterion)

@@ -117,6 +117,7 @@ def test_random_state_is_untouched():
     assert metric.advance(0.0)
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 def test_accumulation_is_one_big_batch():
     model, loss = mlp(), nn.CrossEntropyLoss(reduction="sum")
     x, y = batch()
@@ -127,6 +128,7 @@ def test_accumulation_is_one_big_batch():
     assert relative(metric.dense(), gauss_newton(model, loss, x, y)) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 def test_create_graph_and_loss_scaling():
     model, loss = mlp(), nn.CrossEntropyLoss()
     x, y = batch()
@@ -226,6 +228,7 @@ def test_capture_attached_after_compile():
     assert relative(metric.dense(), gauss_newton(model, loss, x, y)) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("called", [False, True])
 def test_a_raw_model_whose_compiled_form_is_trained_is_no_silent_miss(called):
@@ -254,6 +257,7 @@ def test_copies_and_pickles_are_inert():
     assert not metric.advance(0.0)
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 def test_an_exception_in_forward_leaves_nothing_open():
     class Failing(nn.Module):
         fail = True
@@ -291,6 +295,7 @@ def test_the_model_on_its_own_output():
     assert relative(metric.dense(), expected) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:the metric is the curvature of CrossEntropyLoss")
 def test_a_user_hook_that_rewrites_the_output():
     model, loss = mlp(), nn.CrossEntropyLoss()
     x, y = batch()

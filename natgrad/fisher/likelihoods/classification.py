@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe
-from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, sums_to_zero
 
 
 class CrossEntropy(CriterionLikelihood):
@@ -60,6 +60,13 @@ class CrossEntropy(CriterionLikelihood):
         (f,) = outputs
         return f.numel() // max(1, f.shape[1]) if f.dim() > 1 else 1
 
+    def disagrees(self, g: Tensor) -> str | None:
+        if g.dtype in (torch.float16, torch.bfloat16):
+            return None  # which lose the small entries
+        if not bool(g.any()) or sums_to_zero(g, min(1, g.dim() - 1)):
+            return None
+        return "the gradient at the output does not sum to zero over the classes"
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
 
@@ -93,6 +100,9 @@ class CrossEntropy(CriterionLikelihood):
 
 class NegativeLogLikelihood(CrossEntropy):
     """`nn.NLLLoss`: the output is log p, and −log p_y has the score −e_y."""
+
+    def disagrees(self, g: Tensor) -> str | None:
+        return "the gradient at the output is above zero for some classes" if bool((g > 0).any()) else None
 
     def score(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p)
