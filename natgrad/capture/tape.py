@@ -70,7 +70,7 @@ class Tape:
     data: int | None = None  # first dimension of the first tensor input
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs
     picked: dict[Any, Picked] = field(default_factory=dict)  # autograd node → the parameter it gathers from
-    outputs: set[Edge] = field(default_factory=set)
+    outputs: dict[Edge, tuple[int, ...]] = field(default_factory=dict)  # of the forward pass: their shapes
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
     waiting: Any = None  # what was drawn where the criterion was called, until its loss is backpropagated
@@ -94,6 +94,10 @@ class Tape:
             stack, self._stack = self._stack, None
             if stack is not None:
                 stack.close()
+
+    def returned(self, leaves: Iterable[Tensor]) -> None:
+        """Be told what the forward pass returned."""
+        self.outputs = {e: tuple(t.shape) for t in leaves if (e := edge_of(t)) is not None}
 
     def note(self, func: Any, parsed: OpUse, out: Tensor, before: Sequence[Edge] = ()) -> None:
         """Keep a call if its weight or bias is a parameter of interest. `before`: edges of overwritten arguments."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.capture.tape import CaptureError, LayerCall, as_gradient_edge
+from natgrad.capture.tape import CaptureError, Edge, LayerCall, as_gradient_edge
 from natgrad.fisher.owners import Data
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
 
@@ -32,7 +32,10 @@ class BackwardPass:
 
     def at_calls(self, v: Tensors) -> list[Tensor | None]:
         """Gradients at the noted calls."""
-        edges = [c.out for c in self.calls if c.op != PER_DATUM]
+        return self.at([c.out for c in self.calls if c.op != PER_DATUM], v)
+
+    def at(self, edges: Sequence[Edge], v: Tensors) -> list[Tensor | None]:
+        """Gradients at places in the graph."""
         once = list(dict.fromkeys(edges))
         if not once:
             return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.capture.layers import LayerIO, key_of, uses_of
 from natgrad.capture.layouts import element_layout, flat_layout
 from natgrad.capture.parameters import ParameterSlice
-from natgrad.capture.tape import CaptureError, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
+from natgrad.capture.tape import CaptureError, Edge, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
 from natgrad.capture.views import GradientView, Place
 from natgrad.distributed.strategy import Strategy
 from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
+from natgrad.fisher.forward import usable, why_unusable
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.owners import Data, likely_data, whose
 from natgrad.fisher.pseudo_gradients import cotangents
@@ -113,11 +115,11 @@ class Estimator:
         found = self.likelihood.outputs(output)
         live = [o for o in found if o.requires_grad]
         tapes = tapes_behind(live, tapes)
+        fine = usable(found)
+        self.unusable = None if fine else why_unusable(found)
         reached, missed = coverage_walk(live, tapes)
         if not reached and not missed:
             return None
-        fine = usable(found)
-        self.unusable = None if fine else why_unusable(found)
         self._check_targets(targets)
         one = fine and self.likelihood.unbatched(found, targets)
         likely = [Data(1)] if one else likely_data(found, [t.shapes for t in tapes])
@@ -133,8 +135,9 @@ class Estimator:
         local = replace_tensors(output, found, detached)
         extra = self._per_datum_calls(missed, max(d.count for d in likely)) if per_datum else []
         calls = self.collection.learn([*traced_forward, *extra])
+        returned = {e: shape for tape in tapes for e, shape in tape.outputs.items()}
         parts = [
-            self._part(source, likelihood, here, there, labels, calls, likely)
+            self._part(source, likelihood, here, there, labels, calls, likely, returned)
             for (source, likelihood, here, labels), (_, _, there, _) in zip(
                 self.likelihood.parts(self.kind, local, targets), self.likelihood.parts(self.kind, output, targets)
             )
@@ -159,6 +162,7 @@ class Estimator:
         targets: Any,
         calls: Sequence[LayerCall],
         likely: Sequence[Data],
+        returned: Mapping[Edge, tuple[int, ...]],
     ) -> LossTerms:
         attached = likelihood.outputs(output)
         outputs = likelihood.outputs(local)  # last: the reading remembers what it was shown
@@ -166,7 +170,7 @@ class Estimator:
         passes = BackwardPass(
             [o for o in attached if o.requires_grad], [o.requires_grad for o in attached], calls, parameters
         )
-        data, found = self._whose(outputs, passes, likely)
+        data, found = self._whose(outputs, passes, likely, returned)
         apart = found is None
         mass = self._mass(likelihood, outputs, targets, data.count)
         if apart and self.strategy.uneven:
@@ -340,13 +344,21 @@ class Estimator:
     # which rows belong to which datum ------------------------------------------------------------------
 
     def _whose(
-        self, outputs: Tensors, backward: BackwardPass, likely: Sequence[Data]
+        self,
+        outputs: Tensors,
+        backward: BackwardPass,
+        likely: Sequence[Data],
+        returned: Mapping[Edge, tuple[int, ...]],
     ) -> tuple[Data, list[Place] | None]:
-        """How the data lie in the outputs, and where they are in each call; None there if they mix."""
+        """How the data lie in the outputs, and where they are in each call; None there if they mix. `returned`: shapes
+        of what the forward passes returned.
+        """
         calls = backward.calls
         if self.kind == "sampled" and not any(b.needs_data for b in self.collection.blocks):
             return likely[0], [0] * len(calls)
         noted = [c for c in calls if c.op != PER_DATUM]
+        edges = list(returned)
+        ends = (partial(backward.at, edges), [(returned[e], unchanged) for e in edges])
         data, where = whose(
             outputs,
             backward.at_calls,
@@ -354,7 +366,7 @@ class Estimator:
             likely[:1] if self.strategy.sharded else likely,  # there all ranks make the same backward passes
             self.strategy.most,
             by_size=self.kind != "exact" and bool(self.batch_norms()),  # batch statistics count as fixed
-            must_tell=self.kind == "empirical",
+            ends=ends if self.kind == "empirical" else None,
         )
         if not self.strategy.everywhere(where is not None) or where is None:
             return data, None
@@ -380,13 +392,5 @@ class Estimator:
         )
 
 
-def why_unusable(outputs: Tensors) -> str:
-    """What to say of outputs that are not `usable`."""
-    if any(o.numel() == 0 for o in outputs):
-        return "the batch is empty, so there is no metric to descend by; leave such batches out"
-    return "the model's output holds NaN or Inf, so there is no metric to descend by; look at inputs and parameters"
-
-
-def usable(outputs: Tensors) -> bool:
-    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
-    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
+def unchanged(g: Tensor) -> Tensor:
+    return g

@@ -29,8 +29,8 @@ from natgrad.distributed.setup import strategy_of
 from natgrad.fisher import state as metric_file
 from natgrad.fisher.coverage import Coverage, coverage_of
 from natgrad.fisher.driven import DrivenMetric
-from natgrad.fisher.estimator import Estimator, usable
-from natgrad.fisher.forward import check_output, isolated, traced_forward
+from natgrad.fisher.estimator import Estimator
+from natgrad.fisher.forward import check_output, isolated, traced_forward, usable
 from natgrad.fisher.hooks import CriterionHooks
 from natgrad.fisher.likelihoods.multi_head import MultiHead, Weight
 from natgrad.fisher.likelihoods.registry import likelihood_of

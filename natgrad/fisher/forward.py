@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import describe
+from natgrad._tree import Tensors, describe, leaves_of
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
@@ -54,7 +54,9 @@ def traced_forward(
         tape.open(args, kwargs)
         if tape.data == 0:
             raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
-        return torch.func.functional_call(module, buffers, args, kwargs), tape
+        result = torch.func.functional_call(module, buffers, args, kwargs)
+        tape.returned(leaves_of(result))
+        return result, tape
     finally:
         tape.close()
 
@@ -72,3 +74,15 @@ def check_output(likelihood: CriterionLikelihood, output: Any, targets: Any) -> 
             f"{likelihood.name} cannot take {describe(output)} with targets {describe(targets)}: "
             f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
         ) from error
+
+
+def usable(outputs: Tensors) -> bool:
+    """Whether there is a distribution to draw from: some output, no NaN, no +∞ (−∞ masks a class)."""
+    return all(o.numel() > 0 and not bool((o.isnan() | (o == torch.inf)).any()) for o in outputs)
+
+
+def why_unusable(outputs: Tensors) -> str:
+    """What to say of outputs that are not `usable`."""
+    if any(o.numel() == 0 for o in outputs):
+        return "the batch is empty, so there is no metric to descend by; leave such batches out"
+    return "the model's output holds NaN or Inf, so there is no metric to descend by; look at inputs and parameters"

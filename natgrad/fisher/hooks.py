@@ -30,7 +30,7 @@ from natgrad._tree import leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.compile import go_on_in_python
 from natgrad.capture.purpose import ACCUMULATED, purpose_of_pass
-from natgrad.capture.tape import Hook, Tape, edge_of, in_backward, in_transform
+from natgrad.capture.tape import Hook, Tape, in_backward, in_transform
 from natgrad.metric.interrupts import uninterrupted
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)
@@ -176,7 +176,7 @@ class CriterionHooks:
         leaves = [t for t in leaves_of(output) if t.requires_grad]
         if metric is None or not leaves:  # none: forward raised, or all that it used is frozen
             return
-        tape.outputs = {e for t in leaves if (e := edge_of(t)) is not None}
+        tape.returned(leaves)
         if len(here.tapes) == LIVE_TAPES:  # those that have been drawn, as in a validation, go first
             here.tapes.remove(next((t for t in here.tapes if t.drawn), here.tapes[0]))
         here.tapes.append(tape)

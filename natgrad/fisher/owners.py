@@ -108,7 +108,7 @@ def whose(
     likely: Sequence[Data],
     most: int,
     by_size: bool,
-    must_tell: bool,
+    ends: tuple[Backward, Sequence[Leading]] | None,
 ) -> tuple[Data, list[Place] | None]:
     """Return how the data lie in the outputs, and where those of each call are; None there if the data mix.
 
@@ -119,7 +119,8 @@ def whose(
         likely: from `likely_data`.
         most: the most data that a rank has, where all ranks make every backward pass together.
         by_size: data that mix are told by the only dimension of their number.
-        must_tell: data are to be told from positions, and not only apart.
+        ends: what the forward pass returned, as calls; given where data are to be told from positions, and not only
+            apart.
 
     Raises:
         ValueError: they are not.
@@ -139,8 +140,12 @@ def whose(
     nearest, data, where = min(tried, key=lambda t: t[0])
     if nearest != UNSHOWN:
         return data, where
-    rows = outputs[0].shape[0]
-    if must_tell and data.count < rows:
+    if ends is not None and data.count < (rows := outputs[0].shape[0]):
+        for _, data, where in tried:
+            nearest = shown(owners(outputs, ends[0], ends[1], data, most), ends[1], data)
+            if nearest != UNSHOWN and nearest[1] == 0:
+                return data, where
+        data = likely[0]
         raise ValueError(
             f"kind='empirical' takes one outer product a datum, but {rows} rows of the output may be {data.count} data "
             f"of {rows // data.count} positions or {rows} data, and no layer tells which. Give the criterion outputs "
@@ -245,7 +250,7 @@ def shown(found: Sequence[Tensor | None], views: Sequence[Leading], data: Data) 
     """
     axis = len(data.shape) - 1
     for i, (own, (sizes, _)) in enumerate(zip(found, views)):
-        if own is None:
+        if own is None or bool((own == SILENT).all()):
             continue
         if axis < 0 or bool((own == MIXED).any()):
             return UNSHOWN
