@@ -197,6 +197,23 @@ def _walk(
     return reached, list(missed.values())
 
 
+def used_outside(tapes: Sequence[Tape]) -> list[Uncaptured]:
+    """Return parameters of interest that the inputs of a forward pass were made of: they act there, too."""
+    names = {i: n for tape in tapes for i, n in tape.names.items()}
+    found: dict[str, Uncaptured] = {}
+    entered: set[Any] = set()
+    todo = [(node, "the input itself") for tape in tapes for node, _ in tape.inputs]
+    while todo:
+        node, user = todo.pop()
+        if node in entered:
+            continue
+        entered.add(node)
+        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+            found.setdefault(name, Uncaptured(name, f"{user} before the model's forward pass"))
+        todo += [(n, node.name()) for n, _ in node.next_functions if n is not None]
+    return list(found.values())
+
+
 def tapes_behind(outputs: Iterable[Tensor], tapes: Sequence[Tape]) -> Sequence[Tape]:
     """Those of the forward passes that `outputs` come from: others, as of a validation, are none of theirs.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.capture.tape import CaptureError, Edge, LayerCall, as_gradient_edge
+from natgrad.capture.layouts import element_layout, flat_layout
+from natgrad.capture.parameters import ParameterSlice
+from natgrad.capture.tape import CaptureError, Edge, LayerCall, Uncaptured, as_gradient_edge
+from natgrad.capture.views import GradientView
 from natgrad.fisher.owners import Data
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
 
+DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter
 
 
@@ -78,3 +82,15 @@ class BackwardPass:
                 "the metric needs a backward pass of its own. Use checkpoint(…, use_reentrant=False) without "
                 "context_fn, or take the metric with update() on a model without it"
             ) from error
+
+
+def calls_per_datum(missed: Iterable[Uncaptured], parameters: Mapping[str, Tensor], data: int) -> list[LayerCall]:
+    """Return a stand-in for the calls of each parameter that no op rule covers: its per-datum gradients."""
+    found = []
+    for use in missed:
+        p = parameters[use.name]
+        shape = tuple(p.shape)
+        view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
+        ones = torch.ones(data, dtype=p.dtype, device=p.device)
+        found.append(LayerCall(PER_DATUM, ParameterSlice(use.name), None, view, ones, (None, 0)))
+    return found

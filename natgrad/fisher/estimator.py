@@ -17,18 +17,24 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.capture.layers import LayerIO, key_of, uses_of
-from natgrad.capture.layouts import element_layout, flat_layout
 from natgrad.capture.parameters import ParameterSlice
-from natgrad.capture.tape import CaptureError, Edge, LayerCall, Tape, Uncaptured, coverage_walk, tapes_behind
-from natgrad.capture.views import GradientView, Place
+from natgrad.capture.tape import (
+    CaptureError,
+    Edge,
+    LayerCall,
+    Tape,
+    Uncaptured,
+    coverage_walk,
+    tapes_behind,
+    used_outside,
+)
+from natgrad.capture.views import Place
 from natgrad.distributed.strategy import Strategy
-from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass
+from natgrad.fisher.backward_pass import PER_DATUM, BackwardPass, calls_per_datum
 from natgrad.fisher.forward import usable, why_unusable
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.owners import Data, likely_data, whose
 from natgrad.fisher.pseudo_gradients import cotangents
-
-DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 
 
 @dataclass
@@ -118,6 +124,8 @@ class Estimator:
         fine = usable(found)
         self.unusable = None if fine else why_unusable(found)
         reached, missed = coverage_walk(live, tapes)
+        if not per_datum and len(tapes) == 1:  # in training; m(m(x)) is followed through both passes
+            missed = [*missed, *used_outside(tapes)]
         if not reached and not missed:
             return None
         self._check_targets(targets)
@@ -133,7 +141,7 @@ class Estimator:
         dtype = statistics_dtype(self.collection.parameters.values())
         detached = tuple(o.detach().to(dtype) for o in found)
         local = replace_tensors(output, found, detached)
-        extra = self._per_datum_calls(missed, max(d.count for d in likely)) if per_datum else []
+        extra = calls_per_datum(missed, self.collection.parameters, max(d.count for d in likely)) if per_datum else []
         calls = self.collection.learn([*traced_forward, *extra])
         returned = {e: shape for tape in tapes for e, shape in tape.outputs.items()}
         parts = [
@@ -322,24 +330,6 @@ class Estimator:
         path = name.rpartition(".")[0]
         found = dict(self.module.named_modules()).get(path)
         return f"module {path!r}, a {type(found).__name__}" if path and found is not None else "the model itself"
-
-    def _per_datum_calls(self, missed: Sequence[Uncaptured], data: int) -> list[LayerCall]:
-        found = []
-        for use in missed:
-            p = self.collection.parameters[use.name]
-            shape = tuple(p.shape)
-            view = GradientView(flat_layout(shape) if p.numel() <= DENSE_LIMIT else element_layout(shape))
-            found.append(
-                LayerCall(
-                    PER_DATUM,
-                    ParameterSlice(use.name),
-                    None,
-                    view,
-                    torch.ones(data, dtype=p.dtype, device=p.device),
-                    (None, 0),
-                )
-            )
-        return found
 
     # which rows belong to which datum ------------------------------------------------------------------
 

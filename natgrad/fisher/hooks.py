@@ -356,7 +356,8 @@ class Once:
         output, received = tape.at_output
         with uninterrupted():
             with torch.enable_grad():
-                metric.look_at_gradient(output, g)
+                if purpose == ACCUMULATED:  # who asks for gradients may look at any function of the output
+                    metric.look_at_gradient(output, g)
                 draw = metric.draw_at_output(output, received, [tape])
             passes.tapes = [t for t in passes.tapes if t is not tape]
             if draw is not None:
