@@ -341,3 +341,14 @@ def test_training_is_ahead_of_adamw_at_its_best_rate(problem: Callable[[], Any])
         warnings.simplefilter("error")
         ours = trained(lambda m: ng.NaturalGradient(ng.Fisher(m, loss)), model, loss, x, y)
     assert ours < min(rivals)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("loss", [nn.HuberLoss, lambda: ng.Loss(F.huber_loss)])
+def test_outputs_of_few_digits(dtype: torch.dtype, loss: Callable[[], nn.Module]) -> None:
+    model, x, y = net().to(dtype), drawn(N, 3).to(dtype), NUMBERS.to(dtype)
+    metric = ng.Fisher(model, loss(), kind="exact", structure="dense")
+    metric.update(x, y)
+    whole = ng.Fisher(copy.deepcopy(model).float(), loss(), kind="exact", structure="dense")
+    whole.update(x.float(), y.float())
+    assert relative(metric.dense().float(), whole.dense()) <= 20 * torch.finfo(dtype).eps

@@ -127,3 +127,39 @@ def test_the_state_follows_a_model_that_is_cast_or_moved(rule: type[ng.FixedStep
     losses = train(model, opt, batches(30))
     assert all(f.dtype == torch.float64 for f in opt.metric.factors("0.weight"))
     assert sum(losses[-5:]) < 0.6 * sum(first[:5])
+
+
+class Mixed(nn.Module):
+    """A table, a convolution, norms, a scalar and a parameter without an op rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.norm = nn.Embedding(5, 4), nn.Conv1d(4, 4, 3, padding=1), nn.LayerNorm(4)
+        self.scale, self.free, self.head = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.conv(self.table(x).mT).mT).tanh().mean(1) * self.scale
+        return self.head(h + torch.addcmul(self.free, self.free, self.free))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal", "block", "dense"])
+def test_another_default_dtype_changes_nothing(default: torch.dtype, kind: str, structure: str) -> None:
+    found = []
+    for inside in (torch.float32, default):
+        torch.manual_seed(0)
+        model, x, y = Mixed(), torch.randint(5, (12, 6)), torch.arange(12) % 3
+        criterion = nn.CrossEntropyLoss()
+        torch.set_default_dtype(inside)
+        try:
+            opt = ng.NaturalGradient(ng.Fisher(model, criterion, kind=kind, structure=structure), refresh=2)
+            for _ in range(3):
+                opt.zero_grad()
+                criterion(model(x), y).backward()
+                opt.step()
+            opt.load_state_dict(opt.state_dict())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*found))

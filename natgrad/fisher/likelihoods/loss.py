@@ -94,7 +94,7 @@ class GaussNewtonLoss(CriterionLikelihood):
 
     def terms(self, output: Any, targets: Any) -> Tensor:
         """The loss as it is returned: a scalar, or terms."""
-        return self.criterion.fn(output, targets)
+        return self.criterion.fn(output, in_dtype_of(output, targets))
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
         loss = self.terms(output, targets)
@@ -171,7 +171,7 @@ class ModuleLoss(GaussNewtonLoss):
         apart = copy.copy(self.criterion)
         apart.reduction = "none"
         # `forward` and not a call: hooks on the user's criterion are not ours to fire
-        return apart.forward(output, targets)
+        return apart.forward(output, in_dtype_of(output, targets))
 
 
 class Hessian:
@@ -263,6 +263,12 @@ def in_rows(outputs: Tensors, count: int) -> Split:
         return tuple(part.reshape(shape) for part, shape in zip(rows.split(sizes, 1), shapes))
 
     return Split(lambda t: torch.cat([x.reshape(count, -1) for x in t], 1), like)
+
+
+def in_dtype_of(output: Any, targets: Any) -> Any:
+    """The targets with their numbers in the dtype of the output, which statistics are taken of in float32 at least."""
+    old = floats(targets)
+    return replace_tensors(targets, old, tuple(t.to(floats(output)[0].dtype) for t in old))
 
 
 def rows_of(outputs: Tensors) -> int:
