@@ -56,6 +56,7 @@ class Block:
     structure: str
     joins = False  # whether one block is over all layers of this structure; `extend` takes in one more
     needs_data = True  # whether statistics need the rows of each datum apart
+    reduces = False  # whether that is for means and sums over the positions of a datum alone
 
     def __init__(
         self, layers: Sequence[Layer], sharing: str = "expand", max_factor_dim: int | None = None, trains: bool = False

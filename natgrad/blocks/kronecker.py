@@ -59,6 +59,7 @@ class KroneckerBlock(Block):
         # how many columns, the last ones, are biases beside a weight
         self.own_columns = len(self.layer.biases) if self.layer.weight is not None else 0
         self.needs_data = sharing == "reduce" or self.two_pass
+        self.reduces = sharing == "reduce" and not self.two_pass
         self.max_rows: int | None = None  # rows of one call that enter a factor; the rest is scaled up
         self.generator = torch.Generator().manual_seed(0)  # which rows; the metric puts its own here, to be saved
         _, out, into = self.shape

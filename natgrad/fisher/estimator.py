@@ -52,6 +52,12 @@ class LossTerms:
     data: Data
     apart: bool  # whether each datum has a backward pass of its own
     weight: float  # of this source in the loss
+    coupled: bool  # whether the loss couples data, so that a cotangent is of all
+
+    @property
+    def alone(self) -> bool:
+        """Whether a backward pass has one gradient, and not one a datum."""
+        return self.apart or self.coupled
 
 
 class Estimator:
@@ -129,7 +135,7 @@ class Estimator:
         if not reached and not missed:
             return None
         self._check_targets(targets)
-        one = fine and self.likelihood.unbatched(found, targets)
+        one = fine and self.likelihood.unbatched(found)
         likely = [Data(1)] if one else likely_data(found, [t.shapes for t in tapes])
         if not self.strategy.meet(fine, likely[0].count):
             return None  # the gradient is not finite either, and the optimizer skips its step
@@ -188,8 +194,10 @@ class Estimator:
                 "rank the same"
             )
         places = found or [0] * len(calls)
-        weight = self.likelihood.weight_of(source)
-        return LossTerms(source, likelihood, outputs, local, targets, passes, mass, places, data, apart, weight)
+        weight, coupled = self.likelihood.weight_of(source), likelihood.coupled(outputs, targets)
+        return LossTerms(
+            source, likelihood, outputs, local, targets, passes, mass, places, data, apart, weight, coupled
+        )
 
     def _look(
         self, parts: Sequence[LossTerms], calls: Sequence[LayerCall], dtype: torch.dtype, added: bool
@@ -239,12 +247,12 @@ class Estimator:
                 self.kind,
                 self.samples,
                 part.data,
-                part.apart,
+                part.apart and not part.coupled,
                 self.generator(part.outputs[0].device),
             ):
                 if part.weight != 1:
                     v = tuple(t * part.weight**0.5 for t in v)
-                yield part, part.backward.backward(v, Data(1) if part.apart else part.data)
+                yield part, part.backward.backward(v, Data(1) if part.alone else part.data)
 
     def _uses(
         self,
@@ -264,7 +272,8 @@ class Estimator:
         for block in blocks:
             if not any(self.collection.parameters[n].requires_grad for n in block.names):
                 continue  # frozen: its curvature stays as it was
-            aligned = None if not block.needs_data else 1 if part.apart else part.data.count
+            whole = part.apart or (part.coupled and not block.reduces)
+            aligned = None if not block.needs_data else 1 if whole else part.data.count
             uses: list[list[LayerIO]] = []
             for layer in block.layers:
                 here: list[LayerIO] = []

@@ -73,10 +73,14 @@ class Data:
 
 
 def likely_data(outputs: Tensors, passes: Sequence[Sequence[tuple[int, ...]]]) -> list[Data]:
-    """Return how the data may lie, most likely first. `passes`: shapes of the tensors that each forward pass received.
+    """Return how the data may lie, most likely first.
 
     Data are the first dimension of the input, or the second where time is first. The outputs may have flattened either
     with positions. Where the first dimension does not divide the rows of the outputs, each row may be a datum.
+
+    Args:
+        outputs: what the loss takes.
+        passes: of each forward pass, the dimensions of the tensors it received that may count data or positions.
     """
     rows = gcd(*(o.shape[0] for o in outputs if o.dim()))
     given = [[s for s in shapes if s] for shapes in passes]
@@ -84,8 +88,9 @@ def likely_data(outputs: Tensors, passes: Sequence[Sequence[tuple[int, ...]]]) -
     if (first and max(first) == 1) or rows <= 1:
         return [Data(1)]  # a batch of one
     leading = [shapes[0][0] for shapes in given if shapes] or [0]
-    if rows in (leading[0], sum(leading)):
-        return [Data(rows)]
+    if rows in (sum(leading), *first, *(s[1] for shapes in given for s in shapes if len(s) > 1)):
+        several = any(o.dim() and o.shape[0] > rows for o in outputs)  # of heads: some have flattened positions
+        return [Data(rows, inner, (rows,)) for inner in (False, True)] if several else [Data(rows)]
     # of further inputs only those that the rows are the data and positions of, or all positions but one, as of text
     inputs = [s for shapes in given for s in shapes[1:] if len(s) > 1 and rows in (s[0] * s[1], s[0] * (s[1] - 1))]
     inputs = [*(shapes[0] for shapes in given if shapes), *inputs]
@@ -96,8 +101,6 @@ def likely_data(outputs: Tensors, passes: Sequence[Sequence[tuple[int, ...]]]) -
         if 1 < before[-1] < rows and rows % before[-1] == 0
         for inner in (False, True)
     ]
-    if rows in first or any(s[1:2] == (rows,) for shapes in given for s in shapes):
-        return [Data(rows), *flattened]
     return flattened if any(d.count == leading[0] for d in flattened) else [*flattened, Data(rows)]
 
 
@@ -123,7 +126,7 @@ def whose(
             apart.
 
     Raises:
-        ValueError: they are not.
+        ValueError: `ends` is given, and nothing tells data from positions.
     """
     tried: list[tuple[tuple[int, int], Data, list[Place] | None]] = []
     for data in likely:
@@ -134,25 +137,29 @@ def whose(
         if where is None and by_size:
             fits = [axes_that_fit(sizes, data.count) for sizes, _ in views]
             where = [f[0] for f in fits] if all(len(f) == 1 for f in fits) else None
-        tried.append((shown(found, views, data), data, where))
-        if len(likely) == 1 or tried[-1][0] == (0, 0):
-            return tried[-1][1:]
+        nearest = shown(found, views, data)
+        if len(likely) == 1 or nearest == (0, 0):
+            return data, where
+        tried.append((nearest, data, where))
+    rows = outputs[0].shape[0]
     nearest, data, where = min(tried, key=lambda t: t[0])
+    if nearest != UNSHOWN and nearest[1] == 1:  # time comes first only if it mixes: else the first dimension is data
+        own = owners(outputs, backward, views, Data(rows), most)[nearest[0]]
+        nearest = nearest if own is not None and bool((own == MIXED).any()) else UNSHOWN
     if nearest != UNSHOWN:
         return data, where
-    if ends is not None and data.count < (rows := outputs[0].shape[0]):
-        for _, data, where in tried:
-            nearest = shown(owners(outputs, ends[0], ends[1], data, most), ends[1], data)
-            if nearest != UNSHOWN and nearest[1] == 0:
-                return data, where
-        data = likely[0]
-        raise ValueError(
-            f"kind='empirical' takes one outer product a datum, but {rows} rows of the output may be {data.count} data "
-            f"of {rows // data.count} positions or {rows} data, and no layer tells which. Give the criterion outputs "
-            "with the data alone in front, for nn.CrossEntropyLoss (data, classes, positions), or take kind='sampled' "
-            "or 'exact'"
-        )
-    return min(tried, key=lambda t: t[2] is None)[1:]
+    if ends is None or not likely[0].shape:
+        return min(tried, key=lambda t: t[2] is None)[1:] if likely[0].shape else tried[0][1:]
+    for _, data, where in tried:
+        nearest = shown(owners(outputs, ends[0], ends[1], data, most), ends[1], data)
+        if nearest != UNSHOWN and nearest[1] == 0:
+            return data, where
+    count = likely[0].count
+    raise ValueError(
+        f"kind='empirical' takes one outer product a datum, but {rows} rows of the output may be {count} data of "
+        f"{rows // count} positions or {rows} data, and no layer tells which. Give the criterion outputs with the data "
+        "alone in front, for nn.CrossEntropyLoss (data, classes, positions), or take kind='sampled' or 'exact'"
+    )
 
 
 def owners(

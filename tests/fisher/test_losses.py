@@ -352,3 +352,95 @@ def test_outputs_of_few_digits(dtype: torch.dtype, loss: Callable[[], nn.Module]
     whole = ng.Fisher(copy.deepcopy(model).float(), loss(), kind="exact", structure="dense")
     whole.update(x.float(), y.float())
     assert relative(metric.dense().float(), whole.dense()) <= 20 * torch.finfo(dtype).eps
+
+
+def squares_of_means(o: Tensor, _: Tensor) -> Tensor:
+    """A loss that couples all data."""
+    return 1e-9 * o.mean(0).square().sum()
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("structure", ["kfac", "dense", "ekfac"])
+def test_a_head_that_couples_data_leaves_the_others_alone(structure: str, sharing: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.layer(x)
+            return {"p": h, "q": h * 1}
+
+    x, y = drawn(8, 3), torch.arange(8) % 2
+    options: dict[str, Any] = {"kind": "exact", "structure": structure, "sharing": sharing}
+    both = ng.Fisher(Twice().double(), {"p": nn.CrossEntropyLoss(), "q": ng.Loss(squares_of_means)}, **options)
+    both.update(x, {"p": y, "q": y})
+    alone = ng.Fisher(Twice().double(), nn.CrossEntropyLoss(), output=lambda o: o["p"], **options)
+    alone.update(x, y)
+    assert relative(both.dense(), alone.dense()) <= 1e-6
+
+
+class Nest(nn.Module):
+    """What the loss takes stands beside what it does not."""
+
+    def __init__(self, extra: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.extra = nn.Linear(3, 3), extra
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.layer(x)
+        return {"extra": self.extra * 1.0, "logits": h, "hidden": h.repeat(1, 500)}
+
+
+@pytest.mark.parametrize(
+    "extra", [torch.tensor(1.0), torch.ones(5, 3), torch.ones(7)], ids=["scalar", "table", "vector"]
+)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_the_loss_does_not_take_is_left_alone(extra: Tensor, kind: str, reduction: str) -> None:
+    loss = ng.Loss(lambda o, t: F.cross_entropy(o["logits"], t, reduction=reduction))
+    metric = ng.Fisher(Nest(extra).double(), loss, kind=kind, structure="dense")
+    same = ng.Fisher(
+        Nest(extra).double(), nn.CrossEntropyLoss(), kind=kind, structure="dense", output=lambda o: o["logits"]
+    )
+    for n in (6, 2):
+        x, y = drawn(n, 3, seed=n), torch.arange(n) % 3
+        metric.update(x, y)
+        same.update(x, y)
+    assert relative(metric.dense(), same.dense()) <= 1e-10
+
+
+def masked_terms(o: Tensor, t: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(o[t[1]], t[0][t[1]], reduction="none")
+
+
+@pytest.mark.parametrize("count", [15, 16, 17])
+def test_any_number_of_terms(count: int) -> None:
+    model, x, y = net(), drawn(8, 3), drawn(8, 3, seed=4)
+    mask = (torch.arange(24) < count).view(8, 3)
+    loss = ng.Loss(masked_terms)
+    metric = ng.Fisher(model, loss, kind="exact", structure="dense")
+    metric.update(x, (y, mask))
+    assert relative(metric.dense(), matrix(model, loss, x, (y, mask))) <= 1e-10
+    with pytest.raises(ValueError, match="those that are masked as zeros"):
+        ng.Fisher(model, loss, kind="empirical").update(x, (y, mask))
+
+
+def test_blocks_of_very_unlike_sizes() -> None:
+    """One datum is squared and large; the others have classes."""
+
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        return 1e5 * (o[0] - 1).square().sum() + F.cross_entropy(o[1:], t[1:], reduction="sum")
+
+    model, y = net().float(), torch.arange(8) % 3
+    x = drawn(8, 3).float()
+    criterion = ng.Loss(loss, reduction="sum")
+    metric = ng.Fisher(model, criterion, kind="exact", structure="dense")
+    metric.update(x, y)
+    found = ng.Fisher(model, nn.CrossEntropyLoss(reduction="sum"), kind="exact", structure="dense")
+    found.update(x[1:], y[1:])
+    first = ng.Fisher(model, nn.MSELoss(reduction="sum"), kind="exact", structure="dense")
+    first.update(x[:1], torch.ones(1, 3))
+    assert relative(metric.dense() - 1e5 * first.dense(), found.dense()) <= 0.2  # float32 beside 1e5

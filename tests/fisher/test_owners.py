@@ -450,3 +450,104 @@ def test_owners_are_read_in_a_few_passes(count: int) -> None:
     assert torch.equal(found[1:-1], own[1:])
     assert found[-1] == (0 if count == 1 else MIXED)
     assert len(passes) <= max(2, (count - 1).bit_length())
+
+
+class Edges(nn.Module):
+    """A graph net whose first argument is the list of edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, edges: Tensor, x: Tensor) -> Tensor:
+        h = self.node(x).tanh()
+        return self.head(h.index_add(0, edges[1], h[edges[0]]))
+
+
+class Pairs(nn.Module):
+    """Links between rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node, self.head = nn.Linear(3, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, pairs: Tensor) -> Tensor:
+        h = self.node(x).tanh()
+        return self.head(torch.cat([h[pairs[:, 0]], h[pairs[:, 1]]], 1))
+
+
+MIXING = {
+    "edges": (
+        Edges,
+        lambda: (torch.tensor([[0, 1, 2, 0, 3, 4, 5, 3], [1, 2, 0, 2, 4, 5, 3, 5]]), torch.randn(6, 3)),
+        6,
+    ),
+    "links": (Pairs, lambda: (torch.randn(8, 3), torch.tensor([[0, 1], [1, 2], [2, 0], [3, 4], [4, 5], [5, 3]])), 6),
+    "many links": (Pairs, lambda: (torch.randn(4, 3), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]] * 2)), 8),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("structure", ["dense", "block", "diagonal"])
+def test_rows_that_hear_each_other_are_a_datum_each(name: str, structure: str) -> None:
+    kind, make, count = MIXING[name]
+    torch.manual_seed(1)
+    model = kind().double()
+    args = tuple(a.double() if a.is_floating_point() else a for a in make())
+    y = torch.arange(count) % 3
+    out = model(*args)
+    params = list(model.parameters())
+    expected: Any = 0
+    for n in range(count):
+        g = torch.autograd.grad(CE(out[n : n + 1], y[n : n + 1]), params, retain_graph=True)
+        flat = torch.cat([t.flatten() for t in g])
+        expected = expected + torch.outer(flat, flat) / count
+    metric = ng.Fisher(model, CE, kind="empirical", structure=structure)
+    metric.update(args, y)
+    compared(metric, expected)
+
+
+class TwoHeads(nn.Module):
+    """One head is pooled; the other has a row for each position, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.p, self.q = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.into(x).tanh()
+        return {"p": self.p(h.mean(1)), "q": self.q(h).transpose(0, 1).flatten(0, 1)}
+
+
+def test_heads_with_rows_in_another_order() -> None:
+    torch.manual_seed(0)
+    model, x = TwoHeads().double(), torch.randn(4, 3, 3).double()
+    y = {"p": torch.arange(4) % 2, "q": torch.arange(12) % 2}
+    params = list(model.parameters())
+    expected: Any = 0
+    for n in range(4):
+        out = model(x[n : n + 1])
+        loss = CE(out["p"], y["p"][n : n + 1]) + CE(out["q"], y["q"].view(3, 4)[:, n])
+        flat = torch.cat([t.flatten() for t in torch.autograd.grad(loss, params)])
+        expected = expected + torch.outer(flat, flat) / 4
+    heads = {"p": nn.CrossEntropyLoss(), "q": nn.CrossEntropyLoss()}
+    metric = ng.Fisher(model, heads, kind="empirical", structure="dense")
+    metric.update(x, y)
+    compared(metric, expected)
+
+
+class Siamese(nn.Module):
+    """Two inputs, whose rows stand one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([self.head(self.into(t).tanh()).flatten(0, 1) for t in (a, b)])
+
+
+def test_positions_are_no_data_where_they_do_not_mix() -> None:
+    model, a, b = Siamese().double(), torch.randn(4, 3, 3).double(), torch.randn(4, 3, 3).double()
+    with pytest.raises(ValueError, match="no layer tells which"):
+        ng.Fisher(model, CE, kind="empirical").update((a, b), torch.arange(24) % 3)

@@ -107,8 +107,12 @@ class CriterionLikelihood:
         """Why the metric depends on the labels, or None where it does not."""
         return None
 
-    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
-        """Whether the output is that of one datum, without a dimension of data, or of data that the loss couples."""
+    def unbatched(self, outputs: Tensors) -> bool:
+        """Whether the output is that of one datum, without a dimension of data."""
+        return False
+
+    def coupled(self, outputs: Tensors, targets: Any) -> bool:
+        """Whether the loss is no sum over data, as a contrastive loss: then they have curvature in common."""
         return False
 
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:

@@ -22,7 +22,7 @@ class CrossEntropy(CriterionLikelihood):
             return "`weight` depends on the labels"
         return None if c.ignore_index == -100 else f"`ignore_index={c.ignore_index}` depends on the labels"
 
-    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
+    def unbatched(self, outputs: Tensors) -> bool:
         return outputs[0].dim() == 1
 
     def rows(self, f: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Divergence(NegativeLogLikelihood):
             )
         return (f,)
 
-    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
+    def unbatched(self, outputs: Tensors) -> bool:
         return outputs[0].dim() < 2
 
     def rows(self, f: Tensor) -> Tensor:

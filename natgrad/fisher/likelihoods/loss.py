@@ -1,7 +1,7 @@
 """Losses that are no likelihood: their metric is the generalised Gauss–Newton matrix Jᵀ H J (Schraudolph 2002).
 
 H is the Hessian of the loss in the outputs. It falls into blocks, which are found by asking it: blocks of entries do
-not touch each other if H(c∘r) = c∘(H r) for a random r and a random number c for each block. Entry by entry, row by
+not touch each other if H(c∘r) = c∘(H r) for a random r and a number c for each block. Entry by entry, row by
 row, datum by datum and all together are tried in this order. A block of b entries then takes b products with H, made
 for all blocks at once. Cotangents are √λᵢ qᵢ of each block ("exact"), or Σᵢ ±√λᵢ qᵢ with random signs ("sampled").
 """
@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Loss(nn.Module):
         self.reduction: str = reduction
         check_reduction(self)
 
-    def forward(self, input: Any, target: Any = None) -> Tensor:
+    def forward(self, input: Any, target: Any) -> Tensor:
         loss = self.fn(input, target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the function of a Loss returns a tensor, got {describe(loss)}")
@@ -80,12 +81,37 @@ class GaussNewtonLoss(CriterionLikelihood):
     def why_targets(self) -> str | None:
         return "the loss is a function of them"
 
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__(criterion)
+        self._used: dict[int, list[int]] = {}  # how many tensors an output has → which of them the loss depends on
+
+    def split(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output, targets = super().split(*args, **kwargs)
+        self._learn(output, targets)
+        return output, targets
+
+    def _learn(self, output: Any, targets: Any) -> None:
+        """Find which tensors of the output the loss depends on."""
+        every = floats(output)
+        if len(every) in self._used:
+            return
+        leaves = tuple(t.detach().requires_grad_() for t in every)
+        with torch.enable_grad():
+            loss = self.terms(replace_tensors(output, every, leaves), targets).sum()
+            if not loss.requires_grad:
+                raise ValueError(f"{self.name} does not depend on the outputs, or is not differentiable in them")
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        self._used[len(every)] = [i for i, g in enumerate(grads) if g is not None]
+
+    def used(self, output: Any) -> Tensors:
+        every = floats(output)
+        return tuple(every[i] for i in self._used.get(len(every), range(len(every))))
+
     def outputs(self, output: Any) -> Tensors:
-        found = floats(output)
-        if not found:
+        if not floats(output):
             raise ValueError(f"{self.name} needs a floating-point tensor in the output, got {describe(output)}")
         self._example = output
-        return found
+        return self.used(output)
 
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
         return None  # a loss of any units
@@ -97,29 +123,26 @@ class GaussNewtonLoss(CriterionLikelihood):
         return self.criterion.fn(output, in_dtype_of(output, targets))
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
+        self._learn(output, targets)
         loss = self.terms(output, targets)
         if loss.numel() > 1 or self.reduction == "sum":
             return loss.sum()
-        return loss * rows_of(floats(output))  # a mean: as many times as there are data
+        return loss.sum() * rows_of(self.used(output))  # a mean: as many times as there are data
 
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         with torch.no_grad():
             loss = self.terms(self._example, targets)
-        count = rows_of(outputs)
-        if loss.numel() > 1 and loss.numel() % count:
-            raise ValueError(
-                f"{self.name} returns {describe(loss)} for {count} data; return a scalar, or terms with the data in "
-                "front"
-            )
-        return outputs[0].new_ones(max(count, loss.numel()))
+        return outputs[0].new_ones(loss.numel() if loss.numel() > 1 else rows_of(outputs))
 
     # its curvature
 
-    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
-        """Whether data are coupled, as by a contrastive loss: then the batch is one."""
+    def unbatched(self, outputs: Tensors) -> bool:
+        return any(o.dim() == 0 or o.shape[0] != rows_of(outputs) for o in outputs)
+
+    def coupled(self, outputs: Tensors, targets: Any) -> bool:
         count = rows_of(outputs)
-        if count == 1 or any(o.dim() == 0 or o.shape[0] != count for o in outputs):
-            return True
+        if count == 1 or self.unbatched(outputs):
+            return False
         return not Hessian(self, outputs, targets).falls_into(in_rows(outputs, count))
 
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
@@ -134,10 +157,18 @@ class GaussNewtonLoss(CriterionLikelihood):
         return [FisherRoot(outputs, split.like(column), terms) for column in root.unbind(-1)]
 
     def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
-        if data.count == 1 and rows_of(outputs) > 1 and self.unbatched(outputs, targets):
+        if self.coupled(outputs, targets):
             raise ValueError(
                 f"kind='empirical' takes the loss of each datum alone, but {self.name} couples the data of a batch; "
                 "take kind='exact' or 'sampled'"
+            )
+        with torch.no_grad():
+            loss = self.terms(output, targets)
+        sizes = [prod(outputs[0].shape[: i + 1]) for i in range(outputs[0].dim())]
+        if loss.numel() > 1 and loss.shape[0] != rows_of(outputs) and loss.numel() not in sizes:
+            raise ValueError(
+                f"kind='empirical' takes the loss of each datum alone, but {self.name} returns {describe(loss)} for "
+                f"{rows_of(outputs)} data; return terms with the data in front, those that are masked as zeros"
             )
         return super().observed(outputs, output, targets, data)
 
@@ -183,8 +214,6 @@ class Hessian:
         self.name = loss.name
         with torch.enable_grad():
             value = loss.sum_loss(replace_tensors(loss._example, outputs, self.leaves), targets)
-            if not value.requires_grad:
-                raise ValueError(f"{loss.name} does not depend on the outputs, or is not differentiable in them")
             found = torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
         self.gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
         if not self.gradients:
@@ -208,11 +237,15 @@ class Hessian:
         return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(found, self.leaves))
 
     def falls_into(self, split: Split) -> bool:
-        """Whether blocks do not touch each other."""
+        """Whether blocks do not touch each other: neither neighbours nor, by a second look, any others."""
         r, hr = split.rows(self.probe), split.rows(self.answer)
-        c = (torch.rand(len(r), 1, generator=self.generator, dtype=torch.float64) + 0.5).to(r)
-        off = (split.rows(self(split.like(c * r))) - c * hr).abs().max()
-        return bool(off <= 1e3 * torch.finfo(r.dtype).eps * hr.abs().max())
+        for number in (torch.arange(len(r)), torch.randint(8, (len(r),), generator=self.generator)):
+            # powers of two, which commute with rounding: blocks of very unlike sizes are told apart, each to its bits
+            c = 2.0 ** (number % 8).to(r)[:, None]
+            off = (split.rows(self(split.like(c * r))) - c * hr).abs().amax(1)
+            if bool((off > 64 * torch.finfo(r.dtype).eps * (c * hr).abs().amax(1)).any()):
+                return False
+        return True
 
     def blocks(self, split: Split) -> Tensor:
         """(blocks, b, b), by b products.

@@ -72,9 +72,8 @@ class MultiHead(CriterionLikelihood):
         self._output = output
         return tuple(t for k, h in self.heads.items() for t in h.outputs(head_of(output, k)))
 
-    def unbatched(self, outputs: Tensors, targets: Any) -> bool:
-        mine = {k: head_of(self._output, k) for k in self.heads}
-        return any(h.unbatched(h.outputs(mine[k]), target_of(targets, k)) for k, h in self.heads.items())
+    def unbatched(self, outputs: Tensors) -> bool:
+        return any(h.unbatched(h.outputs(head_of(self._output, k))) for k, h in self.heads.items())
 
     def why_targets(self) -> str | None:
         return next((f"head {k!r}: {why}" for k, h in self.heads.items() if (why := h.why_targets())), None)
