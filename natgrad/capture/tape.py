@@ -344,6 +344,8 @@ class Hook:
     A hook that held its metric strongly would make models that cannot be copied, pickled or freed.
     """
 
+    __name__ = "natgrad"  # torch.jit asks for it
+
     def __init__(self, method: Any = None, module: nn.Module | None = None) -> None:
         self.due = False  # whether the coming forward passes are to be watched
         self._method = weakref.WeakMethod(method) if method is not None else (lambda: None)

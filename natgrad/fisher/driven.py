@@ -34,7 +34,7 @@ class DrivenMetric(BlockMetric):
 
     default_step = "normalised"
     _where: list[tuple[torch.device, torch.dtype]] = []  # noqa: RUF012 -- of the parameters; replaced, never changed
-    _warned_of_loss = False
+    _looked = False
     _folded = False  # whether statistics have changed since the last step
     _missed = False  # whether a refresh that fell due had no statistics, as the steps moved to another thread
     _said_bare = False  # whether it was said that no parameter has curvature
@@ -154,19 +154,18 @@ class DrivenMetric(BlockMetric):
             raise
 
     def look_at_gradient(self, output: Any, g: Tensor) -> None:
-        """Warn once where the gradient at the output cannot be the criterion's."""
-        if self._output is not None or not isinstance(output, Tensor) or self._warned_of_loss:
+        """Warn where the gradient at the output cannot be the criterion's, at the first batch.
+
+        Later on the criterion's may be small beside other terms on the output.
+        """
+        if self._looked or self._output is not None or not isinstance(output, Tensor) or g.shape != output.shape:
             return
-        if (
-            g.shape == output.shape
-            and bool(torch.isfinite(g).all())
-            and (why := self.likelihood.disagrees(g)) is not None
-        ):
-            self._warned_of_loss = True
+        self._looked = True
+        if bool(torch.isfinite(g).all()) and (why := self.likelihood.disagrees(output, g)) is not None:
             warnings.warn(
                 f"the metric is the curvature of {self.likelihood.name}, but another loss seems to be backpropagated: "
-                f"{why}. Give ng.Fisher the criterion that you train with; if you do, and add terms on the output, "
-                "all is well",
+                f"{why}. Give ng.Fisher the criterion that you train with, and `output=` where the loop reshapes the "
+                "output first. Terms that are added to the loss are no part of the metric",
                 stacklevel=2,
             )
 

@@ -148,7 +148,7 @@ class CriterionHooks:
 
     def _before(self, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if in_backward() or in_transform() or _unwatched.get():
+        if in_backward() or in_transform() or torch.jit.is_tracing() or _unwatched.get():
             return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self.trainer != threading.get_ident():
             return
@@ -187,7 +187,8 @@ class CriterionHooks:
             tape.at_output = (output, (args, kwargs))
             fire = Once(self, here, tape)
             for t in leaves:
-                t.register_hook(fire)
+                if not t.is_leaf:  # a parameter that is returned, as a codebook, would keep the hook for good
+                    t.register_hook(fire)
 
     def criterion_called(self, key: str, args: Any, kwargs: Any, loss: Any) -> None:
         metric, here = self._metric(), self.here

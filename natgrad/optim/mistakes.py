@@ -11,6 +11,8 @@ from torch import Tensor
 
 from natgrad.metric.metric import Metric
 
+MISSES = 3  # refreshes in a row that bring nothing before it is said: one may fall on a batch that is skipped
+
 
 def check_driver(metric: Metric, opt: Any) -> None:
     """Raise a RuntimeError where another optimizer drives the metric by now."""
@@ -54,3 +56,11 @@ def say_no_gradient(metric: Metric, by_closure: bool, said: bool) -> bool:
         stacklevel=3,
     )
     return True
+
+
+def say_stale(why: str) -> None:
+    """Warn that refreshes fall due and bring nothing, as where a loop stops calling the model itself."""
+    warnings.warn(
+        f"{MISSES} refreshes of the metric fell due and brought nothing, so that it stays as it was: {why}",
+        stacklevel=4,
+    )

@@ -27,7 +27,7 @@ from natgrad.metric.seal import sealed
 from natgrad.optim import skips
 from natgrad.optim.copies import deep_copy_of
 from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups
-from natgrad.optim.mistakes import check_driver, loss_of_closure, say_no_gradient
+from natgrad.optim.mistakes import MISSES, check_driver, loss_of_closure, say_no_gradient, say_stale
 from natgrad.optim.registry import rule_of
 from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
@@ -85,6 +85,7 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
         self.steps = self.refreshes = self._next_refresh = 0
+        self._missed = 0  # refreshes in a row that fell due and brought nothing
         self.refreshed = False
         self.rule = rule_of(metric, step)
         self.strategy = self.rule.strategy = metric.strategy or Strategy()
@@ -258,8 +259,13 @@ class NaturalGradient(torch.optim.Optimizer):
         self.refreshed = self.metric.advance(decay)
         if self.refreshed:
             self.refreshes += 1
-        elif due and self.metric.needs_refresh and not self.refreshes:
-            raise RuntimeError(self.metric.why_no_statistics)
+            self._missed = 0
+        elif due and self.metric.needs_refresh:
+            if not self.refreshes:
+                raise RuntimeError(self.metric.why_no_statistics)
+            self._missed += 1
+            if self._missed == MISSES:
+                say_stale(self.metric.why_no_statistics)
         self.steps += 1
         if due:
             self._next_refresh = self.steps - 1 + max(1, min(self.refresh, int(self.steps * GAP_GROWTH)))

@@ -6,10 +6,11 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from training_cases import batches, classifier, finite, natural, train
 
@@ -178,3 +179,61 @@ def test_what_the_criterion_drew_counts_where_the_gradient_comes_from_elsewhere(
         F.cross_entropy(f, y).backward()
         opt.step()
     assert opt.refreshes == 3
+
+
+def test_a_metric_that_goes_stale_is_said_once() -> None:
+    """The loop stops calling the model itself after a while."""
+    model, criterion = classifier(), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion), refresh=2)
+
+    def steps(run: Any, count: int) -> None:
+        for i in range(count):
+            x, y = DATA[i % len(DATA)]
+            opt.zero_grad()
+            criterion(run(x), y).backward()
+            opt.step()
+
+    steps(model, 4)
+    with pytest.warns(UserWarning, match="fell due and brought nothing.*Call the model itself") as said:
+        steps(model.forward, 12)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        lambda z: 1e-3 * z.logsumexp(1).square().mean(),
+        lambda z: 1e-2 * z.square().mean(),
+        lambda z: 0.0 * z.sum(),
+    ],
+    ids=["z loss", "size of logits", "nothing"],
+)
+def test_small_terms_beside_the_loss_are_no_mistake(added: Any) -> None:
+    model = classifier()
+    opt = ng.NaturalGradient(ng.Fisher(model, nn.CrossEntropyLoss()), refresh=2)
+    x, y = DATA[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):  # until it is sure of all labels, where rounding is left
+            opt.zero_grad()
+            z = model(x)
+            (nn.functional.cross_entropy(z, y) + added(z)).backward()
+            opt.step()
+
+
+def test_a_parameter_that_is_returned_keeps_no_hooks() -> None:
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.code = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x) + self.code, self.code
+
+    model, criterion = Coded(), nn.CrossEntropyLoss()
+    opt = ng.NaturalGradient(ng.Fisher(model, criterion, output=lambda o: o[0]), refresh=1)
+    for _ in range(5):
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(8, 3))[0], torch.arange(8) % 2).backward()
+        opt.step()
+    assert not model.code._backward_hooks

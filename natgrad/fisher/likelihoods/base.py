@@ -136,7 +136,7 @@ class CriterionLikelihood:
         (f, *_) = outputs
         return f.numel() // max(1, f.shape[-1]) if f.dim() > 1 else f.numel()
 
-    def disagrees(self, g: Tensor) -> str | None:
+    def disagrees(self, f: Tensor, g: Tensor) -> str | None:
         """Return why the gradient `g` at the output cannot be of this loss; None where it may be."""
         return None
 
@@ -189,12 +189,6 @@ def check_reduction(criterion: Any) -> None:
             f"{type(criterion).__name__}(reduction={criterion.reduction!r}) has no single loss to take the metric of; "
             'use reduction="mean" or "sum", the one you train with'
         )
-
-
-def sums_to_zero(g: Tensor, dim: int) -> bool:
-    """Whether the sums along a dimension vanish beside the entries."""
-    size = g.abs().sum()
-    return bool(g.sum(dim).abs().sum() <= 1e-3 * size)  # far above the rounding of float32
 
 
 def normal_like(f: Tensor, generator: torch.Generator) -> Tensor:
