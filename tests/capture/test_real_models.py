@@ -10,7 +10,8 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.huggingface import CAUSAL_LM
-from tests.models import ResNet18, ViT, as_batch, expert_models, graph_net, language_models
+from tests import layer_oracle
+from tests.models import ResNet18, ViT, as_batch, expert_models, graph_classifier, graph_net, language_models
 
 LANGUAGE, EXPERTS = language_models(), expert_models()
 
@@ -262,3 +263,42 @@ def test_a_large_vocabulary_head_is_diagonal_on_its_side():
     rows = {r.parameter: r for r in metric.coverage()}
     assert rows["0.weight"].sizes == "4² ⊗ diag 5000"
     assert "diag 5000" in rows["1.bias"].sizes
+
+
+@pytest.mark.parametrize("name", ["gcn", "gin", "sage"])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_classifiers_of_unequal_graphs_meet_the_oracle(name, kind):
+    pytest.importorskip("torch_geometric", reason="torch_geometric is not installed (pip install natgrad[models])")
+    model, args, y = graph_classifier(name)
+    metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind=kind, structure="dense")
+    metric.update(args, y)
+    if kind == "exact":
+        expected = layer_oracle.gauss_newton(model, nn.CrossEntropyLoss(), args, y)
+    else:
+        expected = layer_oracle.empirical(model, nn.CrossEntropyLoss(), args, y, len(y))
+    assert metric.seen == len(y)
+    assert layer_oracle.relative(metric.dense(), expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["gcn", "gin", "sage"])
+def test_classifiers_of_unequal_graphs_train_below_adamw(name):
+    pytest.importorskip("torch_geometric", reason="torch_geometric is not installed (pip install natgrad[models])")
+
+    def run(make):
+        model, args, y = graph_classifier(name)
+        opt, criterion = make(model)
+        for _ in range(40):
+            opt.zero_grad()
+            loss = criterion(model(*args), y)
+            loss.backward()
+            opt.step()
+        return float(criterion(model(*args), y).detach())
+
+    def adamw(lr):
+        return lambda model: (torch.optim.AdamW(model.parameters(), lr), nn.CrossEntropyLoss())
+
+    def natural(model):
+        criterion = nn.CrossEntropyLoss()
+        return ng.NaturalGradient(ng.Fisher(model, criterion)), criterion
+
+    assert run(natural) < min(run(adamw(lr)) for lr in (1e-3, 3e-3, 1e-2))
