@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ class BatchStatistics:
     remote_blocks: list[Block] = field(default_factory=list)  # whose statistics other ranks own
     nats: Tensor | None = None  # (Σ m u, Σ m) of `CriterionLikelihood.nats`, over all loss terms
     labels: int = 0  # one a datum and position
+    output: tuple[Any, ...] = ()  # which output of which forward pass it is of
     start: Streams = field(default_factory=list)  # where its random numbers begin
     streams: Streams = field(default_factory=list)  # and where they end
 
@@ -54,6 +57,39 @@ def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bo
         nats=torch.stack(nats).sum(0) if nats else None,
         labels=sum(batch.labels for batch in batches),
     )
+
+
+def each_output_once(batches: Sequence[BatchStatistics], plain: bool) -> list[BatchStatistics]:
+    """Return batches where several of one output, as of two sets of labels that are mixed, count as one together.
+
+    The metric is the criterion's and not that of its multiples, so they are averaged. `plain`: sums are never divided.
+    """
+    times = Counter(batch.output for batch in batches if batch.output)
+    found, seen = [], set()
+    for batch in batches:
+        if (k := times.get(batch.output, 1)) > 1:
+            first = batch.output not in seen
+            seen.add(batch.output)
+            batch = replace(
+                batch,
+                statistics=[(b, shared_out(b, new, k)) for b, new in batch.statistics] if plain else batch.statistics,
+                nats=batch.nats / k if plain and batch.nats is not None else batch.nats,
+                data=batch.data if first else 0,
+                labels=batch.labels if first else 0,
+            )
+        found.append(batch)
+    return found
+
+
+def shared_out(block: Block, statistics: Statistics, times: int) -> Statistics:
+    """Statistics divided by a number, but for what is a mean."""
+    found = {}
+    for key, average in statistics.items():
+        found[key] = average
+        if not block.is_mean(key):
+            found[key] = average.copy()
+            found[key].sums = {h: s / times for h, s in average.sums.items()}
+    return found
 
 
 def go_on(streams: Streams) -> None:

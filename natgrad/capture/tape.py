@@ -10,6 +10,7 @@ has seen: it is how a parameter used by other means is found instead of silently
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -71,6 +72,7 @@ class Tape:
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs, without features
     picked: dict[Any, Picked] = field(default_factory=dict)  # autograd node → the parameter it gathers from
     outputs: dict[Edge, tuple[int, ...]] = field(default_factory=dict)  # of the forward pass: their shapes
+    number: int = field(default_factory=itertools.count().__next__)  # of the forward pass
     drawn: bool = False
     differentiated: bool = False  # the forward pass took a derivative
     waiting: Any = None  # what was drawn where the criterion was called, until its loss is backpropagated

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.blocks.base import Block
-from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
+from natgrad.blocks.batch_statistics import BatchStatistics, each_output_once, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.capture.purpose import RETURNED
 from natgrad.capture.tape import Tape
@@ -275,6 +275,7 @@ class DrivenMetric(BlockMetric):
         draws = self._pending or self._returned
         for draw in draws:
             go_on(draw.streams)
+        draws = each_output_once(draws, self._plain)
         self._pending, self._returned = [], []
         self._watcher.forget()
         if self.strategy.size == 1:

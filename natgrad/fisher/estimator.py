@@ -25,6 +25,7 @@ from natgrad.capture.tape import (
     Tape,
     Uncaptured,
     coverage_walk,
+    edge_of,
     tapes_behind,
     used_outside,
 )
@@ -165,6 +166,7 @@ class Estimator:
             masses,
             nats=torch.stack(known).sum(0) if len(known) == len(nats) else None,
             labels=sum(part.likelihood.labels(part.outputs) for part in parts),
+            output=(*(tape.number for tape in tapes), *((id(e[0]), e[1]) for o in live if (e := edge_of(o)))),
         )
 
     def _part(

@@ -237,3 +237,26 @@ def test_a_term_beside_the_criterion_asks_for_no_labels(kind: str, weighted: boo
         run.opt.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "dense"])
+def test_two_sets_of_labels_for_one_output_count_once(reduction, structure):
+    """As in mixup: the metric is that of the criterion at this output."""
+    found = []
+    for mixed in (True, False):
+        torch.manual_seed(0)
+        model, criterion = (
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)),
+            nn.CrossEntropyLoss(reduction=reduction),
+        )
+        metric = ng.Fisher(model, criterion, kind="exact", structure=structure)
+        opt = ng.NaturalGradient(metric)
+        x, y = torch.randn(8, 3), torch.arange(8) % 3
+        z = model(x)
+        loss = 0.7 * criterion(z, y) + 0.3 * criterion(z, y.flip(0)) if mixed else criterion(z, y)
+        loss.backward()
+        opt.step()
+        found.append((metric.dense(), metric.seen, metric.labels))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-7)
+    assert found[0][1:] == found[1][1:] == (8, 8)
