@@ -5,6 +5,8 @@ The loop is that of one process. Every layer is sharded with ``fully_shard``, th
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
@@ -20,11 +22,18 @@ BATCH = 128  # over all ranks
 
 def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train()
+    # metric and optimizer hold each other, and the group: what still does when Python ends may abort the process
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    train, test = TensorDataset(x[:1500], y[:1500]), (x[1500:], y[1500:])
+    seen, test = TensorDataset(x[:1500], y[:1500]), (x[1500:], y[1500:])
 
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     for layer in model:
@@ -34,8 +43,8 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss()
     opt = ng.NaturalGradient(ng.Fisher(model, criterion))
 
-    sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(train)  # every rank has as many batches
-    loader = DataLoader(train, batch_size=BATCH // dist.get_world_size(), sampler=sampler)
+    sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(seen)  # every rank has as many batches
+    loader = DataLoader(seen, batch_size=BATCH // dist.get_world_size(), sampler=sampler)
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for inputs, targets in loader:
@@ -51,7 +60,6 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"sent: {opt.info['sent_bytes']} bytes in {opt.info['steps']} steps, {opt.info['refreshes']} refreshes")
         print(f"the state holds {len(state['natgrad']['rule_state']['blocks'])} blocks")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
