@@ -307,8 +307,14 @@ def try_steps(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, spec: Spe
     """ "met" where the first step of a fixed length is that of the oracle, and the default rule steps too."""
     damping, structure = 1e-2, ("kfac", "ekfac", "block", "diagonal", "dense")[spec.seed % 5]
     twin = copy.deepcopy(model)
+    # as long as the weights are, to be read off them: where the gradient is rounding, the step is lost beside them
+    loss(twin(x), y).backward()
+    weights, grads = zip(*((p.detach(), p.grad) for p in twin.parameters()))
+    sizes = [torch.cat([t.flatten() for t in ts if t is not None]).norm() for ts in (weights, grads)]
+    lr = 2.0 ** min(36, max(0, round(float((damping * sizes[0] / sizes[1]).log2())))) if sizes[1] > 0 else 1.0
+    twin.zero_grad()
     metric = ng.Fisher(twin, loss, kind=spec.kind, structure="dense")
-    opt = ng.NaturalGradient(metric, step=ng.FixedStep(lr=1.0, damping=damping))
+    opt = ng.NaturalGradient(metric, step=ng.FixedStep(lr=lr, damping=damping))
     loss(twin(x), y).backward()
     parameters = dict(twin.named_parameters())
     before = {n: p.detach().clone() for n, p in parameters.items()}
@@ -316,7 +322,7 @@ def try_steps(model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor, spec: Spe
     opt.step()
     bare = metric.without_curvature()  # uses that no rule covers follow Adam
     keep = torch.cat([torch.full((p.numel(),), n not in bare and p.grad is not None) for n, p in parameters.items()])
-    moved = torch.cat([(before[n] - p.detach()).flatten() for n, p in parameters.items()])[keep]
+    moved = torch.cat([(before[n] - p.detach()).flatten() / lr for n, p in parameters.items()])[keep]
     system = expected[keep][:, keep] + damping * torch.eye(int(keep.sum()), dtype=expected.dtype)
     step = torch.linalg.solve(system, df[keep])
     if len(moved) and not relative(moved, step) < EXACT:

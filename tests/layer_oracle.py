@@ -5,7 +5,7 @@ All are (P, P) over the flattened parameters that require grad, in the order of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,24 +56,21 @@ def gauss_newton(model: nn.Module, criterion: Any, x: Any, y: Any, pick: Callabl
 def empirical(
     model: nn.Module, criterion: nn.Module, x: Any, y: Any, data: int, pick: Callable[[Any], Any] = same
 ) -> Tensor:
-    """(1/m) Σ_n ∇ℓ_n ∇ℓ_nᵀ from the rows of datum n of one forward pass; without 1/m for "sum"."""
+    """`empirical_of` the rows of one forward pass, which lie datum by datum."""
     out = pick(call(model, x))
+    each = out.shape[0] // data
+    return empirical_of(model, criterion, out, y, [slice(n * each, (n + 1) * each) for n in range(data)])
+
+
+def empirical_of(model: nn.Module, criterion: Any, out: Tensor, y: Any, rows: Sequence[Any]) -> Tensor:
+    """(1/m) Σ_n ∇ℓ_n ∇ℓ_nᵀ, ℓ_n the criterion on rows[n]; without 1/m for "sum"."""
     params = parameters(model)
-    rows = out.shape[0] // data
     grads = [
-        flat(
-            torch.autograd.grad(
-                criterion(out[n * rows : (n + 1) * rows], y[n * rows : (n + 1) * rows]),
-                params,
-                retain_graph=True,
-                allow_unused=True,
-            ),
-            params,
-        )
-        for n in range(data)
+        flat(torch.autograd.grad(criterion(out[r], y[r]), params, retain_graph=True, allow_unused=True), params)
+        for r in rows
     ]
     total = torch.stack(grads).T @ torch.stack(grads)
-    return total / data if criterion.reduction == "mean" else total
+    return total / len(rows) if criterion.reduction == "mean" else total
 
 
 def block_mask(model: nn.Module, groups: dict[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import natgrad as ng
 from natgrad.capture.tape import CaptureError
+from tests import layer_oracle
 
 EXACT = 1e-8
 CLASSES = 3
@@ -329,30 +330,13 @@ def draw_case(seed: int) -> Case:
 # oracles -----------------------------------------------------------------------------------------------
 
 
-def flat(grads: Any, params: list[Tensor]) -> Tensor:
-    return torch.cat([(torch.zeros_like(q) if g is None else g).reshape(-1) for g, q in zip(grads, params)])
-
-
 def gauss_newton(case: Case) -> Tensor:
-    params = list(case.model.parameters())
-    out = case.model(*case.batch.args)
-    rows = [flat(torch.autograd.grad(o, params, retain_graph=True, allow_unused=True), params) for o in out.flatten()]
-    z = out.detach().flatten()
-    h = torch.autograd.functional.hessian(lambda t: case.criterion(t.view_as(out), case.labels), z)
-    jac = torch.stack(rows)
-    return jac.T @ h @ jac
+    return layer_oracle.gauss_newton(case.model, case.criterion, case.batch.args, case.labels)
 
 
 def empirical(case: Case) -> Tensor:
-    params = list(case.model.parameters())
-    out = case.model(*case.batch.args)
-    total = torch.zeros(())
-    for n in range(case.batch.count):
-        rows = case.rows(n)
-        loss = case.criterion(out[rows], case.labels[rows])
-        g = flat(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True), params)
-        total = total + torch.outer(g, g)
-    return total / case.batch.count if case.criterion.reduction == "mean" else total
+    rows = [case.rows(n) for n in range(case.batch.count)]
+    return layer_oracle.empirical_of(case.model, case.criterion, case.model(*case.batch.args), case.labels, rows)
 
 
 # what is tried -----------------------------------------------------------------------------------------

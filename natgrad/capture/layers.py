@@ -334,7 +334,8 @@ def routed_uses(
 ) -> list[LayerIO]:
     """One for each group that rows go to; of a datum several rows may, or none."""
     assert call.view.routes is not None
-    first, routes = len(call.view.routes), call.view.routes.flatten()
+    routes = call.view.routes.flatten()
+    alone = len(call.view.routes) == len(routes)  # whether every entry of the first dimension is one row
     gradients = call.view.gradient_rows(g.to(dtype)).flatten(end_dim=-3)  # (rows, groups of a route, d)
     own = None if aligned in (None, 1) else owners_at(place, call.view.leading(call.x), data).to(routes.device)
     each, found = gradients.shape[1], []
@@ -345,14 +346,10 @@ def routed_uses(
 
         def inputs(keep: Tensor | None, rows: Tensor = rows) -> Rows:
             some = rows if keep is None else rows[keep]
-            if first == len(routes):  # one position each: those of other groups are left alone
-                a = call.view.input_rows(call.view.take(call.x, some), dtype)
-                assert isinstance(a, Tensor)
-                a = a.flatten(end_dim=-3)
-            else:
-                a = call.view.input_rows(call.x, dtype)
-                assert isinstance(a, Tensor)
-                a = a.flatten(end_dim=-3)[some]
+            x = call.view.take(call.x, some) if alone else call.x  # those of other groups are left where they are
+            a = call.view.input_rows(made_dense(x), dtype)
+            assert isinstance(a, Tensor)
+            a = a.flatten(end_dim=-3) if alone else a.flatten(end_dim=-3)[some]
             a = with_biases(a[:, None], call, layer, swapped)
             return a if own is not None else regroup(a, aligned)
 

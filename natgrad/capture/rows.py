@@ -65,11 +65,11 @@ def gathered(rows: Rows, table: Tensor) -> Rows:
     with numbers one past the last, which give rows of zeros.
     """
     if isinstance(rows, OneHot):
-        return OneHot(picked(rows.index, table), picked(rows.scale, table), rows.size)
-    return picked(rows, table)
+        return OneHot(at_rows(rows.index, table), at_rows(rows.scale, table), rows.size)
+    return at_rows(rows, table)
 
 
-def picked(t: Tensor, table: Tensor) -> Tensor:
+def at_rows(t: Tensor, table: Tensor) -> Tensor:
     t = t.flatten(0, 1)
     return torch.cat([t, t.new_zeros(1, *t.shape[1:])])[table]
 

@@ -68,7 +68,6 @@ class Tape:
     behind: dict[Edge, list[Edge]] = field(default_factory=dict)  # noted output → what lies behind its op
     instead: dict[Edge, Edge] = field(default_factory=dict)  # noted output → what was picked for it, a use otherwise
     inputs: set[Edge] = field(default_factory=set)
-    data: int | None = None  # first dimension of the first tensor input
     shapes: list[tuple[int, ...]] = field(default_factory=list)  # of the tensor inputs, without features
     picked: dict[Any, Picked] = field(default_factory=dict)  # autograd node → the parameter it gathers from
     outputs: dict[Edge, tuple[int, ...]] = field(default_factory=dict)  # of the forward pass: their shapes
@@ -85,7 +84,6 @@ class Tape:
         self.inputs = {e for t in tensors if (e := edge_of(t)) is not None}
         # of numbers the last dimension counts features
         self.shapes = [tuple(t.shape[: max(1, t.dim() - t.is_floating_point())]) for t in tensors if not t.is_nested]
-        self.data = next((t.size(0) for t in tensors if t.dim()), None)
         with uninterrupted():
             self._stack = ExitStack()
             self._stack.enter_context(eager())  # a compiled model runs eagerly while it is watched

@@ -197,6 +197,11 @@ class Estimator:
             )
         places = found or [0] * len(calls)
         weight, coupled = self.likelihood.weight_of(source), likelihood.coupled(outputs, targets)
+        if coupled and self.kind == "empirical":
+            raise ValueError(
+                f"kind='empirical' takes the loss of each datum alone, but {likelihood.name} couples the data of a "
+                "batch; take kind='exact' or 'sampled'"
+            )
         return LossTerms(
             source, likelihood, outputs, local, targets, passes, mass, places, data, apart, weight, coupled
         )

@@ -52,7 +52,7 @@ def traced_forward(
     tape = Tape(names)
     try:
         tape.open(args, kwargs)
-        if tape.data == 0:
+        if next((shape[0] for shape in tape.shapes if shape), 1) == 0:
             raise ValueError("the batch is empty: its inputs have a first dimension of 0; leave it out")
         result = torch.func.functional_call(module, buffers, args, kwargs)
         tape.returned(leaves_of(result))

@@ -148,8 +148,10 @@ def whose(
         nearest = nearest if own is not None and bool((own == MIXED).any()) else UNSHOWN
     if nearest != UNSHOWN:
         return data, where
-    if ends is None or not likely[0].shape:
-        return min(tried, key=lambda t: t[2] is None)[1:] if likely[0].shape else tried[0][1:]
+    if not likely[0].shape:  # a row is a datum, mixed or not
+        return tried[0][1:]
+    if ends is None:
+        return min(tried, key=lambda t: t[2] is None)[1:]
     for _, data, where in tried:
         nearest = shown(owners(outputs, ends[0], ends[1], data, most), ends[1], data)
         if nearest != UNSHOWN and nearest[1] == 0:

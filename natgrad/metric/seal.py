@@ -6,8 +6,7 @@ in it, whoever writes the file. Strides are in the seal too: files lose them, an
 them.
 
 CRC-32 finds every flipped bit and every burst of up to 32 bits, and other damage but for one in 4·10⁹. It is in the
-standard library and runs faster than memory is copied (6.8 GB/s to 2.4; SHA-256 has 1.9). It keeps no one from changing
-a state on purpose: who can write the state can write its seal.
+standard library. It keeps no one from changing a state on purpose: who can write the state can write its seal.
 """
 
 from __future__ import annotations

@@ -62,6 +62,9 @@ class BlockState:
         return {k: t for k in kept if (t := getattr(self, k)) is not None}
 
 
+MadeFor = tuple[list[tuple[Block, int]], set[str]]  # blocks with versions of their statistics; names of gradients
+
+
 @dataclass
 class Plan:
     """What steps have in common until the metric changes or other parameters have gradients.
@@ -69,7 +72,7 @@ class Plan:
     Lists and tensors without a remark have one entry for each of `mine`.
     """
 
-    made_for: tuple[list[tuple[Block, int]], set[str]]  # blocks with the versions of their statistics; gradients' names
+    made_for: MadeFor
     covered: set[str]  # parameters that blocks cover
     active: list[Block]  # blocks of all ranks that have a gradient
     owned: list[Block]  # blocks whose directions are found here

@@ -27,7 +27,7 @@ from natgrad.blocks.batching import Preconditioning
 from natgrad.blocks.collection import statistics_dtype
 from natgrad.metric.metric import Metric
 from natgrad.optim.adam import Adam
-from natgrad.optim.block_state import BlockState, Plan, look, shared_options
+from natgrad.optim.block_state import BlockState, MadeFor, Plan, look, shared_options
 from natgrad.optim.step_arithmetic import aged, bound, lengths, move_
 from natgrad.optim.step_rule import Increments, Options, StepContext, StepRule
 from natgrad.optim.step_sizes import VECTOR_SHARE, DirectionSizes, Matrix, matrices_of
@@ -77,7 +77,7 @@ class NormalisedStep(StepRule):
         now = [(b, b.version) for b in metric.blocks or []], set(df)
         plan = self._plan
         if plan is None or context.refreshed or plan.made_for != now:
-            plan = self._plan = self.plan(metric, df, context.refreshed)
+            plan = self._plan = self.plan(metric, df, context.refreshed, now)
         moved: dict[str, Tensor] = {}
         told: dict[str, Any] = {}
         if plan.active:
@@ -89,7 +89,7 @@ class NormalisedStep(StepRule):
         self.info.update({"kept_factors": 0, **told})
         return {n: d for n, d in moved.items() if n in df}
 
-    def plan(self, metric: Metric, df: Mapping[str, Tensor], refreshed: bool) -> Plan:
+    def plan(self, metric: Metric, df: Mapping[str, Tensor], refreshed: bool, made_for: MadeFor) -> Plan:
         """Return what holds from this step to the next refresh. Collective after a refresh, where there are shards."""
         place, blocks, scale = self.strategy, metric.blocks or [], metric.gradient_scale
         known: list[Block] = [b for b in blocks if b.known]
@@ -114,7 +114,7 @@ class NormalisedStep(StepRule):
         if scale is not None:
             scales = [s.rescale(b) if s.newton_scale is None else s.newton_scale for s, b in zip(states, mine)]
         return Plan(
-            made_for=([(b, b.version) for b in blocks], set(df)),
+            made_for=made_for,
             covered={n for b in known for n in b.names},
             active=active,
             owned=owned,

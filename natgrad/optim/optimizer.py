@@ -85,7 +85,7 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
         self.steps = self.refreshes = self._next_refresh = 0
-        self._missed = 0  # refreshes in a row that fell due and brought nothing
+        self._misses = 0  # refreshes in a row that fell due and brought nothing
         self.refreshed = False
         self.rule = rule_of(metric, step)
         self.strategy = self.rule.strategy = metric.strategy or Strategy()
@@ -259,12 +259,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.refreshed = self.metric.advance(decay)
         if self.refreshed:
             self.refreshes += 1
-            self._missed = 0
+            self._misses = 0
         elif due and self.metric.needs_refresh:
             if not self.refreshes:
                 raise RuntimeError(self.metric.why_no_statistics)
-            self._missed += 1
-            if self._missed == MISSES:
+            self._misses += 1
+            if self._misses == MISSES:
                 say_stale(self.metric.why_no_statistics)
         self.steps += 1
         if due:

@@ -84,6 +84,7 @@ class GaussNewtonLoss(CriterionLikelihood):
     def __init__(self, criterion: nn.Module) -> None:
         super().__init__(criterion)
         self._used: dict[int, list[int]] = {}  # how many tensors an output has → which of them the loss depends on
+        self._asked: tuple[Tensors, Hessian] | None = None  # the Hessian in these outputs, between two questions
 
     def split(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, targets = super().split(*args, **kwargs)
@@ -127,23 +128,25 @@ class GaussNewtonLoss(CriterionLikelihood):
         loss = self.terms(output, targets)
         if loss.numel() > 1 or self.reduction == "sum":
             return loss.sum()
-        return loss.sum() * rows_of(self.used(output))  # a mean: as many times as there are data
+        return loss.sum() * length_of(self.used(output))  # a mean: as many times as there are data
 
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         with torch.no_grad():
             loss = self.terms(self._example, targets)
-        return outputs[0].new_ones(loss.numel() if loss.numel() > 1 else rows_of(outputs))
+        return outputs[0].new_ones(loss.numel() if loss.numel() > 1 else length_of(outputs))
 
     # its curvature
 
     def unbatched(self, outputs: Tensors) -> bool:
-        return any(o.dim() == 0 or o.shape[0] != rows_of(outputs) for o in outputs)
+        return any(o.dim() == 0 or o.shape[0] != length_of(outputs) for o in outputs)
 
     def coupled(self, outputs: Tensors, targets: Any) -> bool:
-        count = rows_of(outputs)
+        count = length_of(outputs)
         if count == 1 or self.unbatched(outputs):
             return False
-        return not Hessian(self, outputs, targets).falls_into(in_rows(outputs, count))
+        hessian = Hessian(self, outputs, targets)
+        self._asked = outputs, hessian  # the roots are asked for next
+        return not hessian.falls_into(in_rows(outputs, count))
 
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         split, root = self._root(outputs, targets)
@@ -157,18 +160,14 @@ class GaussNewtonLoss(CriterionLikelihood):
         return [FisherRoot(outputs, split.like(column), terms) for column in root.unbind(-1)]
 
     def observed(self, outputs: Tensors, output: Any, targets: Any, data: Data) -> Tensors:
-        if self.coupled(outputs, targets):
-            raise ValueError(
-                f"kind='empirical' takes the loss of each datum alone, but {self.name} couples the data of a batch; "
-                "take kind='exact' or 'sampled'"
-            )
+        self._asked = None
         with torch.no_grad():
             loss = self.terms(output, targets)
         sizes = [prod(outputs[0].shape[: i + 1]) for i in range(outputs[0].dim())]
-        if loss.numel() > 1 and loss.shape[0] != rows_of(outputs) and loss.numel() not in sizes:
+        if loss.numel() > 1 and loss.shape[0] != length_of(outputs) and loss.numel() not in sizes:
             raise ValueError(
                 f"kind='empirical' takes the loss of each datum alone, but {self.name} returns {describe(loss)} for "
-                f"{rows_of(outputs)} data; return terms with the data in front, those that are masked as zeros"
+                f"{length_of(outputs)} data; return terms with the data in front, those that are masked as zeros"
             )
         return super().observed(outputs, output, targets, data)
 
@@ -178,7 +177,8 @@ class GaussNewtonLoss(CriterionLikelihood):
         Raises:
             ValueError: H has a negative eigenvalue, or is too large.
         """
-        product = Hessian(self, outputs, targets)
+        asked, self._asked = self._asked, None
+        product = asked[1] if asked is not None and asked[0] is outputs else Hessian(self, outputs, targets)
         split = next(s for s in splits(outputs) if product.falls_into(s))
         blocks = product.blocks(split)
         values, vectors = (
@@ -271,7 +271,7 @@ class Hessian:
 
 def splits(outputs: Tensors) -> list[Split]:
     """Finest first: entries, rows along the last or the second dimension, data, everything."""
-    count = rows_of(outputs) if all(o.dim() and o.shape[0] == rows_of(outputs) for o in outputs) else 1
+    count = length_of(outputs) if all(o.dim() and o.shape[0] == length_of(outputs) for o in outputs) else 1
     by_datum = in_rows(outputs, count)
     found = [Split(lambda t: by_datum.rows(t).reshape(-1, 1), lambda r: by_datum.like(r.reshape(count, -1)))]
     if len(outputs) == 1 and outputs[0].dim() > 1:
@@ -304,7 +304,7 @@ def in_dtype_of(output: Any, targets: Any) -> Any:
     return replace_tensors(targets, old, tuple(t.to(floats(output)[0].dtype) for t in old))
 
 
-def rows_of(outputs: Tensors) -> int:
+def length_of(outputs: Tensors) -> int:
     return outputs[0].shape[0] if outputs[0].dim() else 1
 
 

@@ -75,6 +75,10 @@ class MultiHead(CriterionLikelihood):
     def unbatched(self, outputs: Tensors) -> bool:
         return any(h.unbatched(h.outputs(head_of(self._output, k))) for k, h in self.heads.items())
 
+    def coupled(self, outputs: Tensors, targets: Any) -> bool:
+        mine = {k: head_of(self._output, k) for k in self.heads}
+        return any(h.coupled(h.outputs(mine[k]), target_of(targets, k)) for k, h in self.heads.items())
+
     def why_targets(self) -> str | None:
         return next((f"head {k!r}: {why}" for k, h in self.heads.items() if (why := h.why_targets())), None)
 
