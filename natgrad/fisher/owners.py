@@ -148,8 +148,6 @@ def whose(
         nearest = nearest if own is not None and bool((own == MIXED).any()) else UNSHOWN
     if nearest != UNSHOWN:
         return data, where
-    if not likely[0].shape:  # a row is a datum, mixed or not
-        return tried[0][1:]
     if ends is None:
         return min(tried, key=lambda t: t[2] is None)[1:]
     for _, data, where in tried:
