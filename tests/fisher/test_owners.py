@@ -529,14 +529,14 @@ def test_heads_with_rows_in_another_order() -> None:
 
 
 class Blurred(nn.Module):
-    """Positions mix over time, and data over data, before a head that takes each row by itself."""
+    """A layer on flattened rows, which then mix over time and data, before a head that takes each row by itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.into, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.into(x).tanh()
+        h = self.into(x.flatten(0, 1)).unflatten(0, x.shape[:2]).tanh()
         return self.head(h.cumsum(0) + h.mean(1, keepdim=True)).transpose(0, 1).flatten(0, 1)
 
 
