@@ -194,6 +194,20 @@ def test_divergence_has_the_metric_of_the_logits(reduction: str, log_target: boo
     assert relative(metric.dense(), expected) <= 1e-10
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_divergence_at_several_positions(reduction: str) -> None:
+    """Two batches of unlike sizes, as the mass of a position counts there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))).double()
+    x, target, loss = drawn(N, 3), drawn(N, 2, 3, seed=4).softmax(-1), nn.KLDivLoss(reduction=reduction)
+    metric = ng.Fisher(nn.Sequential(model, nn.LogSoftmax(-1)), loss, kind="exact", structure="dense")
+    for rows in (slice(0, 4), slice(4, N)):
+        metric.update(x[rows], target[rows])
+    expected = matrix(model, lambda z, t: loss(z.log_softmax(-1), t), x, target)
+    assert relative(metric.dense(), expected) <= 1e-10
+
+
 def test_divergence_of_what_is_no_distribution_is_refused() -> None:
     metric = ng.Fisher(net(), nn.KLDivLoss(reduction="batchmean"))
     with pytest.raises(ValueError, match="return log_softmax"):
