@@ -33,6 +33,12 @@ class BatchStatistics:
     def sums(self) -> list[Tensor]:
         return [s for _, new in self.statistics for average in new.values() for s in average.sums.values()]
 
+    @property
+    def finite(self) -> bool:
+        """Whether no statistic holds NaN or Inf."""
+        sums = self.sums()
+        return not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all())
+
 
 def merge(blocks: Sequence[Block], batches: Sequence[BatchStatistics], plain: bool) -> BatchStatistics:
     """Return several batches as one. `plain`: sums are never divided."""

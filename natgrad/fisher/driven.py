@@ -320,8 +320,7 @@ class DrivenMetric(BlockMetric):
         """Whether its statistics are finite; if not, the earlier ones stay in force, and it is said once and
         counted.
         """
-        sums = draw.sums()
-        if not sums or bool(torch.isfinite(torch.stack(torch._foreach_norm(sums))).all()):
+        if draw.finite:
             return True
         if not self.dropped:
             warnings.warn(

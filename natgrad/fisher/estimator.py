@@ -364,7 +364,7 @@ class Estimator:
             return likely[0], [0] * len(calls)
         noted = [c for c in calls if c.op != PER_DATUM]
         edges = list(returned)
-        ends = (partial(backward.at, edges), [(returned[e], unchanged) for e in edges])
+        ends = (partial(backward.at, edges), [(returned[e], Tensor.detach) for e in edges])
         data, where = whose(
             outputs,
             backward.at_calls,
@@ -396,7 +396,3 @@ class Estimator:
             "is deployed",
             stacklevel=4,
         )
-
-
-def unchanged(g: Tensor) -> Tensor:
-    return g

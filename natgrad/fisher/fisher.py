@@ -30,7 +30,7 @@ from natgrad.fisher import state as metric_file
 from natgrad.fisher.coverage import Coverage, coverage_of
 from natgrad.fisher.driven import DrivenMetric
 from natgrad.fisher.estimator import Estimator
-from natgrad.fisher.forward import check_output, isolated, traced_forward, usable
+from natgrad.fisher.forward import check_finite, check_output, isolated, traced_forward, usable
 from natgrad.fisher.hooks import CriterionHooks
 from natgrad.fisher.likelihoods.multi_head import MultiHead, Weight
 from natgrad.fisher.likelihoods.registry import likelihood_of
@@ -156,8 +156,6 @@ class Fisher(DrivenMetric):
         self._masses: dict[str, Tensor] = {}  # of the loss terms added by `update`, by head
         self._watcher = CriterionHooks(self, model, self._criteria)
 
-    # copies --------------------------------------------------------------------------------------------
-
     copies_with_model = True
 
     @property
@@ -224,6 +222,7 @@ class Fisher(DrivenMetric):
                 "the output does not depend on any parameter of the metric: it is detached, or the model was run under "
                 "no_grad or ignores its parameters"
             )
+        check_finite(batch)
         go_on(batch.streams)
         return batch
 

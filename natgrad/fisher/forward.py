@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe, leaves_of
+from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
@@ -74,6 +75,15 @@ def check_output(likelihood: CriterionLikelihood, output: Any, targets: Any) -> 
             f"{likelihood.name} cannot take {describe(output)} with targets {describe(targets)}: "
             f"{str(error).rstrip('.')}. If the training loop reshapes the output first, do the same in `output=`"
         ) from error
+
+
+def check_finite(batch: BatchStatistics) -> None:
+    """Raise a ValueError if statistics hold NaN or Inf."""
+    if not batch.finite:
+        raise ValueError(
+            "the statistics of this batch hold NaN or Inf, as where the loss has no second derivative at the model's "
+            "output; nothing was added. Look at the inputs, the labels and the parameters"
+        )
 
 
 def usable(outputs: Tensors) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -246,7 +247,14 @@ def test_a_loss_without_curvature_is_said() -> None:
         (lambda: ng.Loss(F.mse_loss, reduction="none"), "reduction"),
         (lambda: ng.Fisher(net(), nn.CTCLoss()), r"ng\.Loss"),
         (lambda: ng.Fisher(net(), nn.MSELoss(), weights={"a": 1.0}), "several heads"),
+        (lambda: heads([1.0]), "takes {output key: weight}, got a list"),
         (lambda: heads({"c": 1.0}), "heads that there are not"),
+        (lambda: updated(lambda o, y: float(o.detach().sum())), "has to return a tensor.*got a float"),
+        (lambda: updated(lambda o, y: (o.sum(), 1)), "has to return a tensor.*got a tuple"),
+        (lambda: updated(lambda o, y: None), "has to return a tensor.*got a NoneType"),
+        (lambda: updated(lambda o, y: (o.detach() - y).square()), "is not differentiable"),
+        (lambda: updated(lambda o, y: (o * 0).sqrt().sum()), "statistics of this batch hold NaN"),
+        (lambda: ng.Fisher(net(), nn.HuberLoss()).update(drawn(N, 3), NUMBERS[:, :1]), "the shapes differ"),
         (lambda: heads({"a": -1.0}), "at least 0"),
         (lambda: heads({"a": float("nan")}), "at least 0"),
         (lambda: heads({"a": "much"}), "must be a number"),
@@ -255,6 +263,25 @@ def test_a_loss_without_curvature_is_said() -> None:
 def test_bad_input_is_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def updated(fn: Callable[[Any, Any], Any]) -> None:
+    ng.Fisher(net(), ng.Loss(fn)).update(drawn(N, 3), NUMBERS)
+
+
+def test_a_batch_without_second_derivatives_is_dropped_in_training() -> None:
+    """This power has none at zero; the gradient is finite."""
+    model, loss = net(), ng.Loss(lambda o, y: (o - y).abs().pow(1.5))
+    opt = ng.NaturalGradient(ng.Fisher(model, loss), refresh=1)
+    x = drawn(N, 3)
+    for step in range(3):
+        y = model(x).detach() if step == 1 else NUMBERS
+        opt.zero_grad()
+        with pytest.warns(UserWarning, match="hold NaN or Inf") if step == 1 else nullcontext():
+            loss(model(x), y).backward()
+            opt.step()
+    assert opt.info["dropped_statistics"] == 1
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
 # heads -------------------------------------------------------------------------------------------------

@@ -191,6 +191,12 @@ def check_reduction(criterion: Any) -> None:
         )
 
 
+def check_shapes(output: Tensor, targets: Any) -> None:
+    """Raise a ValueError where a loss of entries would broadcast."""
+    if isinstance(targets, Tensor) and targets.shape != output.shape:
+        raise ValueError("the shapes differ, and broadcasting them would make another loss")
+
+
 def normal_like(f: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(f.shape, dtype=f.dtype, device=f.device, generator=generator)
 

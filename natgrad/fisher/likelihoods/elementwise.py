@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from natgrad._tree import Tensors
-from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, counted, normal_like
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_shapes, counted, normal_like
 
 
 class Elementwise(CriterionLikelihood):
     """Losses whose terms are the elements of one output, each with curvature c·h."""
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
-        if isinstance(targets, Tensor) and targets.shape != output.shape:
-            raise ValueError("the shapes differ, and broadcasting them would make another loss")
+        check_shapes(output, targets)
         return super().sum_loss(output, targets)
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad._tree import Tensors, describe, leaves_of, replace_tensors
-from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_reduction
+from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_reduction, check_shapes
 from natgrad.fisher.owners import Data
 
 NEGATIVE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest eigenvalue: rounding of second derivatives
@@ -56,10 +56,15 @@ class Loss(nn.Module):
         check_reduction(self)
 
     def forward(self, input: Any, target: Any) -> Tensor:
-        loss = self.fn(input, target)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"the function of a Loss returns a tensor, got {describe(loss)}")
+        loss = self.terms(input, target)
         return loss.mean() if self.reduction == "mean" else loss.sum()
+
+    def terms(self, output: Any, target: Any) -> Tensor:
+        """Return what the function returns."""
+        loss = self.fn(output, target)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the function of a Loss has to return a tensor, a scalar or terms, got {describe(loss)}")
+        return loss
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class GaussNewtonLoss(CriterionLikelihood):
 
     def terms(self, output: Any, targets: Any) -> Tensor:
         """The loss as it is returned: a scalar, or terms."""
-        return self.criterion.fn(output, in_dtype_of(output, targets))
+        found: Tensor = self.criterion.terms(output, in_dtype_of(output, targets))
+        return found
 
     def sum_loss(self, output: Any, targets: Any) -> Tensor:
         self._learn(output, targets)
@@ -181,6 +187,8 @@ class GaussNewtonLoss(CriterionLikelihood):
         product = asked[1] if asked is not None and asked[0] is outputs else Hessian(self, outputs, targets)
         split = next(s for s in splits(outputs) if product.falls_into(s))
         blocks = product.blocks(split)
+        if not bool(torch.isfinite(blocks).all()):
+            return split, torch.full_like(blocks, torch.nan)  # as the loss: such statistics are not counted
         values, vectors = (
             (blocks[..., 0], torch.ones_like(blocks)) if blocks.shape[-1] == 1 else torch.linalg.eigh(blocks)
         )
@@ -199,6 +207,7 @@ class ModuleLoss(GaussNewtonLoss):
     """A loss module of `torch.nn` that is no likelihood, with its own terms."""
 
     def terms(self, output: Any, targets: Any) -> Tensor:
+        check_shapes(output, targets)
         apart = copy.copy(self.criterion)
         apart.reduction = "none"
         # `forward` and not a call: hooks on the user's criterion are not ours to fire

@@ -35,6 +35,8 @@ class MultiHead(CriterionLikelihood):
         if len({id(c) for c in criteria.values()}) < len(criteria):
             raise ValueError("two heads share one criterion module; give each head a module of its own")
         self.reduction = next(iter(reductions.values()))
+        if weights is not None and not isinstance(weights, Mapping):
+            raise TypeError(f"weights takes {{output key: weight}}, got {describe(weights)}")
         self.weights = dict(weights or {})
         if unknown := self.weights.keys() - self.heads.keys():
             raise ValueError(
