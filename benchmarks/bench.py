@@ -150,8 +150,11 @@ def main() -> int:
         print(f"benchmarks.bench: {RUNS} holds the study's runs; give --smoke another --out", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, stop)
-    return smoke(args.out, args.scale) if args.smoke else full(args.out, args.scale)
+    handler = signal.signal(signal.SIGINT, stop)
+    try:
+        return smoke(args.out, args.scale) if args.smoke else full(args.out, args.scale)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def stop(*_: object) -> None:

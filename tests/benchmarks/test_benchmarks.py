@@ -288,7 +288,6 @@ def test_the_smoke_slice_runs_resumes_and_writes_the_schema(
     before = harness.read(file)
     assert "the same command goes on" in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", ["bench", *words])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert bench.main() == 0
     shown = capfd.readouterr().out
     assert "digits_classifier" in shown
