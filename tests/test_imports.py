@@ -13,7 +13,7 @@ import pytest
 import natgrad
 
 # Each room may import those before it.
-ROOMS = ("_tree", "linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "cli")
+ROOMS = ("linalg", "metric", "capture", "blocks", "distributed", "fisher", "function_space", "optim", "uses", "cli")
 FACES = (
     "__init__",
     "__main__",

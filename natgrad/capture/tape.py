@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad._tree import leaves_of
 from natgrad.capture.compile import eager, go_on_in_python
 from natgrad.capture.decompose import REWRITES
 from natgrad.capture.ops import IN_PLACE, RULES, OpUse, Picked, known_as, op_name
@@ -30,6 +29,7 @@ from natgrad.capture.ops.elementwise import elements
 from natgrad.capture.parameters import ParameterSlice, find, slice_of, weight_slice
 from natgrad.capture.picked import node_behind, picked_slice
 from natgrad.capture.views import LinearForm, kept_input
+from natgrad.linalg.tree import leaves_of
 from natgrad.metric.interrupts import uninterrupted
 
 Edge = tuple[Any, int]  # (autograd node, number of its output): comparable, unlike GradientEdge

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad._tree import Tensors
 from natgrad.capture.layouts import element_layout, flat_layout
 from natgrad.capture.parameters import ParameterSlice
 from natgrad.capture.tape import CaptureError, Edge, LayerCall, Uncaptured, as_gradient_edge
 from natgrad.capture.views import GradientView
 from natgrad.fisher.owners import Data
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
+from natgrad.linalg.tree import Tensors
 
 DENSE_LIMIT = 512  # parameters without an op rule: dense up to this size, diagonal beyond
 PER_DATUM = "per-datum gradients"  # stands for an op where no rule covers a parameter

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, replace_tensors
 from natgrad.blocks.average import Statistics
 from natgrad.blocks.base import Block
 from natgrad.blocks.batch_statistics import BatchStatistics, Streams, go_on
@@ -36,6 +35,7 @@ from natgrad.fisher.forward import usable, why_unusable
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.owners import Data, likely_data, whose
 from natgrad.fisher.pseudo_gradients import cotangents
+from natgrad.linalg.tree import Tensors, replace_tensors
 
 
 @dataclass

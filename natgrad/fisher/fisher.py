@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import describe
 from natgrad.blocks.batch_statistics import BatchStatistics, go_on, merge
 from natgrad.blocks.collection import BlockCollection, statistics_dtype
 from natgrad.blocks.structures import STRUCTURES
@@ -44,6 +43,7 @@ from natgrad.fisher.options import (
     max_factor_dim_by_pattern,
     unwrapped,
 )
+from natgrad.linalg.tree import describe
 from natgrad.metric.copies import refuse_pickle
 from natgrad.metric.interrupts import uninterrupted
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, describe, leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.tape import Tape
 from natgrad.distributed.ddp import kept_attributes
 from natgrad.fisher.hooks import unwatched
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.linalg.tree import Tensors, describe, leaves_of
 from natgrad.metric.interrupts import entered
 
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from natgrad._tree import leaves_of
 from natgrad.blocks.batch_statistics import BatchStatistics
 from natgrad.capture.compile import go_on_in_python
 from natgrad.capture.purpose import ACCUMULATED, purpose_of_pass
 from natgrad.capture.tape import Hook, Tape, in_backward, in_transform
+from natgrad.linalg.tree import leaves_of
 from natgrad.metric.interrupts import uninterrupted
 
 _unwatched: ContextVar[bool] = ContextVar("unwatched", default=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import describe
+from natgrad.linalg.tree import describe
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # attribute names that wrappers add to parameter names
 

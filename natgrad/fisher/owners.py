@@ -20,9 +20,9 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
-from natgrad._tree import Tensors, describe
 from natgrad.capture.rows import row_table
 from natgrad.capture.views import INNER, Place, data_first
+from natgrad.linalg.tree import Tensors, describe
 
 Backward = Callable[[Tensors], list["Tensor | None"]]  # cotangent of the outputs → gradients at the noted calls
 Leading = tuple[tuple[int, ...], Callable[[Tensor], Tensor]]  # sizes of the leading dimensions; gradient → rows

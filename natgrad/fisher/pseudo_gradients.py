@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from natgrad._tree import Tensors
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.owners import Data
+from natgrad.linalg.tree import Tensors
 
 MAX_PASSES = 10_000  # backward passes an update may take before it is refused
 

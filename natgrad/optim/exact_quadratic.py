@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad._tree import describe
 from natgrad.fisher.fisher import Fisher
 from natgrad.fisher.options import arguments
+from natgrad.linalg.tree import describe
 from natgrad.metric.metric import Metric, Vector
 from natgrad.optim.step_rule import Increments, StepContext, StepRule, one_value
 

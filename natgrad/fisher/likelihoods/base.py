@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, describe, replace_tensors
 from natgrad.fisher.owners import Data
+from natgrad.linalg.tree import Tensors, describe, replace_tensors
 
 
 @dataclass(frozen=True)

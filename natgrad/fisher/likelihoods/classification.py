@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, describe
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot
+from natgrad.linalg.tree import Tensors, describe
 
 
 class CrossEntropy(CriterionLikelihood):

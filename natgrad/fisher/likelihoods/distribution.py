@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from natgrad._tree import Tensors, describe, leaves_of, replace_tensors
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_reduction
 from natgrad.fisher.likelihoods.closed_forms import CLOSED_FORMS
+from natgrad.linalg.tree import Tensors, describe, leaves_of, replace_tensors
 
 
 class Likelihood(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad._tree import Tensors
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_shapes, counted, normal_like
+from natgrad.linalg.tree import Tensors
 
 
 class Elementwise(CriterionLikelihood):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, describe, leaves_of, replace_tensors
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_reduction, check_shapes
 from natgrad.fisher.owners import Data
+from natgrad.linalg.tree import Tensors, describe, leaves_of, replace_tensors
 
 NEGATIVE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest eigenvalue: rounding of second derivatives
 LAPLACE = (

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from natgrad._tree import Tensors, describe
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
 from natgrad.fisher.likelihoods.registry import likelihood_of
 from natgrad.fisher.owners import Data
+from natgrad.linalg.tree import Tensors, describe
 
 Weight = float | Tensor | Callable[[], Any]  # of a head; a callable is asked at every refresh
 
