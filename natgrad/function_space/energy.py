@@ -6,22 +6,24 @@ The metric is the second derivative of E in function space, pulled back: with z 
 
 For F = ½|∇u|² + h(u) − f u this is ∫ ∇v·∇w + h″(u) v w (Müller & Zeinhofer 2023, https://arxiv.org/abs/2302.13163,
 section 3). F_zz is taken by automatic differentiation and its negative eigenvalues, which a non-convex h can give,
-count as zero.
+count as zero. Parameters that F computes with itself, as an unknown coefficient, are further entries of z.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
-from natgrad.function_space.jacobian import JacobianOperator
+from natgrad.function_space.jacobian import KEPT_BYTES, JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.operators import value_and_gradient
 from natgrad.function_space.residuals import CHUNK_BYTES, Batch, check_batch
-from natgrad.metric.metric import Vector, named
+from natgrad.function_space.scope import Params, Scope
+from natgrad.metric.metric import Vector
 
 Density = Callable[..., Tensor]
 
@@ -35,6 +37,8 @@ class Energy(JacobianMetric):
             else (outputs,); du its gradient, (d,) for one output, else (d, outputs).
         solver: "auto" | "dense" | "kernel" | "cg".
         chunk: points differentiated at once; None bounds the memory by itself.
+        params: what densities compute with beside the model, ``{name: module or parameter}``. All of it is trained.
+            The parameters that a density reads itself must be few: fields belong to the model, as further outputs.
 
     A batch is ``{term: (points, quadrature weights, *data)}``.
 
@@ -45,8 +49,11 @@ class Energy(JacobianMetric):
 
     Raises:
         TypeError, ValueError: densities that are not callables, no such solver; at `observe`, a batch that does not
-            fit, a density that is not a scalar, does not depend on the network or is not finite.
+            fit, a density that is not a scalar, does not depend on the network, reads parameters that are not the
+            metric's or too many, or is not finite.
     """
+
+    scope: Scope
 
     def __init__(
         self,
@@ -54,8 +61,9 @@ class Energy(JacobianMetric):
         densities: Mapping[str, Density],
         solver: str = "auto",
         chunk: int | None = None,
+        params: Params | None = None,
     ) -> None:
-        super().__init__(named(model), solver)
+        super().__init__(Scope(model, params), solver)
         if not isinstance(densities, Mapping) or not densities or not all(callable(f) for f in densities.values()):
             raise TypeError(
                 "densities must be a dict {name: F} of callables F(u, du, x, *data) → energy density at one point"
@@ -66,20 +74,23 @@ class Energy(JacobianMetric):
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self._roots: dict[str, Tensor] = {}  # (points, m, m) roots of w F_zz, by term
         self._slopes: dict[str, Tensor] = {}  # (points, m): w F_z
+        self._direct: dict[str, list[str]] = {}  # parameters that a density reads itself, by term
 
     def observe(self, batch: Batch) -> Tensor:
         """Linearise at the current parameters; returns the energy."""
         self._take_point()
         self.batch = check_batch(batch, list(self.densities), next(iter(self.point.values())))
-        energy = []
+        read = set()
+        for name, (x, *rest) in self.batch.items():
+            if not rest or rest[0].shape != (len(x),):
+                raise ValueError(
+                    f"the batch of term {name!r} must be (points, quadrature weights, *data) with weights of "
+                    f"shape ({len(x)},)"
+                )
+            read |= self._check_density(name)
+        self.scope.check_entries(read)
         with torch.no_grad():
-            for name, (x, *rest) in self.batch.items():
-                if not rest or rest[0].shape != (len(x),):
-                    raise ValueError(
-                        f"the batch of term {name!r} must be (points, quadrature weights, *data) with weights of "
-                        f"shape ({len(x)},)"
-                    )
-                energy.append(self._second_order(name))
+            energy = [self._second_order(name) for name in self.batch]
         self.rows = JacobianOperator(
             sum(r.shape[0] * r.shape[1] for r in self._roots.values()),
             sum(p.numel() for p in self.point.values()),
@@ -93,7 +104,7 @@ class Energy(JacobianMetric):
 
     def gradient(self) -> Vector:
         self.linearised()
-        return self._pull(self._slopes)
+        return self.tangent(self.columns(self._pull(self._slopes)))
 
     def loss_at(self, increments: Mapping[str, Tensor]) -> float:
         at = self.moved(increments)
@@ -106,19 +117,47 @@ class Energy(JacobianMetric):
 
     # per term --------------------------------------------------------------------------------------------
 
-    def _at_point(self, params: Vector, x: Tensor) -> Tensor:
-        """z = (u, ∇u) flattened, (m,) with m = outputs·(1 + d)."""
-        value, slope = value_and_gradient(lambda y: functional_call(self.model, params, (y,)), x)
-        return torch.cat([value.reshape(-1), slope.reshape(-1)])
+    def _at_point(self, name: str, params: Vector, x: Tensor) -> Tensor:
+        """z = (u, ∇u, parameters that the density reads) flattened, (m,) with m = outputs·(1 + d) + …."""
+        value, slope = self.scope.call(params, value_and_gradient, lambda y: self.model(y), x)
+        return torch.cat([value.reshape(-1), slope.reshape(-1), *(params[n].reshape(-1) for n in self._direct[name])])
 
     def _fields(self, name: str, params: Vector) -> Tensor:
         """(points, m)"""
-        return vmap(lambda x: self._at_point(params, x))(self.batch[name][0])
+        return vmap(lambda x: self._at_point(name, params, x))(self.batch[name][0])
+
+    def _check_density(self, name: str) -> set[str]:
+        """Find the parameters that the density reads itself; return those that the term depends on."""
+        x, _, *data = (d[0] for d in self.batch[name])
+        live, what = self.scope.live(), f"density {name!r}"
+        self._direct[name] = []
+        with torch.enable_grad():
+            z = self._at_point(name, live, x)
+            through = self.scope.read_by(f"the model in {what}", self.model, z, live, self.parameters)
+            density = self._density_of(name, live, z.detach(), x, *data)
+            direct = self.scope.read_by(what, self.densities[name], density, live, self.parameters)
+        self._direct[name] = [n for n in self.point if n in direct]
+        size = len(z) + sum(self.point[n].numel() for n in self._direct[name])
+        if self._direct[name] and len(self.batch[name][0]) * size**2 * z.element_size() > KEPT_BYTES:
+            raise ValueError(
+                f"density {name!r} reads {size - len(z)} parameters itself ({', '.join(self._direct[name][:3])}, …), "
+                f"and its second variation would take {size}×{size} numbers at each point; make the field that they "
+                "belong to an output of the model"
+            )
+        return through | direct
 
     def _density_at(self, name: str, z: Tensor, x: Tensor, *data: Tensor) -> Tensor:
+        """F at one point, with the parameters that it reads itself in z."""
+        like = {n: self.point[n] for n in self._direct[name]}
+        sizes = [p.numel() for p in like.values()]
+        fields, *own = z.split([len(z) - sum(sizes), *sizes])
+        values = {n: v.reshape(p.shape) for (n, p), v in zip(like.items(), own)}
+        return self._density_of(name, values, fields, x, *data)
+
+    def _density_of(self, name: str, values: Vector, z: Tensor, x: Tensor, *data: Tensor) -> Tensor:
         outputs = len(z) // (1 + len(x))
         u, du = (z[0], z[1:]) if outputs == 1 else (z[:outputs], z[outputs:].reshape(len(x), outputs))
-        density = self.densities[name](u, du, x, *data)
+        density = self.scope.call(values, self.densities[name], u, du, x, *data)
         if not isinstance(density, Tensor) or density.numel() != 1:
             got = tuple(density.shape) if isinstance(density, Tensor) else type(density).__name__
             raise ValueError(
@@ -164,12 +203,12 @@ class Energy(JacobianMetric):
             x, m = self.batch[name][0], root.shape[1]
             points = self.chunk or max(1, CHUNK_BYTES // (8 * m * size))
             for start in range(0, len(x), points):
-                part = vmap(jacrev(self._at_point), (None, 0))(self.point, x[start : start + points])
+                part = vmap(jacrev(partial(self._at_point, name)), (None, 0))(self.point, x[start : start + points])
                 jac = torch.cat([part[n].reshape(*part[n].shape[:2], -1) for n in self.point], dim=2)  # (points, m, P)
                 yield (root[start : start + points] @ jac).reshape(-1, size)
 
     def _jvp(self, v: Tensor) -> Tensor:
-        tangent = self.flat_to_vector(v)
+        tangent = self.split(v)
         moved = {n: jvp(lambda p, n=n: self._fields(n, p), (self.point,), (tangent,))[1] for n in self.densities}
         return torch.cat([(self._roots[n] @ dz[:, :, None]).reshape(-1) for n, dz in moved.items()])
 
@@ -178,7 +217,7 @@ class Energy(JacobianMetric):
         pulled = {
             n: (r.mT @ part.reshape(*r.shape[:2], 1))[:, :, 0] for (n, r), part in zip(self._roots.items(), parts)
         }
-        return self.vector_to_flat(self._pull(pulled))
+        return self.columns(self._pull(pulled))
 
     def _pull(self, covectors: Mapping[str, Tensor]) -> Vector:
         """Σ_terms (∂z/∂θ)ᵀ of (points, m) covectors."""

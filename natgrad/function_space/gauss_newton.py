@@ -16,7 +16,9 @@ from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.layer_jacobian import Unseen, layer_rows
 from natgrad.function_space.residuals import Batch, Residuals, Term
-from natgrad.metric.metric import Vector, named
+from natgrad.function_space.scope import Params, Scope
+from natgrad.function_space.weights import Weight, Weights
+from natgrad.metric.metric import Vector
 
 
 class GaussNewton(JacobianMetric):
@@ -26,9 +28,13 @@ class GaussNewton(JacobianMetric):
         model: the network; called with one point of shape (d,).
         terms: ``{name: f}``, ``f(u, x, *data) → residual(s)`` at ONE point: u the network as a function of one point,
             x the point (d,), data what the batch holds beside the points. Returns () or (components,).
-        weights: ``{name: weight}``; 1 for a term not named.
+        weights: ``{name: weight}``; 1 for a term not named. A number, a tensor with an entry a point, or a callable
+            that is asked at every step: ``w()``, ``w(r)`` or ``w(r, x, *data)`` with the residuals r (points,
+            components) before weighting; see `natgrad.function_space.weights`.
         solver: "auto" | "dense" | "kernel" | "cg"; see `natgrad.function_space.solvers`.
         chunk: points differentiated at once; None bounds the memory by itself.
+        params: what terms read beside the model, ``{name: module or parameter}``: unknown coefficients, a second
+            network. All of it is trained. Parameters of the model that a term reads itself need no mention.
 
     Example::
 
@@ -38,31 +44,49 @@ class GaussNewton(JacobianMetric):
         loss = opt.step({"interior": (X, f), "boundary": (Xb, g)})
 
     Raises:
-        TypeError, ValueError: the terms, weights or solver are not as above; at `observe`, the batch does not fit, a
-            residual ignores the parameters or is not finite (names the term and the points).
+        TypeError, ValueError: the terms, weights, params or solver are not as above; at `observe`, the batch does not
+            fit, a residual ignores the parameters, reads one that is not the metric's or is not finite (names the
+            term and the points).
+        RuntimeError: all parameters are frozen.
         MemoryError: a matrix of the solver will not fit; says the bytes and the solver to take.
     """
+
+    scope: Scope
 
     def __init__(
         self,
         model: nn.Module,
         terms: Mapping[str, Term],
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, Weight] | None = None,
         solver: str = "auto",
         chunk: int | None = None,
+        params: Params | None = None,
     ) -> None:
-        super().__init__(named(model), solver)
-        self.residuals = Residuals(model, terms, weights, chunk)
-        self._by_layer = True  # until the residuals turn out to depend on more than linear layers
+        scope = Scope(model, params)
+        super().__init__(scope, solver)
+        self.residuals = Residuals(scope, terms, weights, chunk)
+        self._by_layer = True  # until the residuals turn out not to be made of the factors of layers
+        self._at_points = False  # whether the last batch was differentiated at each point
+
+    @property
+    def weights(self) -> Weights:
+        """{term: weight}. Set all, or one by its name, at any time; the next step takes them."""
+        return self.residuals.weights
+
+    @weights.setter
+    def weights(self, given: Mapping[str, Weight]) -> None:
+        self.residuals.weights = Weights(list(self.residuals.terms), given)
 
     def observe(self, batch: Batch) -> Tensor:
         """Linearise at the current parameters on ``{term: points}`` or ``{term: (points, *data)}``; returns the
         loss."""
         self._take_point()
         res, at, before = self.residuals, self.point, self.residuals.batch
-        res.bind(batch, at)
+        res.bind(batch, at, self.parameters, again=self._at_points)
         self.resampled = any(a is not b for n in before for a, b in zip(before[n], res.batch[n])) if before else None
-        self.root, self.rows = self._linearise_by_layer() or self._linearise()
+        found = self._linearise_by_layer()
+        self._at_points = found is None
+        self.root, self.rows = found or self._linearise()
         self.loss = 0.5 * (self.root @ self.root)
         return self.loss
 
@@ -71,7 +95,7 @@ class GaussNewton(JacobianMetric):
         if not self._by_layer:
             return None
         try:
-            return layer_rows(self.residuals, self.point)
+            return layer_rows(self.residuals, self.point, self.parameters)
         except Unseen:
             self._by_layer = False
             return None
@@ -85,10 +109,10 @@ class GaussNewton(JacobianMetric):
         size = sum(p.numel() for p in at.values())
 
         def jvp(v: Tensor) -> Tensor:
-            return res.jvp(at, self.flat_to_vector(v))
+            return res.jvp(at, self.split(v))
 
         def vjp(c: Tensor) -> Tensor:
-            return self.vector_to_flat(res.vjp(at, c))
+            return self.columns(res.vjp(at, c))
 
         return root, JacobianOperator(res.rows, size, lambda: res.jacobian(at), jvp, vjp, root)
 

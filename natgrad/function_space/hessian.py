@@ -87,7 +87,8 @@ class Hessian(Metric):
 
     def product(self) -> Product:
         """v ↦ ĝv on flat vectors (P,), the gradient's graph built once and shared by all products."""
-        params = list(self.parameters.values())
+        sizes = [p.numel() for p in self.parameters.values()]
+        params = [p for p in self.parameters.values() if p.requires_grad]  # no rows and columns for frozen ones
         with torch.enable_grad():
             grads = torch.autograd.grad(self._loss(), params, create_graph=True, allow_unused=True)
         if all(g is None for g in grads):
@@ -97,7 +98,7 @@ class Hessian(Metric):
         def apply(v: Tensor) -> Tensor:
             if not used:  # a loss linear in the parameters
                 return torch.zeros_like(v)
-            parts = dict(zip(self.parameters.values(), v.split([p.numel() for p in params])))
+            parts = dict(zip(self.parameters.values(), v.split(sizes)))
             out = torch.autograd.grad(
                 [g for g, _ in used],
                 params,
@@ -105,9 +106,9 @@ class Hessian(Metric):
                 retain_graph=True,
                 allow_unused=True,
             )
-            return torch.cat(
-                [torch.zeros_like(p).reshape(-1) if h is None else h.reshape(-1) for h, p in zip(out, params)]
-            )
+            found = dict(zip(params, out))
+            rows = [found.get(p) for p in self.parameters.values()]
+            return torch.cat([v.new_zeros(n) if h is None else h.reshape(-1) for h, n in zip(rows, sizes)])
 
         return apply
 
@@ -186,9 +187,9 @@ class Hessian(Metric):
         """The loss on a batch, its gradient, and from now on its Hessian."""
         self._batch = (batch,) if self._takes_batch else ()
         loss = self._loss()
-        params = list(self.parameters.values())
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        self._df = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.parameters.items(), grads)}
+        live = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        grads = dict(zip(live, torch.autograd.grad(loss, list(live.values()), allow_unused=True)))
+        self._df = {n: torch.zeros_like(p) if grads.get(n) is None else grads[n] for n, p in self.parameters.items()}
         return loss.detach()
 
     def gradient(self) -> Vector:

@@ -8,15 +8,16 @@ give the g and a of all layers. Then
     J v = Σ_s g_s·(V a_s),    Jᵀc = Σ_ns c_n g_ns a_nsᵀ,    (JJᵀ)_nm = Σ_st (g_ns·g_mt)(a_ns·a_mt)
 
 are matrix products that never form J. Where a layer is so thin that its part of J has fewer entries than its factors,
-that part is formed.
+that part is formed. A parameter θ outside of linear layers, as the unknown coefficient of an inverse problem, is given
+to each point as θ + 0 with a zero of the point's own: its derivatives there are the parameter's columns, a = 1.
 
-The same backward pass gives Σ_n ∂r_n/∂θ, which the factors must give as well: a residual that depends on parameters by
-other ways than linear layers is found out at every linearisation.
+The same backward pass gives Σ_n c_n ∂r_n/∂θ, with random c_n, which the factors must give as well: a residual that
+depends on weights by other ways than linear layers is found out at every linearisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,27 +38,33 @@ class Unseen(Exception):
     """The residuals depend on parameters by other ways than linear layers."""
 
 
-def layer_rows(residuals: Residuals, params: Vector) -> tuple[Tensor, JacobianOperator] | None:
+def layer_rows(residuals: Residuals, params: Vector, taken: Iterable[str]) -> tuple[Tensor, JacobianOperator] | None:
     """The stacked residuals (N,) and their Jacobian; None where the factors would not fit in memory.
+
+    Args:
+        params: the parameters that are not frozen.
+        taken: the names of all parameters of the metric.
 
     Raises:
         Unseen: J is not made of the factors of linear layers.
-        ValueError: a residual is not finite (names the term and the points).
+        ValueError: a residual is not finite, or reads a parameter that is not the metric's (names the term).
     """
-    names = layer_names(params)
-    if {n for layer in names for n in layer if n} != set(params):
-        raise Unseen
+    layers = layer_names(params)
+    loose = [n for n in params if not any(n in layer for layer in layers)]
     try:
-        shapes = {name: traced_shapes(residuals, name, params, names) for name in residuals.batch}
-        count = sum(len(residuals.batch[n][0]) * residuals.components[n] * size for n, (_, size) in shapes.items())
+        shapes = {name: traced_shapes(residuals, name, params, layers) for name in residuals.batch}
+        free = sum(params[n].numel() for n in loose)
+        count = sum(
+            len(residuals.batch[n][0]) * (residuals.components[n] * size + free) for n, (_, size) in shapes.items()
+        )
         if count * next(iter(params.values())).element_size() > KEPT_BYTES:
             return None
-        terms = [TermRows(residuals, name, params, names, shapes[name][0]) for name in residuals.batch]
+        terms = [TermRows(residuals, name, params, taken, layers, loose, shapes[name][0]) for name in residuals.batch]
     except RuntimeError as error:  # an input of a layer belongs to a transform inside the term and cannot leave it
         raise Unseen from error
     root = torch.cat([t.root for t in terms])
     residuals.check_finite(root)
-    blocks = {layer: LayerBlock([t.parts[layer] for t in terms]) for layer in names}
+    blocks = {layer: LayerBlock([t.parts[layer] for t in terms]) for layer in terms[0].parts}
     return root, LayerRows(blocks, params).rows(residuals.chunk)
 
 
@@ -68,62 +75,68 @@ def layer_names(params: Vector) -> list[LayerName]:
 
 
 def traced_shapes(
-    residuals: Residuals, name: str, params: Vector, names: list[LayerName]
+    residuals: Residuals, name: str, params: Vector, layers: list[LayerName]
 ) -> tuple[list[torch.Size], int]:
     """Shapes (S, out) of the outputs of every call of a layer at one point, and how many numbers its factors take."""
-    tap = LinearTap({id(params[layer[0]]): layer for layer in names}, None)
-    with torch.no_grad():
-        tapped(residuals, name, params, tap, [d[0] for d in residuals.batch[name]])
+    with torch.no_grad(), LinearTap({id(params[layer[0]]): layer for layer in layers}, None) as tap:
+        residuals.at_point(name, params, *(d[0] for d in residuals.batch[name]))
     fit = all(a.shape == (o[0], params[w].shape[1] + 1) for (w, _), a, o in zip(tap.layers, tap.inputs, tap.shapes))
     if not fit or any(len(o) != 2 for o in tap.shapes):  # a layer within a point has further axes
         raise Unseen
     return tap.shapes, sum(a.numel() + o.numel() for a, o in zip(tap.inputs, tap.shapes))
 
 
-def tapped(residuals: Residuals, name: str, params: Vector, tap: LinearTap, at: list[Tensor]) -> Tensor:
-    """The residual at one point, (k,), with the tap on the network and not on the rest of the term."""
-    field = residuals.field(params)
-
-    def u(x: Tensor) -> Tensor:
-        with tap:
-            return field(x)
-
-    return residuals.terms[name](u, *at).reshape(-1)
-
-
 class TermRows:
-    """The rows of one term: `root` (n,) and `parts` {layer: (g, a)}, scaled as the stacked residuals are."""
+    """The rows of one term: `root` (n,) and `parts` {layer: (g, a)}, scaled as the stacked residuals are.
+
+    A parameter outside of layers is one with the name (parameter, None), a = 1.
+    """
 
     def __init__(
-        self, residuals: Residuals, name: str, params: Vector, names: list[LayerName], shapes: list[torch.Size]
+        self,
+        residuals: Residuals,
+        name: str,
+        params: Vector,
+        taken: Iterable[str],
+        layers: list[LayerName],
+        loose: list[str],
+        shapes: list[torch.Size],
     ) -> None:
         live = {n: p.detach().requires_grad_() for n, p in params.items()}
-        ids = {id(live[layer[0]]): layer for layer in names}
-        layers: list[LayerName] = []
+        ids = {id(live[layer[0]]): layer for layer in layers}
+        called: list[LayerName] = []
 
         def residual(shifts: list[Tensor], *at: Tensor) -> tuple[Tensor, list[Tensor]]:
-            tap = LinearTap(ids, shifts)
-            r = tapped(residuals, name, live, tap, list(at))
-            layers[:] = tap.layers
+            own = dict(zip(loose, shifts[len(shapes) :]))
+            with LinearTap(ids, shifts[: len(shapes)]) as tap:
+                r = residuals.at_point(name, {n: p + own[n] if n in own else p for n, p in live.items()}, *at)
+            called[:] = tap.layers
             return r, tap.inputs
 
         roots: list[Tensor] = []
-        found: dict[LayerName, list[Part]] = {layer: [] for layer in names}
-        data, k, scale = residuals.batch[name], residuals.components[name], residuals.scale(name)
-        for piece in zip(*(d.split(residuals.chunk or len(d)) for d in data)):
-            n = len(piece[0])
-            shifts = [piece[0].new_zeros(n, *s).requires_grad_() for s in shapes]
+        found: dict[LayerName, list[Part]] = {layer: [] for layer in [*layers, *((n, None) for n in loose)]}
+        data, k, scales = residuals.batch[name], residuals.components[name], residuals.scales[name]
+        generator = torch.Generator().manual_seed(0)
+        for scale, *piece in zip(*(d.split(residuals.chunk or len(d)) for d in (scales, *data))):
+            n = len(scale)
+            shifts = [scale.new_zeros(n, *s).requires_grad_() for s in [*shapes, *(params[m].shape for m in loose)]]
+            c = (1.0 + torch.randint(2, (n,), generator=generator)).to(scale)  # powers of 2: to divide by them is exact
             with torch.enable_grad():
                 r, inputs = vmap(residual)(shifts, *piece)
-                slopes = [backward(r[:, i].sum(), shifts, live, last=i == k - 1) for i in range(k)]
-            roots.append(r.detach().reshape(-1) * scale)
-            for layer in names:
-                calls = [i for i, other in enumerate(layers) if other == layer]
+                residuals.scope.read_by(f"term {name!r}", residuals.terms[name], r, live, taken, shifts)
+                slopes = [backward(r[:, i] @ c, shifts, live, last=i == k - 1) for i in range(k)]
+            roots.append((r.detach() * scale[:, None]).reshape(-1))
+            factor = (scale / c).repeat_interleave(k)[:, None, None]
+            for layer in layers:
+                calls = [i for i, other in enumerate(called) if other == layer]
                 g = [torch.stack([s[0][i] for s in slopes], dim=1).flatten(0, 1) for i in calls]  # (n k, S, out)
                 a = [inputs[i].detach().repeat_interleave(k, dim=0) for i in calls]
                 part = join(g, a, n * k, params[layer[0]])
                 check_seen(part, layer, slopes)
-                found[layer].append((part[0] * scale, part[1] if layer[1] else part[1][..., :-1]))
+                found[layer].append((part[0] * factor, part[1] if layer[1] else part[1][..., :-1]))
+            for i, m in enumerate(loose, start=len(shapes)):
+                own = torch.stack([s[0][i].reshape(n, -1) for s in slopes], dim=1).reshape(n * k, 1, -1)
+                found[m, None].append((own * factor, own.new_ones(n * k, 1, 1)))
         self.root = torch.cat(roots)
         self.parts = {layer: whole(parts) for layer, parts in found.items()}
 
@@ -186,6 +199,7 @@ class LayerBlock:
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
         self.counts = [len(g) for g, _ in parts]
+        self.sides = (parts[0][0].shape[2], parts[0][1].shape[2])  # out, in + 1
         self.matrix: Tensor | None = None
         numbers = sum(g.numel() + a.numel() for g, a in parts)
         if sum(self.counts) * parts[0][0].shape[2] * parts[0][1].shape[2] <= numbers:
@@ -255,7 +269,7 @@ class LayerRows:
         parts = dict(zip(self.params, v.split([p.numel() for p in self.params.values()])))
         found = {}
         for weight, bias in self.blocks:
-            w = parts[weight].view_as(self.params[weight])
+            w = parts[weight].reshape(self.blocks[weight, bias].sides[0], -1)
             found[weight, bias] = w if bias is None else torch.cat([w, parts[bias][:, None]], dim=1)
         return found
 

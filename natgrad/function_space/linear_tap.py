@@ -30,7 +30,7 @@ class LinearTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not F.linear or id(args[1]) not in self.names:
+        if func is not F.linear or len(args) < 2 or id(args[1]) not in self.names:
             return out
         jet = isinstance(args[0], Jet)
         data, result = (args[0].data, out.data) if jet else (args[0][None], out[None])

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
-from natgrad.metric.metric import Vector, named
+from natgrad.function_space.scope import Params, Scope
+from natgrad.metric.metric import Vector
 
 
 class QuantumGeometry(JacobianMetric):
@@ -30,6 +31,7 @@ class QuantumGeometry(JacobianMetric):
         log_psi: module that maps one state, shape (sites,) or whatever the states are, to log ψ, shape () or (1,).
         solver: "auto" | "dense" | "kernel" | "cg".
         chunk: states differentiated at once; None takes all.
+        params: what log ψ computes with beside its own parameters, ``{name: module or parameter}``.
 
     A batch is ``{"states": (N, …), "weights": (N,), "local_energy": (N,)}``. Samples of |ψ|² need no weights; for a sum
     over all states the weights are |ψ|². Weights are normalised to sum to 1. `observe` returns the energy.
@@ -41,8 +43,12 @@ class QuantumGeometry(JacobianMetric):
 
     default_step = "trust region"
 
-    def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
-        super().__init__(named(log_psi), solver)
+    scope: Scope
+
+    def __init__(
+        self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None, params: Params | None = None
+    ) -> None:
+        super().__init__(Scope(log_psi, params), solver)
         self.model, self.chunk = log_psi, chunk
 
     def observe(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -66,7 +72,7 @@ class QuantumGeometry(JacobianMetric):
 
     def _derivatives(self, states: Tensor) -> Tensor:
         def at_state(params: Vector, s: Tensor) -> Tensor:
-            out = functional_call(self.model, params, (s,))
+            out = self.scope.call(params, lambda: self.model(s))
             if not isinstance(out, Tensor) or out.numel() != 1:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise ValueError(
@@ -75,18 +81,19 @@ class QuantumGeometry(JacobianMetric):
             out = out.reshape(())
             return torch.stack([out.real, out.imag]) if out.is_complex() else out[None]
 
-        live = {n: p.detach().requires_grad_() for n, p in self.point.items()}
+        live = self.scope.live()
         try:
             with torch.enable_grad():
-                depends = at_state(live, states[0]).requires_grad
+                found = at_state(live, states[0])
         except RuntimeError as error:
             if states.is_floating_point():
                 raise
             raise TypeError(
                 f"log_psi does not take {states.dtype} states; cast them with .to({next(iter(live.values())).dtype})"
             ) from error
-        if not depends:
+        if not (read := self.scope.read_by("log_psi", self.model.forward, found, live, self.parameters)):
             raise ValueError("log_psi does not depend on its parameters")
+        self.scope.check_entries(read)
         with torch.no_grad():
             part = vmap(jacrev(at_state), (None, 0), chunk_size=self.chunk)(self.point, states)
         return torch.cat([part[n].reshape(*part[n].shape[:2], -1) for n in self.point], dim=2)

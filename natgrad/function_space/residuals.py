@@ -1,21 +1,23 @@
 """The residuals of a physics-informed loss, as one stacked vector r(θ) with its derivatives.
 
-loss = Σ_terms weight · ½ mean over points of ‖r‖². With rows scaled by √(weight / points) the loss is ½ rᵀr, df =
-Jᵀr and the Gauss–Newton metric is JᵀJ. Rows are laid out by term, then point, then component; columns by parameter,
-flattened. Jacobians come from reverse mode at each point, mapped over chunks of points so that memory stays
-bounded.
+loss = Σ_terms ½ mean over points of weight · ‖r‖². With rows scaled by √(weight / points) the loss is ½ rᵀr, df =
+Jᵀr and the Gauss–Newton metric is JᵀJ. A weight is held fixed within a step and has no derivative. Rows are laid out by
+term, then point, then component; columns by parameter, flattened. Jacobians come from reverse mode at each point,
+mapped over chunks of points so that memory stays bounded.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch import Tensor
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
+from natgrad.function_space.scope import Scope
+from natgrad.function_space.weights import Weight, Weights
 from natgrad.metric.metric import Vector
 
 Term = Callable[..., Tensor]
@@ -27,9 +29,9 @@ class Residuals:
     """The stacked residuals of `terms` on one batch.
 
     Args:
-        model: maps one point, shape (d,), to the network's value there.
+        scope: the model, which maps one point, shape (d,), to the network's value there, and what terms read beside it.
         terms: ``{name: f}`` with ``f(u, x, *data) → ()`` or ``(k,)``.
-        weights: ``{name: weight}``; a term that is not named weighs 1.
+        weights: of the terms, read when a batch is bound.
         chunk: points to a call of vmap; None takes as many as 64 MB of Jacobian rows hold.
 
     Raises:
@@ -37,51 +39,56 @@ class Residuals:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        terms: Mapping[str, Term],
-        weights: Mapping[str, float] | None,
-        chunk: int | None,
+        self, scope: Scope, terms: Mapping[str, Term], weights: Mapping[str, Weight] | None, chunk: int | None
     ) -> None:
         if not isinstance(terms, Mapping) or not terms or not all(callable(t) for t in terms.values()):
             raise TypeError(
                 "terms must be a dict {name: f} of callables f(u, x, *data) → residual at one point, for instance "
                 '{"interior": pde, "boundary": bc}'
             )
-        weights = dict(weights or {})
-        if unknown := [n for n in weights if n not in terms]:
-            raise ValueError(f"weights name terms that do not exist: {unknown}; the terms are {list(terms)}")
-        for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"the weight of term {name!r} must be a non-negative number, got {weight}")
+        self.weights = Weights(list(terms), weights)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
-        self.model, self.terms, self.chunk = model, dict(terms), chunk
-        self.weights = {n: float(weights.get(n, 1.0)) for n in terms}
+        self.scope, self.model, self.terms, self.chunk = scope, scope.model, dict(terms), chunk
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self.components: dict[str, int] = {}  # residuals at a point, by term
-        self._checked: set[tuple[str, Any]] = set()
+        self.scales: dict[str, Tensor] = {}  # √(weight / points) of each point, by term
+        self._checked: Any = None  # what was known of batch and parameters when the terms were checked
 
     # binding a batch -----------------------------------------------------------------------------------
 
-    def bind(self, batch: Batch, params: Vector) -> None:
+    def bind(self, batch: Batch, params: Vector, taken: Iterable[str], again: bool = False) -> None:
         """Take ``{term: points}`` or ``{term: (points, *data)}``, all with points along the first axis.
+
+        Args:
+            taken: names of the parameters of the metric; `params` are those that are not frozen.
+            again: check the terms even where batch and parameters are of the kind that was checked last.
 
         Raises:
             TypeError, ValueError: the batch does not fit the terms or the parameters; a term returns something that is
-                not a residual; a residual does not depend on the parameters.
+                not a residual; a residual does not depend on the parameters, or on others than the metric's; a weight
+                does not fit.
         """
         self.batch = check_batch(batch, list(self.terms), next(iter(params.values())))
+        known = (set(params), {n: [(d.shape[1:], d.dtype) for d in data] for n, data in self.batch.items()})
+        if again or known != self._checked:
+            read = [self._check_term(name, data, taken) for name, data in self.batch.items()]
+            self.scope.check_entries(set().union(*read))
+            self._checked = known
         for name, data in self.batch.items():
-            shapes = (name, tuple((d.shape[1:], d.dtype) for d in data))
-            if shapes not in self._checked:
-                self.components[name] = self._check_term(name, data, params)
-                self._checked.add(shapes)
+            weight = self.weights.at(name, data, lambda name=name: self._unweighted(name, params))  # type: ignore[misc]
+            self.scales[name] = (weight / len(data[0])).sqrt()
 
-    def _check_term(self, name: str, data: tuple[Tensor, ...], params: Vector) -> int:
-        live = {n: p.detach().requires_grad_() for n, p in params.items()}
+    def _unweighted(self, name: str, params: Vector) -> Tensor:
+        with torch.no_grad():
+            r = self.of_term(name, params)
+        self.check_finite_term(name, r)
+        return r
+
+    def _check_term(self, name: str, data: tuple[Tensor, ...], taken: Iterable[str]) -> set[str]:
+        live = self.scope.live()
         with torch.enable_grad():
-            r = self.terms[name](self.field(live), *(d[0] for d in data))
+            r = self.scope.call(live, self.terms[name], self.field, *(d[0] for d in data))
         if not isinstance(r, Tensor) or not r.is_floating_point():
             got = f"{type(r).__name__}" if not isinstance(r, Tensor) else f"a tensor of {r.dtype}"
             raise TypeError(
@@ -94,33 +101,37 @@ class Residuals:
                 f"The point it got has shape {tuple(data[0].shape[1:])}, each further entry "
                 f"{[tuple(d.shape[1:]) for d in data[1:]]}"
             )
-        if not r.requires_grad:
+        read = self.scope.read_by(f"term {name!r}", self.terms[name], r, live, taken)
+        if not read:
             raise ValueError(
-                f"the residual of term {name!r} does not depend on the parameters: it must call u, and not under "
-                "no_grad or after detach()"
+                f"the residual of term {name!r} does not depend on the parameters: it must call u or compute with "
+                "parameters, and not under no_grad or after detach()"
             )
-        return r.numel()
+        self.components[name] = r.numel()
+        return read
 
     @property
     def rows(self) -> int:
         """N, the length of the stacked residual."""
         return sum(len(d[0]) * self.components[n] for n, d in self.batch.items())
 
-    def field(self, params: Vector) -> Callable[[Tensor], Tensor]:
-        """u, the network at the given parameters as a function of one point."""
-        return lambda y: functional_call(self.model, params, (y,))
+    def field(self, y: Tensor) -> Tensor:
+        """u, the network as a function of one point, at the parameters in force."""
+        return self.model(y)
+
+    def at_point(self, name: str, params: Vector, *at: Tensor) -> Tensor:
+        """The residual of a term at one point, before weighting, (k,)."""
+        return self.scope.call(params, self.terms[name], self.field, *at).reshape(-1)
 
     # values and derivatives ----------------------------------------------------------------------------
 
+    def of_term(self, name: str, params: Vector) -> Tensor:
+        """The residuals of a term before weighting, (points, k)."""
+        return vmap(lambda *at: self.at_point(name, params, *at))(*self.batch[name])
+
     def values(self, params: Vector) -> Tensor:
         """r(θ), shape (N,)."""
-        parts = []
-        for name, data in self.batch.items():
-            r = vmap(lambda *at, term=self.terms[name]: term(self.field(params), *at))(
-                *data
-            )  # (points,) or (points, k)
-            parts.append(r.reshape(-1) * self.scale(name))
-        return torch.cat(parts)
+        return torch.cat([(self.of_term(n, params) * self.scales[n][:, None]).reshape(-1) for n in self.batch])
 
     def loss(self, params: Vector) -> Tensor:
         """½ rᵀr."""
@@ -133,9 +144,7 @@ class Residuals:
         for name, data in self.batch.items():
             k = self.components[name]
 
-            def at_point(p: Vector, *at: Tensor, term: Term = self.terms[name]) -> Tensor:
-                return term(self.field(p), *at).reshape(-1)
-
+            at_point = partial(self.at_point, name)
             if k == 1:
                 derivative = vmap(grad(lambda p, *at, f=at_point: f(p, *at)[0]), (None, *(0,) * len(data)))
             else:
@@ -143,8 +152,8 @@ class Residuals:
             points = self.chunk or max(1, CHUNK_BYTES // (8 * k * size))
             for start in range(0, len(data[0]), points):
                 part = derivative(params, *(d[start : start + points] for d in data))
-                n = min(points, len(data[0]) - start)
-                yield torch.cat([part[m].reshape(n * k, -1) for m in params], dim=1).mul_(self.scale(name))
+                scale = self.scales[name][start : start + points].repeat_interleave(k)
+                yield torch.cat([part[m].reshape(len(scale), -1) for m in params], dim=1).mul_(scale[:, None])
 
     def jvp(self, params: Vector, v: Vector) -> Tensor:
         """J v, shape (N,)."""
@@ -162,21 +171,20 @@ class Residuals:
         """
         if bool(torch.isfinite(r).all()):
             return
-        at = 0
-        for name, (x, *_) in self.batch.items():
-            part = r[at : at + len(x) * self.components[name]].reshape(len(x), -1)
-            at += part.numel()
-            bad = (~torch.isfinite(part)).any(1).nonzero()[:, 0]
-            if len(bad):
-                shown = ", ".join(f"{int(i)} at {[round(float(c), 6) for c in x[i].reshape(-1)]}" for i in bad[:3])
-                raise ValueError(
-                    f"term {name!r}: the residual is not finite at {len(bad)} of {len(x)} points: point "
-                    f"{shown}{' …' if len(bad) > 3 else ''}"
-                )
+        sizes = [len(data[0]) * self.components[name] for name, data in self.batch.items()]
+        for name, part in zip(self.batch, r.split(sizes)):
+            self.check_finite_term(name, part.reshape(len(self.batch[name][0]), -1))
 
-    def scale(self, name: str) -> float:
-        """√(weight / points), of the rows of a term."""
-        return math.sqrt(self.weights[name] / len(self.batch[name][0]))
+    def check_finite_term(self, name: str, r: Tensor) -> None:
+        """The same for the residuals of one term, (points, k)."""
+        x = self.batch[name][0]
+        bad = (~torch.isfinite(r)).any(1).nonzero()[:, 0]
+        if len(bad):
+            shown = ", ".join(f"{int(i)} at {[round(float(c), 6) for c in x[i].reshape(-1)]}" for i in bad[:3])
+            raise ValueError(
+                f"term {name!r}: the residual is not finite at {len(bad)} of {len(x)} points: point "
+                f"{shown}{' …' if len(bad) > 3 else ''}"
+            )
 
 
 def check_batch(batch: Batch, terms: list[str], like: Tensor) -> dict[str, tuple[Tensor, ...]]:

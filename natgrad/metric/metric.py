@@ -327,6 +327,23 @@ class Sum(Metric):
         for _, m in self.parts:
             m.discard_pending()
 
+    def include(self, parameter: Tensor) -> str | None:
+        """Take in a parameter that was frozen when the parts were made.
+
+        Raises:
+            ValueError: not every part knows it.
+        """
+        names = {m.include(parameter) for _, m in self.parts}
+        if len(names) > 1:
+            raise ValueError("a part of this sum does not know the parameter that is added: make the metrics anew")
+        self.parameters = dict(self.parts[0][1].parameters)
+        return names.pop()
+
+    @property
+    def observed_here(self) -> bool | None:
+        parts = [m.observed_here for _, m in self.parts]
+        return False if False in parts else None if None in parts else True
+
     def observe(self, batch: Any) -> Tensor:
         return torch.stack([c * m.observe(batch) for c, m in self.parts]).sum()
 

@@ -5,9 +5,10 @@ Every answer here is that of a metric which has nothing to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Vector = dict[str, Tensor]
@@ -136,8 +137,42 @@ class Trained:
             raise ValueError(f"{type(self).__name__} keeps no state, but the state given has the keys {list(state)}")
 
 
+class Backpropagable(torch.autograd.Function):
+    """A loss whose backward pass brings a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, df: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.df = df
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return (None, None, *(slope * g for g in ctx.df))
+
+
 class OwnGradient:
     """What a metric does that makes its own gradient: ``opt.step(batch)`` calls `observe`, then reads `gradient`."""
+
+    parameters: dict[str, Tensor]
+
+    @property
+    def observed_here(self) -> bool | None:
+        """Whether a batch was observed at the parameters as they are now; None for a metric that steps by the gradient
+        which ``loss.backward()`` left."""
+        return None
+
+    def training_loss(self, batch: Any) -> Tensor:
+        """Observe a batch and return the loss as a trainer wants it: ``backward()`` leaves df in ``.grad``.
+
+        The step after it, ``opt.step()`` or ``opt.step(closure)``, is the one of ``opt.step(batch)``.
+
+        Raises:
+            TypeError: the metric takes its gradient from ``loss.backward()``.
+        """
+        loss = self.observe(batch).detach()
+        df = self.gradient()
+        live = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        return Backpropagable.apply(loss, [df[n] for n in live], *live.values())
 
     def observe(self, batch: Any) -> Tensor:
         """Linearise the loss at the current parameters on a batch and return the loss (for metrics that make their own

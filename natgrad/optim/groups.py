@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.metric.metric import Metric
 from natgrad.optim.step_rule import Options
 
 GROUP_KEYS = ("params", "lr", "momentum", "damping", "weight_decay", "maximize", "initial_lr")  # the last is torch's
@@ -37,6 +38,15 @@ def split_groups(parameters: Mapping[str, Tensor], groups: Iterable[Mapping[str,
             raise ValueError(f"parameter group {dict(group)}: {why}; there are {list(parameters)}")
         found.append({**group, "params": [left.pop(n) for n in names]})
     return [{"params": list(left.values())}, *found] if left else found
+
+
+def taken_in(metric: Metric, parameter: Tensor, groups: list[dict[str, Any]]) -> str | None:
+    """Have a metric take in a parameter of the last group; return its name. A group that is refused goes again."""
+    try:
+        return metric.include(parameter)
+    except ValueError:
+        groups.pop()
+        raise
 
 
 def check_keys(group: Any) -> None:

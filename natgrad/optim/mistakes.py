@@ -23,21 +23,57 @@ def check_driver(metric: Metric, opt: Any) -> None:
         )
 
 
-def loss_of_closure(closure: Callable[[], Any], parameters: Iterable[Tensor]) -> Any:
-    """Return what the closure returns.
+def loss_of_closure(closure: Callable[[], Any], parameters: Iterable[Tensor], metric: Metric) -> Any:
+    """Return what the closure returns. One that does nothing and returns None counts as no closure: Lightning passes
+    such a one where gradients are there already.
 
     Raises:
-        RuntimeError: it leaves every gradient as it was.
+        RuntimeError: it leaves every gradient as it was, and returns a loss.
     """
     before = [(p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
     with torch.enable_grad():
         loss = closure()
+    if loss is None or metric.observed_here is not None:  # such a metric says by itself what is missing
+        return loss
     if all(p.grad is g and (g is None or g._version == v) for p, (g, v) in zip(parameters, before)):
         raise RuntimeError(
             "the closure leaves the gradient of every parameter as it was: it has to call zero_grad(), compute the "
             "loss, call loss.backward() and return the loss"
         )
     return loss
+
+
+def own_gradient(metric: Metric, left: dict[str, Tensor]) -> dict[str, Tensor]:
+    """df of the batch that a metric which makes its own gradient has observed; `left` for any other metric.
+
+    Args:
+        left: what ``backward()`` has left in ``.grad``, if anything.
+
+    Raises:
+        RuntimeError: no batch was observed at the parameters as they are, or `left` is the gradient of something else.
+    """
+    kind, here = type(metric).__name__, metric.observed_here
+    if here is None:
+        return left
+    if not here:
+        raise RuntimeError(
+            f"{kind} makes its own gradient from a batch, and has observed none since the parameters changed last. "
+            "Call opt.step(batch), batch a dictionary as for metric.observe. Where a trainer calls step, write `loss = "
+            "metric.training_loss(batch)` in the closure or training_step in the place of a loss of your own, then "
+            "loss.backward() where the trainer does not"
+        )
+    df = metric.gradient()
+    if left:
+        off = torch.stack([(g - df[n]).norm() if n in df else g.norm() for n, g in left.items()]).norm()
+        size = torch.stack([g.norm() for g in df.values()]).norm()
+        if bool(off > torch.finfo(size.dtype).eps ** 0.5 * size):
+            raise RuntimeError(
+                f"the gradients that backward() left are not those of the batch {kind} observed: they were clipped or "
+                f"scaled, accumulated over several batches, or are of another loss, and {kind} would step without "
+                "them. Call zero_grad() first, backpropagate metric.training_loss(batch) alone, and make another part "
+                "of the loss a term"
+            )
+    return df
 
 
 def say_no_gradient(metric: Metric, by_closure: bool, said: bool) -> bool:

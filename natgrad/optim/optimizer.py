@@ -26,8 +26,8 @@ from natgrad.metric.metric import Metric, Vector
 from natgrad.metric.seal import sealed
 from natgrad.optim import skips
 from natgrad.optim.copies import deep_copy_of
-from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups
-from natgrad.optim.mistakes import MISSES, check_driver, loss_of_closure, say_no_gradient, say_stale
+from natgrad.optim.groups import FULL_LR, check_keys, check_options, options_in_force, split_groups, taken_in
+from natgrad.optim.mistakes import MISSES, check_driver, loss_of_closure, own_gradient, say_no_gradient, say_stale
 from natgrad.optim.registry import rule_of
 from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
@@ -132,7 +132,8 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         for i, p in enumerate(group["params"]):
             if p not in self._name_of:
-                self._name_of[p] = self.metric.include(p) or f"group{len(self.param_groups) - 1}.{i}"
+                name = taken_in(self.metric, p, self.param_groups)
+                self._name_of[p] = name or f"group{len(self.param_groups) - 1}.{i}"
                 self._next_refresh = 0  # the metric knows nothing of it yet
         if self._average is not None:
             self._average.include(self._held(group["params"]))
@@ -166,8 +167,8 @@ class NaturalGradient(torch.optim.Optimizer):
         Raises:
             TypeError: a batch for a metric that takes its gradient from ``loss.backward()``.
             ValueError: a schedule has put an option out of range.
-            RuntimeError: no forward pass was seen that the metric could be taken from, or the averaged weights are in
-                place.
+            RuntimeError: no forward pass was seen that the metric could be taken from, a metric that makes its own
+                gradient has observed no batch, or the averaged weights are in place.
             FloatingPointError: the gradient was not finite for many steps in a row.
         """
         go_on_in_python()  # the state of a step does not fit a graph
@@ -177,14 +178,14 @@ class NaturalGradient(torch.optim.Optimizer):
         arg = arg if closure is None else closure
         loss: Any = None
         if callable(arg):
-            loss = loss_of_closure(arg, self._name_of)
+            loss = loss_of_closure(arg, self._name_of, self.metric)
         began = time.perf_counter()
         if arg is not None and not callable(arg):
             loss = self.metric.observe(arg)
             df = self.metric.gradient()
         else:
             found = {n: p.grad for p, n in self._name_of.items() if p.grad is not None and p.requires_grad}
-            df = dict(self.strategy.shards_of(found))
+            df = own_gradient(self.metric, dict(self.strategy.shards_of(found)))
         if df:
             with uninterrupted():
                 self._step(df)
@@ -230,7 +231,8 @@ class NaturalGradient(torch.optim.Optimizer):
         for group in self.param_groups:
             decay = 0.0 if self.rule.decays else float(group["lr"]) * float(group["weight_decay"])
             for parameter in group["params"]:
-                if (delta := increments.get(name := self._name_of[parameter])) is None:
+                delta = increments.get(name := self._name_of[parameter])
+                if delta is None or not parameter.requires_grad:  # a rule's momentum may outlast freezing
                     continue
                 p = held[name]
                 way, length = delta if isinstance(delta, ScaledStep) else (delta, 1.0)

@@ -104,6 +104,112 @@ def test_lightning_with_its_options(tmp_path: Path, options: dict[str, Any]) -> 
     assert sum(module.losses[-16:]) < 0.7 * sum(module.losses[:16])
 
 
+class Manual:
+    """Mixed into a module: the step written out, as manual optimization wants it."""
+
+    def training_step(self: Any, batch: Any, index: int) -> None:
+        opt = self.optimizers()
+        opt.zero_grad()
+        loss = super().training_step(batch, index)  # type: ignore[misc]
+        self.manual_backward(loss)
+        opt.step()
+        self.lr_schedulers().step()
+
+
+def test_lightning_with_manual_optimization(tmp_path: Path) -> None:
+    automatic = lightning_module()
+    lightning_trainer(tmp_path, 4, enable_checkpointing=False).fit(automatic, loader())
+    module = lightning_module()
+    module.__class__ = type("Module", (Manual, type(module)), {})
+    module.automatic_optimization = False
+    trainer = lightning_trainer(tmp_path, 4, enable_checkpointing=False)
+    trainer.fit(module, loader())
+    assert trainer.optimizers[0].steps == 64
+    assert sum(module.losses[-5:]) < 0.5 * sum(module.losses[:5])
+
+
+def pinn(way: str) -> Any:
+    """u = sin x from values and the equation c u″ + u = 0, c a loose parameter that is 1."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+            self.c = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+            terms = {"pde": lambda u, x: self.c * ng.operators.laplacian(u, x) + u(x), "data": lambda u, x, y: u(x) - y}
+            self.metric = ng.GaussNewton(self.net, terms, params={"c": self.c})
+            self.automatic_optimization = way in ("automatic", "a loss of its own")
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            if way == "a loss of its own":
+                return (self.net(batch["data"][0])[:, 0] - batch["data"][1]).square().mean()
+            if way == "batch":
+                self.losses.append(float(self.optimizers(use_pl_optimizer=False).step(batch)))
+                return None
+            if way == "closure":
+                self.optimizers().step(lambda: self.losses.append(float(self.metric.observe(batch))))
+                return None
+            loss = self.metric.training_loss(batch)
+            self.losses.append(float(loss.detach()))
+            if way == "manual":
+                opt = self.optimizers()
+                opt.zero_grad()
+                self.manual_backward(loss)
+                opt.step()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return ng.NaturalGradient(self.metric)
+
+    return Module()
+
+
+def pinn_loader(batches: int = 1) -> DataLoader[Any]:
+    x = torch.linspace(-1, 1, 12 * batches, dtype=torch.float64)[:, None]
+    parts = [{"pde": x[i::batches], "data": (x[i::batches], x[i::batches, 0].sin())} for i in range(batches)]
+    return DataLoader(parts, batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["automatic", "manual", "closure", "batch"])
+def test_a_pinn_in_lightning_takes_the_steps_of_a_loop(tmp_path: Path, way: str) -> None:
+    module, alone = pinn(way), pinn(way)
+    lightning_trainer(tmp_path, 12, enable_checkpointing=False).fit(module, pinn_loader(2))
+    opt = ng.NaturalGradient(alone.metric)
+    straight = [float(opt.step(batch)) for _ in range(12) for batch in pinn_loader(2)]
+    assert module.losses == straight
+    assert torch.equal(module.c, alone.c)
+    assert abs(float(module.c.detach()) - 1) < 1e-3
+
+
+def test_a_pinn_in_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
+    straight, first, second = pinn("automatic"), pinn("automatic"), pinn("automatic")
+    lightning_trainer(tmp_path / "a", 6, enable_checkpointing=False).fit(straight, pinn_loader())
+    trainer = lightning_trainer(tmp_path / "b", 3)
+    trainer.fit(first, pinn_loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = lightning_trainer(tmp_path / "b", 6)
+    again.fit(second, pinn_loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert first.losses + second.losses == straight.losses
+    assert torch.equal(second.c, straight.c)
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "words"),
+    [
+        ("a loss of its own", {}, r"GaussNewton makes its own gradient from a batch.*metric.training_loss\(batch\)"),
+        ("automatic", {"gradient_clip_val": 1e-6}, "they were clipped or scaled"),
+        ("automatic", {"accumulate_grad_batches": 2}, "accumulated over several batches"),
+    ],
+)
+def test_a_pinn_in_lightning_says_what_to_write(tmp_path: Path, way: str, options: Any, words: str) -> None:
+    module = pinn(way)
+    with pytest.raises(RuntimeError, match=words):
+        lightning_trainer(tmp_path, 1, enable_checkpointing=False, **options).fit(module, pinn_loader(2))
+
+
 # Hugging Face ------------------------------------------------------------------------------------------------------
 
 VOCABULARY, LENGTH = 24, 10
@@ -278,13 +384,13 @@ def test_info_goes_to_tensorboard(tmp_path: Path) -> None:
     assert len(events.Scalars("natgrad/step_length")) == 5
 
 
-@pytest.mark.parametrize("name", ["lightning_trainer", "huggingface_trainer", "accelerate_loop"])
+@pytest.mark.parametrize("name", ["lightning_trainer", "lightning_pinn", "huggingface_trainer", "accelerate_loop"])
 def test_the_examples_run(name: str, tmp_path: Path) -> None:
     import subprocess
     import sys
 
     pytest.importorskip(
-        {"lightning_trainer": "lightning", "huggingface_trainer": "transformers"}.get(name, "accelerate")
+        "lightning" if "lightning" in name else {"huggingface_trainer": "transformers"}.get(name, "accelerate")
     )
     root = Path(__file__).parents[2]
     run = subprocess.run(
