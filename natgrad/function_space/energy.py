@@ -12,15 +12,17 @@ count as zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, vjp, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.operators import value_and_gradient
 from natgrad.function_space.residuals import CHUNK_BYTES, Batch, check_batch
+from natgrad.function_space.reverse_mode import pushforward
 from natgrad.metric.metric import Vector, named
 
 Density = Callable[..., Tensor]
@@ -170,7 +172,7 @@ class Energy(JacobianMetric):
 
     def _jvp(self, v: Tensor) -> Tensor:
         tangent = self.flat_to_vector(v)
-        moved = {n: jvp(lambda p, n=n: self._fields(n, p), (self.point,), (tangent,))[1] for n in self.densities}
+        moved = {n: pushforward(partial(self._fields, n), self.point, tangent) for n in self.densities}
         return torch.cat([(self._roots[n] @ dz[:, :, None]).reshape(-1) for n, dz in moved.items()])
 
     def _vjp(self, c: Tensor) -> Tensor:

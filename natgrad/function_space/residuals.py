@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacrev, vjp, vmap
 
+from natgrad.function_space.reverse_mode import mended, pushforward
 from natgrad.metric.metric import Vector
 
 Term = Callable[..., Tensor]
@@ -56,7 +57,8 @@ class Residuals:
                 raise ValueError(f"the weight of term {name!r} must be a non-negative number, got {weight}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
-        self.model, self.terms, self.chunk = model, dict(terms), chunk
+        self.model, self.chunk = model, chunk
+        self.terms = {n: mended(term) for n, term in terms.items()}
         self.weights = {n: float(weights.get(n, 1.0)) for n in terms}
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self.components: dict[str, int] = {}  # residuals at a point, by term
@@ -148,7 +150,7 @@ class Residuals:
 
     def jvp(self, params: Vector, v: Vector) -> Tensor:
         """J v, shape (N,)."""
-        return jvp(self.values, (params,), (v,))[1]
+        return pushforward(self.values, params, v)
 
     def vjp(self, params: Vector, c: Tensor) -> Vector:
         """Jᵀ c."""
