@@ -4,8 +4,8 @@ A jet holds components (z, ∂₁z, …, ∂_k z, Σᵢ wᵢ ∂ᵢ²z), the las
 how operations of torch map jets. There are four kinds of them beside sums, joins and the matrix functions of
 `natgrad.function_space.composed`:
 
-- linear in each argument (a view, a sum, a product of matrices): a derivative moves one argument at a time, a second
-  one also two of them, so that Σ wᵢ∂ᵢ²B(a, b) = B(Σ wᵢ∂ᵢ²a, b) + B(a, Σ wᵢ∂ᵢ²b) + 2 Σ wᵢ B(∂ᵢa, ∂ᵢb);
+- linear in one argument (a view, a sum) or in each (a product of matrices): a derivative moves one argument at a
+  time, a second one also two of them, so that Σ wᵢ∂ᵢ²B(a, b) = B(Σ wᵢ∂ᵢ²a, b) + B(a, Σ wᵢ∂ᵢ²b) + 2 Σ wᵢ B(∂ᵢa, ∂ᵢb);
 - elementwise: f′(z) ∂ᵢz and f′(z) Σ wᵢ∂ᵢ²z + f″(z) Σ wᵢ(∂ᵢz)²;
 - elementwise and piecewise linear: the same, and it is noted that a second derivative is not there to be had;
 - constant wherever they are smooth (comparisons, ranks, sizes): the operation on the value.
@@ -28,6 +28,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 class NoRule(Exception):
     """An operation the forward Laplacian has no rule for; the caller takes reverse mode."""
+
+
+def _check_recorded() -> None:
+    """Under no_grad u holds what it computes constant, or has a backward of its own (`torch.autograd.Function`).
+
+    Raises:
+        NoRule: it does.
+    """
+    if not torch.is_grad_enabled():
+        raise NoRule("an operation under no_grad")
 
 
 class Expansion:
@@ -55,8 +65,8 @@ class Jet:
     dtype = property(lambda self: self.components.dtype)
     device = property(lambda self: self.components.device)
     value = property(lambda self: self.components[0])
-    T = property(lambda self: _multilinear(lambda t: t.T, self))
-    mT = property(lambda self: _multilinear(lambda t: t.mT, self))
+    T = property(lambda self: _linear_map(lambda t: t.T, self))
+    mT = property(lambda self: _linear_map(lambda t: t.mT, self))
 
     @property
     def first(self) -> Tensor:
@@ -87,6 +97,7 @@ class Jet:
         rule = RULES.get(func)
         if rule is None:
             raise NoRule(getattr(func, "__name__", str(func)))
+        _check_recorded()
         jets = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Jet]
         if any(jet.expansion is not jets[0].expansion for jet in jets):
             raise NoRule("jets of two passes")
@@ -108,10 +119,11 @@ class Jet:
 
     def __getitem__(self, index: Any) -> Jet:
         inner = index if type(index) is tuple else (index,)
+        _check_recorded()
         if all(i is None or i is Ellipsis or type(i) in (int, slice) for i in inner):
             whole = (slice(None), *inner)
             return self.like(self.components[whole])
-        return _multilinear(lambda t: t[index], self)
+        return _linear_map(lambda t: t[index], self)
 
     __hash__ = object.__hash__
 
@@ -142,6 +154,14 @@ for _name in ("setitem", "bool", "float", "int", "index", "contains"):
 # the kinds of operations -------------------------------------------------------------------------------------
 
 
+def _linear_map(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear in the first argument; of others that are jets (as in view_as) the value counts."""
+    if type(z) is not Jet:
+        return _constant_rule(func, z, *args, **kwargs)
+    args, kwargs = tree_map(lambda a: a.value if type(a) is Jet else a, (args, kwargs))
+    return tree_map(z.like, vmap(lambda t: func(t, *args, **kwargs))(z.components))
+
+
 def _multilinear(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Linear in each argument that is a jet. Mapped over components, so that axes are as torch counts them."""
     leaves, spec = tree_flatten((args, kwargs))
@@ -155,7 +175,7 @@ def _multilinear(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*a, **k)
 
     if len(jets) == 1:
-        return tree_map(one.like, vmap(at)({i: jet.components for i, jet in jets.items()}))
+        return one.like(vmap(at)({i: jet.components for i, jet in jets.items()}))
     slopes = torch.stack([vmap(at)({i: jet.components[1:]}) for i, jet in jets.items()]).sum(0)
     pairs = [(i, j) for i in jets for j in jets if i < j]
 
@@ -337,13 +357,15 @@ ELEMENTWISE = _everywhere(
     "expm1 log log2 log10 log1p sqrt rsqrt reciprocal sigmoid expit erf erfc erfinv lgamma sinc silu gelu softplus elu "
     "selu celu mish logsigmoid tanhshrink softsign"
 )
-MULTILINEAR = _everywhere(
+LINEAR = _everywhere(
     "sum mean cumsum trace reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze transpose permute "
     "movedim moveaxis swapaxes swapdims t expand expand_as broadcast_to repeat tile repeat_interleave flip fliplr "
     "flipud roll rot90 narrow select diagonal diag diag_embed tril triu gather index_select take take_along_dim chunk "
-    "split tensor_split unbind unfold contiguous clone to double float type_as neg negative __neg__ positive adjoint matmul "
-    "mm mv bmm dot inner outer ger vdot vecdot kron einsum tensordot cross multi_dot chain_matmul trapezoid __matmul__ "
-    "__rmatmul__"
+    "split tensor_split unbind unfold contiguous clone to double float type_as neg negative __neg__ positive adjoint"
+)
+MULTILINEAR = _everywhere(
+    "matmul mm mv bmm dot inner outer ger vdot vecdot kron einsum tensordot cross multi_dot chain_matmul trapezoid "
+    "__matmul__ __rmatmul__"
 )
 CONSTANT = _everywhere(
     "lt le gt ge eq ne less less_equal greater greater_equal not_equal __lt__ __le__ __gt__ __ge__ __eq__ __ne__ isnan "
@@ -353,6 +375,7 @@ CONSTANT = _everywhere(
 RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(PIECEWISE_LINEAR, _piecewise_linear),
     **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(LINEAR, _linear_map),
     **dict.fromkeys(MULTILINEAR, _multilinear),
     **dict.fromkeys(CONSTANT, _constant_rule),
     **dict.fromkeys(_everywhere("add __add__ __radd__"), _add),

@@ -145,11 +145,14 @@ def _jets(u: Field, x: Tensor, directions: Tensor, weights: Tensor | None) -> tu
     """Derivatives along the directions (k, d), and functions without a second one; None where jets do not pass."""
     parts = [x[None], directions] + ([] if weights is None else [torch.zeros_like(x)[None]])
     expansion = Expansion(weights)
+    enabled = torch.is_grad_enabled()
     try:
-        out = u(Jet(torch.cat(parts), expansion))  # type: ignore[arg-type]
+        with torch.enable_grad():  # so that u's own no_grad can be told apart
+            out = u(Jet(torch.cat(parts), expansion))  # type: ignore[arg-type]
     except Exception:  # no rule, or code that wants a tensor: reverse mode raises what is the fault of u
         return None
     if type(out) is Jet and out.expansion is expansion:
+        out = out if enabled else out.like(out.components.detach())
         second = out.value if weights is None else out.components[-1]
         return Derivatives(out.value, out.first, second), expansion.kinks if weights is not None else []
     return None

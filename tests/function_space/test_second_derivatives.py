@@ -74,6 +74,31 @@ def elementwise(f):
     return lambda x: f(x * 0.4 + 0.45) * x[0]
 
 
+class Through(torch.autograd.Function):
+    """sin with a backward of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0]
+
+
+def held(x):
+    """Where no_grad holds a part constant."""
+    with torch.no_grad():
+        size, first = x.square().sum(), x[0]
+    return x * size + first * x**2
+
+
 SMOOTH = (
     "sin cos tan asin acos atan sinh cosh tanh asinh atanh exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal "
     "square sigmoid erf erfc erfinv lgamma digamma sinc logit i0"
@@ -219,6 +244,13 @@ FIELDS = {
     "hard boundary": lambda y: y[0] * (1 - y[0]) * TANH(y),
     "gated": lambda y: TANH(y) * y[:2] + (1 - TANH(y)) * y[1:].sin(),
     "fft": lambda y: torch.fft.rfft(near(y)).abs().square(),
+    # what is held constant, and what has a backward of its own
+    "no_grad": held,
+    "detach": lambda y: y.detach() * y * y + y.data,
+    "a backward of its own": lambda y: Through.apply(y) * y,
+    "shapes of others": lambda y: y.square().view_as(y.sin()).expand_as(y[:, None] * y).reshape_as(near(y)) * y,
+    "dtypes of others": lambda y: y.sin().to(y) * y.type_as(y) * torch.arange(3).to(y).view_as(y),
+    "dtypes by name": lambda y: y.to(D) * y.double(),
     # complex values
     "complex wave": lambda y: torch.exp(1j * (y @ V[:3])) * y[0] ** 2,
     "complex product": lambda y: torch.complex(y.sin(), y * y[0]) ** 2,
