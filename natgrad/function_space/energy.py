@@ -16,12 +16,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacrev, vjp, vmap
 
 from natgrad.function_space.jacobian import KEPT_BYTES, JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.operators import value_and_gradient
 from natgrad.function_space.residuals import CHUNK_BYTES, Batch, check_batch
+from natgrad.function_space.reverse_mode import pushforward
 from natgrad.function_space.scope import Params, Scope
 from natgrad.metric.metric import Vector
 
@@ -209,7 +210,7 @@ class Energy(JacobianMetric):
 
     def _jvp(self, v: Tensor) -> Tensor:
         tangent = self.split(v)
-        moved = {n: jvp(lambda p, n=n: self._fields(n, p), (self.point,), (tangent,))[1] for n in self.densities}
+        moved = {n: pushforward(partial(self._fields, n), self.point, tangent) for n in self.densities}
         return torch.cat([(self._roots[n] @ dz[:, :, None]).reshape(-1) for n, dz in moved.items()])
 
     def _vjp(self, c: Tensor) -> Tensor:

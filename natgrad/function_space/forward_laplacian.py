@@ -1,58 +1,113 @@
 """The jet of a value under forward Laplacian: a tensor-like object whose operations carry derivatives along.
 
-A jet is (z, ∂₁z, …, ∂_d z, Σᵢ wᵢ ∂ᵢ²z). `RULES` says how each operation of torch maps jets; an operation that is
-not there raises `NoRule`. `natgrad.function_space.operators` starts and reads jets.
+A jet holds components (z, ∂₁z, …, ∂_k z, Σᵢ wᵢ ∂ᵢ²z), the last one where second derivatives are asked for. `RULES` says
+how operations of torch map jets. There are four kinds of them beside sums, joins and the matrix functions of
+`natgrad.function_space.composed`:
+
+- linear in one argument (a view, a sum) or in each (a product of matrices): a derivative moves one argument at a
+  time, a second one also two of them, so that Σ wᵢ∂ᵢ²B(a, b) = B(Σ wᵢ∂ᵢ²a, b) + B(a, Σ wᵢ∂ᵢ²b) + 2 Σ wᵢ B(∂ᵢa, ∂ᵢb);
+- elementwise: f′(z) ∂ᵢz and f′(z) Σ wᵢ∂ᵢ²z + f″(z) Σ wᵢ(∂ᵢz)²;
+- elementwise and piecewise linear: the same, and it is noted that a second derivative is not there to be had;
+- constant wherever they are smooth (comparisons, ranks, sizes): the operation on the value.
+
+Whatever else is done to a jet raises, `NoRule` or what Python has for it, and the caller takes reverse mode: a jet is
+never wrong about an operation that it does not know. `natgrad.function_space.operators` starts and reads jets.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.nn import functional as F
-
-
-def pushed(u: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Any, Any]:
-    """u(x) and its derivative along v."""
-    return jvp(u, (x,), (v,))  # type: ignore[return-value]
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 class NoRule(Exception):
-    """An operation the forward Laplacian has no rule for; the caller takes nested modes."""
+    """An operation the forward Laplacian has no rule for; the caller takes reverse mode."""
+
+
+def _check_recorded() -> None:
+    """Under no_grad u holds what it computes constant, or has a backward of its own (`torch.autograd.Function`).
+
+    Raises:
+        NoRule: it does.
+    """
+    if not torch.is_grad_enabled():
+        raise NoRule("an operation under no_grad")
+
+
+class Expansion:
+    """What the jets of one pass share.
+
+    Attributes:
+        weights: wᵢ, shape (k,), of the second derivatives; None for first derivatives alone.
+        kinks: names of operations without a second derivative that the pass has met.
+    """
+
+    def __init__(self, weights: Tensor | None) -> None:
+        self.weights, self.kinks = weights, list[str]()
 
 
 class Jet:
-    """(z, ∂₁z … ∂_d z, Σ wᵢ∂ᵢ²z) stacked along a new first axis: `data` has shape (d + 2, *z.shape)."""
+    """(z, ∂₁z … ∂_k z, Σ wᵢ∂ᵢ²z) stacked along a new first axis: `components` has shape (k + 2, *z.shape)."""
 
-    def __init__(self, data: Tensor, weights: Tensor) -> None:
-        self.data, self.weights = data, weights
+    __array_ufunc__ = None  # NumPy's scalars leave arithmetic to the jet
 
-    shape = property(lambda self: self.data.shape[1:])
-    ndim = property(lambda self: self.data.ndim - 1)
-    dtype = property(lambda self: self.data.dtype)
-    device = property(lambda self: self.data.device)
+    def __init__(self, components: Tensor, expansion: Expansion) -> None:
+        self.components, self.expansion = components, expansion
 
-    def like(self, data: Tensor) -> Jet:
-        return Jet(data, self.weights)
+    shape = property(lambda self: self.components.shape[1:])
+    ndim = property(lambda self: self.components.ndim - 1)
+    dtype = property(lambda self: self.components.dtype)
+    device = property(lambda self: self.components.device)
+    value = property(lambda self: self.components[0])
+    T = property(lambda self: _linear_map(lambda t: t.T, self))
+    mT = property(lambda self: _linear_map(lambda t: t.mT, self))
 
-    def square_sum(self, first: Tensor, other: Tensor) -> Tensor:
-        """Σ wᵢ ∂ᵢa ∂ᵢb"""
-        return torch.einsum("d,d...->...", self.weights, first * other)
+    @property
+    def first(self) -> Tensor:
+        """∂₁z … ∂_k z"""
+        return self.components[1:] if self.expansion.weights is None else self.components[1:-1]
+
+    def like(self, components: Tensor) -> Jet:
+        """A jet of the same pass.
+
+        Raises:
+            NoRule: the dtype is another, as after ``z.float()``.
+        """
+        if components.dtype != self.components.dtype:
+            raise NoRule(f"a change to {components.dtype}")
+        return Jet(components, self.expansion)
+
+    def of(self, value: Tensor, first: Tensor, second: Callable[[], Tensor]) -> Jet:
+        """The jet of these parts; `second` is asked for where second derivatives are."""
+        ends = [] if self.expansion.weights is None else [second()[None]]
+        return self.like(torch.cat([value[None], first, *ends]))
+
+    def weighted(self, products: Tensor) -> Tensor:
+        """Σ wᵢ over the first axis."""
+        return torch.einsum("k,k...->...", self.expansion.weights, products)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         rule = RULES.get(func)
         if rule is None:
             raise NoRule(getattr(func, "__name__", str(func)))
+        _check_recorded()
+        jets = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Jet]
+        if any(jet.expansion is not jets[0].expansion for jet in jets):
+            raise NoRule("jets of two passes")
         return rule(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name, None)
-        if name.startswith("__") or not callable(method):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if not callable(method):
             raise NoRule(name)
         return lambda *args, **kwargs: Jet.__torch_function__(method, (), (self, *args), kwargs)
 
@@ -63,64 +118,157 @@ class Jet:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Jet:
-        inner = index if isinstance(index, tuple) else (index,)
-        whole = (slice(None), *inner)
-        return self.like(self.data[whole])
+        inner = index if type(index) is tuple else (index,)
+        _check_recorded()
+        if all(i is None or i is Ellipsis or type(i) in (int, slice) for i in inner):
+            whole = (slice(None), *inner)
+            return self.like(self.components[whole])
+        return _linear_map(lambda t: t[index], self)
 
-    def __add__(self, other: Any) -> Jet:
-        return _add(None, self, other)
+    __hash__ = object.__hash__
 
-    def __radd__(self, other: Any) -> Jet:
-        return _add(None, self, other)
 
-    def __sub__(self, other: Any) -> Jet:
-        return _add(None, self, -other)
+def _operator(func: Any, swapped: bool = False) -> Callable[..., Any]:
+    def method(self: Jet, *other: Any) -> Any:
+        return Jet.__torch_function__(func, (), (*other, self) if swapped else (self, *other))
 
-    def __rsub__(self, other: Any) -> Jet:
-        return _add(None, -self, other)
+    return method
 
-    def __neg__(self) -> Jet:
-        return self.like(-self.data)
 
-    def __mul__(self, other: Any) -> Jet:
-        return _multiply(None, self, other)
+def _refused(self: Jet, *_: Any) -> Any:
+    """In-place changes, of which views of the same tensor would have to know, and what asks for a number."""
+    raise NoRule("an operation in place, or a jet as a number")
 
-    __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> Jet:
-        return _multiply(None, self, 1 / other)
+for _name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+    _function = {"truediv": torch.div}.get(_name) or getattr(torch, _name)
+    setattr(Jet, f"__{_name}__", _operator(_function))
+    setattr(Jet, f"__r{_name}__", _operator(_function, swapped=True))
+    setattr(Jet, f"__i{_name}__", _refused)
+for _name in ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Jet, f"__{_name}__", _operator(getattr(torch, _name)))
+for _name in ("setitem", "bool", "float", "int", "index", "contains"):
+    setattr(Jet, f"__{_name}__", _refused)
 
-    def __rtruediv__(self, other: Any) -> Jet:
-        return _multiply(None, _elementwise(torch.reciprocal, self), other)
 
-    def __pow__(self, exponent: Any) -> Jet:
-        return _elementwise(torch.pow, self, exponent)
+# the kinds of operations -------------------------------------------------------------------------------------
 
-    def __matmul__(self, other: Any) -> Jet:
-        return _matmul(torch.matmul, self, other)
 
-    def __rmatmul__(self, other: Any) -> Jet:
-        return _matmul(torch.matmul, other, self)
+def _linear_map(func: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear in the first argument; of others that are jets (as in view_as) the value counts."""
+    if type(z) is not Jet:
+        return _constant_rule(func, z, *args, **kwargs)
+    args, kwargs = tree_map(lambda a: a.value if type(a) is Jet else a, (args, kwargs))
+    return tree_map(z.like, vmap(lambda t: func(t, *args, **kwargs))(z.components))
+
+
+def _multilinear(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear in each argument that is a jet. Mapped over components, so that axes are as torch counts them."""
+    leaves, spec = tree_flatten((args, kwargs))
+    jets = {i: leaf for i, leaf in enumerate(leaves) if type(leaf) is Jet}
+    one = next(iter(jets.values()))
+
+    def at(mapped: dict[int, Tensor]) -> Any:
+        """func of the values, but for those in `mapped`."""
+        filled = [mapped.get(i, jets[i].value if i in jets else leaf) for i, leaf in enumerate(leaves)]
+        a, k = tree_unflatten(filled, spec)
+        return func(*a, **k)
+
+    if len(jets) == 1:
+        return one.like(vmap(at)({i: jet.components for i, jet in jets.items()}))
+    slopes = torch.stack([vmap(at)({i: jet.components[1:]}) for i, jet in jets.items()]).sum(0)
+    pairs = [(i, j) for i in jets for j in jets if i < j]
+
+    def second() -> Tensor:
+        both = torch.stack([vmap(at)({i: jets[i].first, j: jets[j].first}) for i, j in pairs]).sum(0)
+        return slopes[-1] + 2 * one.weighted(both)
+
+    return one.of(at({}), slopes[: len(one.first)], second)
+
+
+def _elementwise(func: Any, *args: Any, **kwargs: Any) -> Jet:
+    """f of one jet and constants, with f′ and f″ from forward mode, so that any elementwise function is covered."""
+    places = [i for i, a in enumerate(args) if type(a) is Jet]
+    if len(places) > 1 or any(a is True for a in (*args, *kwargs.values())):  # of two jets, or in place
+        raise NoRule(getattr(func, "__name__", "a function"))
+    place = places[0]
+    z = args[place]
+    shapes = [_constant(z, a).shape for a in args if type(a) is not Jet and isinstance(a, Tensor)]
+    z = z.like(_lifted(z.components, torch.broadcast_shapes(z.shape, *shapes)))
+    f0, f1, f2 = _slopes(lambda s: func(*args[:place], s, *args[place + 1 :], **kwargs), func, z)
+    if f0.shape != z.shape:
+        raise NoRule("a function that is not elementwise")
+    first = z.first
+    return z.of(f0, f1 * first, lambda: f1 * z.components[-1] + f2 * z.weighted(first * first))
+
+
+def _slopes(f: Callable[[Tensor], Tensor], func: Any, z: Jet) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f′ and f″ at the value; f″ is f′ where it is not asked for."""
+    if func in TANH:
+        f0 = torch.tanh(z.value)
+        f1 = 1 - f0 * f0
+        return f0, f1, -2 * f0 * f1
+    if func in SIN:
+        f0 = torch.sin(z.value)
+        return f0, torch.cos(z.value), -f0
+    one = torch.ones_like(z.value)
+    if z.expansion.weights is None:
+        f0, f1 = jvp(f, (z.value,), (one,))  # type: ignore[misc]
+        return f0, f1, f1
+    (f0, f1), (_, f2) = jvp(lambda y: jvp(f, (y,), (one,)), (z.value,), (one,))  # type: ignore[misc]
+    return f0, f1, f2
+
+
+def _power(func: Any, base: Any, exponent: Any) -> Jet:
+    if isinstance(exponent, Tensor):  # reverse mode over forward mode of it is NaN below zero in torch 2.13
+        raise NoRule("a tensor of exponents")
+    return _elementwise(func, base, exponent)
+
+
+def _piecewise_linear(func: Any, *args: Any, **kwargs: Any) -> Jet:
+    out = _elementwise(func, *args, **kwargs)
+    out.expansion.kinks.append(func.__name__)
+    return out
+
+
+def _constant_rule(func: Any, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = tree_map(lambda a: a.value if type(a) is Jet else a, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+# sums, products and joins --------------------------------------------------------------------------------------
+
+
+def _constant(jet: Jet, other: Any) -> Any:
+    """A constant that meets a jet.
+
+    Raises:
+        NoRule: it makes complex numbers or another precision of the result.
+    """
+    if isinstance(other, Tensor):
+        fits = other.dtype == jet.dtype or not (other.is_floating_point() or other.is_complex())
+    else:
+        fits = isinstance(other, (int, float))
+    if not fits:
+        raise NoRule(f"a constant of type {other.dtype if isinstance(other, Tensor) else type(other)}")
+    return other
+
+
+def _lifted(components: Tensor, shape: Sequence[int]) -> Tensor:
+    """Components of a value as those of the value broadcast to `shape`."""
+    if components.shape[1:] == tuple(shape):
+        return components
+    ones = (1,) * (len(shape) - components.ndim + 1)
+    return components.reshape(len(components), *ones, *components.shape[1:]).expand(-1, *shape)
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        return a.like(a.data + alpha * b.data) if a.ndim == b.ndim else _broadcast_add(a, b, alpha)
-    jet, constant = (a, alpha * b) if isinstance(a, Jet) else (b.like(alpha * b.data), a)
-    value = jet.data[:1] + constant  # a constant moves the value alone
-    rest = jet.data[1:]
-    return jet.like(
-        torch.cat([value, rest.expand(-1, *value.shape[1:]) if rest.ndim == value.ndim else _no("broadcast")])
-    )
-
-
-def _broadcast_add(a: Jet, b: Jet, alpha: float) -> Jet:
-    ndim = max(a.ndim, b.ndim)
-
-    def lift(z: Tensor) -> Tensor:
-        return z.reshape(z.shape[0], *(1,) * (ndim + 1 - z.ndim), *z.shape[1:])
-
-    return a.like(lift(a.data) + alpha * lift(b.data))
+    if type(b) is Jet and type(a) is Jet:
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        return a.like(_lifted(a.components, shape) + alpha * _lifted(b.components, shape))
+    jet, other = (a, alpha * _constant(a, b)) if type(a) is Jet else (b.like(alpha * b.components), _constant(b, a))
+    parts = _lifted(jet.components, torch.broadcast_shapes(jet.shape, getattr(other, "shape", ())))
+    return jet.like(torch.cat([parts[:1] + other, parts[1:]]))  # a constant moves the value alone
 
 
 def _subtract(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Jet:
@@ -128,189 +276,118 @@ def _subtract(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Jet:
 
 
 def _multiply(func: Any, a: Any, b: Any) -> Jet:
-    if not isinstance(a, Jet):
+    if type(a) is not Jet:
         a, b = b, a
-    if not isinstance(b, Jet):
-        if isinstance(b, Tensor) and b.ndim > a.ndim:
-            _no("broadcast")
-        return a.like(a.data * b)
-    if a.ndim != b.ndim:
-        _no("broadcast")
-    x, y = a.data, b.data
-    value, first = x[:1] * y[:1], x[1:-1] * y[:1] + x[:1] * y[1:-1]
-    second = x[-1:] * y[:1] + x[:1] * y[-1:] + 2 * a.square_sum(x[1:-1], y[1:-1])[None]
-    return a.like(torch.cat([value, first, second]))
+    if type(b) is not Jet:
+        shape = torch.broadcast_shapes(a.shape, getattr(_constant(a, b), "shape", ()))
+        return a.like(_lifted(a.components, shape) * b)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    a, b = a.like(_lifted(a.components, shape)), b.like(_lifted(b.components, shape))
+    x, y, first = a.value, b.value, (a.first, b.first)
+    return a.of(
+        x * y,
+        first[0] * y + x * first[1],
+        lambda: a.components[-1] * y + x * b.components[-1] + 2 * a.weighted(first[0] * first[1]),
+    )
 
 
 def _divide(func: Any, a: Any, b: Any) -> Jet:
-    return _multiply(None, a, _elementwise(torch.reciprocal, b) if isinstance(b, Jet) else 1 / b)
-
-
-def _linear(func: Any, x: Any, weight: Tensor, bias: Tensor | None = None) -> Jet:
-    if isinstance(weight, Jet):
-        _no("linear with a weight that depends on x")
-    out = F.linear(x.data, weight)
-    return x.like(out if bias is None else torch.cat([out[:1] + bias, out[1:]]))
-
-
-def _matmul(func: Any, a: Any, b: Any) -> Jet:
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        _no("product of two matrices that depend on x")
-    if isinstance(b, Jet):
-        if b.ndim != 1 or a.ndim != 2:
-            _no("matmul")
-        return b.like(b.data @ a.mT)
-    if a.ndim != 1 and not (a.ndim == 2 and b.ndim == 2):
-        _no("matmul")
-    return a.like(a.data @ b)
-
-
-def _elementwise(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """f(z) with f′ and f″ from forward mode, so that any elementwise function of one jet is covered."""
-    if any(isinstance(a, Jet) for a in args):
-        _no(getattr(func, "__name__", "function"))
-    kwargs.pop("inplace", None)
-    value, first, lap = z.data[0], z.data[1:-1], z.data[-1]
-    if func in TANH:
-        f0 = torch.tanh(value)
-        f1 = 1 - f0 * f0
-        f2 = -2 * f0 * f1
-    elif func in SIN:
-        f0, f1 = torch.sin(value), torch.cos(value)
-        f2 = -f0
-    else:
-        one = torch.ones_like(value)
-        (f0, f1), (_, f2) = pushed(lambda y: pushed(lambda s: func(s, *args, **kwargs), y, one), value, one)
-    return z.like(torch.cat([f0[None], f1 * first, (f1 * lap + f2 * z.square_sum(first, first))[None]]))
-
-
-def _piecewise_linear(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
-    warnings.warn(
-        f"{func.__name__} has no second derivative: the Laplacian of such a network is zero almost everywhere "
-        "and the residual cannot see the PDE; take tanh, sin, SiLU, GELU or softplus",
-        stacklevel=2,
-    )
-    return _elementwise(func, z, *args, **kwargs)
-
-
-def _along_features(func: Any, z: Jet, *args: Any, **kwargs: Any) -> Jet:
-    """Linear maps that act alike on each component, on an axis counted from the end (or moved past the jet axis)."""
-    axes = args[0] if args else kwargs.get("dim")
-    rest = {k: v for k, v in kwargs.items() if k != "dim"}
-    axes = tuple(range(z.ndim)) if axes is None else (axes,) if isinstance(axes, int) else tuple(axes)
-    return z.like(func(z.data, tuple(a + 1 if a >= 0 else a for a in axes), *args[1:], **rest))
-
-
-def _axis(func: Any, z: Jet, dim: int) -> Jet:
-    return z.like(func(z.data, dim + 1 if dim >= 0 else dim))
-
-
-def _squeeze(func: Any, z: Jet, dim: int | None = None) -> Jet:
-    return z.like(z.data.reshape(-1, *[s for s in z.shape if s != 1])) if dim is None else _axis(torch.squeeze, z, dim)
-
-
-def _reshape(func: Any, z: Jet, *shape: Any) -> Jet:
-    sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    return z.like(z.data.reshape(z.data.shape[0], *sizes))
-
-
-def _flatten(func: Any, z: Jet, *_: Any) -> Jet:
-    return z.like(z.data.flatten(1))
-
-
-def _join(func: Any, parts: Sequence[Any], dim: int = 0) -> Jet:
-    jet = next(p for p in parts if isinstance(p, Jet))
-    data = [
-        p.data if isinstance(p, Jet) else torch.cat([p[None], p.new_zeros(jet.data.shape[0] - 1, *p.shape)])
-        for p in parts
-    ]
-    return jet.like(func(data, dim + 1 if dim >= 0 else dim))
-
-
-def _negative(func: Any, z: Jet) -> Jet:
-    return -z
+    if type(b) is Jet:
+        return _multiply(func, a, _elementwise(torch.reciprocal, b))
+    shape = torch.broadcast_shapes(a.shape, getattr(_constant(a, b), "shape", ()))
+    return a.like(_lifted(a.components, shape) / b)
 
 
 def _square(func: Any, z: Jet) -> Jet:
-    return _multiply(None, z, z)
+    return _multiply(func, z, z)
+
+
+def _linear(func: Any, x: Any, weight: Any, bias: Any = None) -> Jet:
+    if type(x) is not Jet or type(weight) is Jet or type(bias) is Jet:
+        out = _multilinear(lambda s, w: s @ w.mT, x, weight)
+        return out if bias is None else out + bias
+    out = F.linear(x.components, weight)
+    return x.like(out if bias is None else torch.cat([out[:1] + bias, out[1:]]))
+
+
+def _constant_jet(jet: Jet, c: Any) -> Tensor:
+    """A constant as components: its derivatives are zero."""
+    value = c[None] if isinstance(c, Tensor) else jet.components.new_full((1,), c)
+    return torch.cat([value, torch.zeros_like(value).expand(len(jet.components) - 1, *value.shape[1:])])
+
+
+def _join(func: Any, parts: Any, *args: Any, **kwargs: Any) -> Jet:
+    jet = next(p for p in parts if type(p) is Jet)
+    rows = [p.components if type(p) is Jet else _constant_jet(jet, p) for p in parts]
+    return jet.like(vmap(lambda row: func(row, *args, **kwargs))(rows))
+
+
+def _where(func: Any, condition: Any, a: Any, b: Any) -> Jet:
+    if func is Tensor.where:  # the method of the first choice
+        condition, a = a, condition
+    jet = a if type(a) is Jet else b
+    rows = [p.components if type(p) is Jet else _constant_jet(jet, _constant(jet, p)) for p in (a, b)]
+    return jet.like(vmap(lambda s, t: torch.where(condition, s, t))(*rows))
+
+
+def _masked_fill(func: Any, z: Jet, mask: Tensor, value: Any) -> Jet:
+    return _where(torch.where, mask, value, z)
 
 
 def _dropout(func: Any, z: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
     if training:
-        _no("dropout in training mode")
+        raise NoRule("dropout in training mode")
     return z
 
 
-def _no(what: str) -> Any:
-    raise NoRule(what)
+def _everywhere(names: str) -> list[Any]:
+    """The functions and methods of these names."""
+    homes = (torch, Tensor, F, torch.special, torch.linalg)
+    return [getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)]
 
 
-TANH = {torch.tanh, Tensor.tanh, F.tanh}
-SIN = {torch.sin, Tensor.sin}
-_SMOOTH = (
-    "cos",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "sigmoid",
-    "sinh",
-    "cosh",
-    "atan",
-    "asinh",
-    "erf",
-    "log1p",
-    "expm1",
-    "pow",
+TANH, SIN = set(_everywhere("tanh")), set(_everywhere("sin"))
+PIECEWISE_LINEAR = frozenset(
+    _everywhere(
+        "relu leaky_relu relu6 hardtanh abs absolute hardswish hardsigmoid hardshrink softshrink threshold",
+    )
+)
+ELEMENTWISE = _everywhere(
+    "tanh sin cos tan asin acos atan sinh cosh asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh exp exp2 "
+    "expm1 log log2 log10 log1p sqrt rsqrt reciprocal sigmoid expit erf erfc erfinv lgamma sinc silu gelu softplus elu "
+    "selu celu mish logsigmoid tanhshrink softsign"
+)
+LINEAR = _everywhere(
+    "sum mean cumsum trace reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze transpose permute "
+    "movedim moveaxis swapaxes swapdims t expand expand_as broadcast_to repeat tile repeat_interleave flip fliplr "
+    "flipud roll rot90 narrow select diagonal diag diag_embed tril triu gather index_select take take_along_dim chunk "
+    "split tensor_split unbind unfold contiguous clone to double float type_as neg negative __neg__ positive adjoint"
+)
+MULTILINEAR = _everywhere(
+    "matmul mm mv bmm dot inner outer ger vdot vecdot kron einsum tensordot cross multi_dot chain_matmul trapezoid "
+    "__matmul__ __rmatmul__"
+)
+CONSTANT = _everywhere(
+    "lt le gt ge eq ne less less_equal greater greater_equal not_equal __lt__ __le__ __gt__ __ge__ __eq__ __ne__ isnan "
+    "isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach zeros_like ones_like full_like "
+    "new_zeros new_ones new_full new_tensor size dim ndimension numel is_floating_point is_complex allclose equal"
 )
 RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys([*TANH, *SIN], _elementwise),
-    **dict.fromkeys([getattr(torch, n) for n in _SMOOTH] + [getattr(Tensor, n) for n in _SMOOTH], _elementwise),
-    **dict.fromkeys(
-        [
-            F.silu,
-            F.gelu,
-            F.softplus,
-            F.elu,
-            F.celu,
-            F.mish,
-            F.sigmoid,
-            F.logsigmoid,
-            F.tanhshrink,
-            F.softsign,
-        ],
-        _elementwise,
-    ),
-    **dict.fromkeys(
-        [
-            F.relu,
-            torch.relu,
-            Tensor.relu,
-            F.leaky_relu,
-            F.relu6,
-            F.hardtanh,
-            torch.abs,
-            Tensor.abs,
-            F.hardswish,
-        ],
-        _piecewise_linear,
-    ),
-    **dict.fromkeys([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__], _add),
-    **dict.fromkeys([torch.sub, Tensor.sub, Tensor.__sub__], _subtract),
-    **dict.fromkeys([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _multiply),
-    **dict.fromkeys([torch.div, Tensor.div, Tensor.__truediv__], _divide),
-    Tensor.__rsub__: lambda func, a, b: _add(None, -a, b),
-    **dict.fromkeys([torch.square, Tensor.square], _square),
-    **dict.fromkeys([torch.neg, Tensor.neg, Tensor.__neg__], _negative),
+    **dict.fromkeys(PIECEWISE_LINEAR, _piecewise_linear),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(LINEAR, _linear_map),
+    **dict.fromkeys(MULTILINEAR, _multilinear),
+    **dict.fromkeys(CONSTANT, _constant_rule),
+    **dict.fromkeys(_everywhere("add __add__ __radd__"), _add),
+    **dict.fromkeys(_everywhere("sub subtract __sub__"), _subtract),
+    **dict.fromkeys(_everywhere("rsub __rsub__"), lambda func, a, b: _add(func, b, a, alpha=-1)),
+    **dict.fromkeys(_everywhere("mul multiply __mul__ __rmul__"), _multiply),
+    **dict.fromkeys(_everywhere("div divide true_divide __truediv__"), _divide),
+    **dict.fromkeys(_everywhere("square"), _square),
+    **dict.fromkeys(_everywhere("pow __pow__"), _power),
+    **dict.fromkeys(_everywhere("cat concat concatenate stack hstack vstack column_stack"), _join),
+    **dict.fromkeys(_everywhere("where"), _where),
+    **dict.fromkeys(_everywhere("masked_fill"), _masked_fill),
     F.linear: _linear,
-    **dict.fromkeys([torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mv, torch.mm], _matmul),
-    **dict.fromkeys([torch.sum, Tensor.sum, torch.mean, Tensor.mean], _along_features),
-    **dict.fromkeys([torch.unsqueeze, Tensor.unsqueeze], lambda func, z, dim: _axis(torch.unsqueeze, z, dim)),
-    **dict.fromkeys([torch.squeeze, Tensor.squeeze], _squeeze),
-    **dict.fromkeys([torch.reshape, Tensor.reshape, Tensor.view], _reshape),
-    **dict.fromkeys([torch.flatten, Tensor.flatten], _flatten),
-    **dict.fromkeys([torch.cat, torch.stack, torch.hstack], _join),
     F.dropout: _dropout,
 }
-del RULES[torch.hstack]  # its axis rule differs from cat's

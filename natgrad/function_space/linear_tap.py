@@ -32,8 +32,8 @@ class LinearTap(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func is not F.linear or len(args) < 2 or id(args[1]) not in self.names:
             return out
-        jet = isinstance(args[0], Jet)
-        data, result = (args[0].data, out.data) if jet else (args[0][None], out[None])
+        jet = type(args[0]) is Jet
+        data, result = (args[0].components, out.components) if jet else (args[0][None], out[None])
         one = torch.zeros_like(data[:, :1])
         one = torch.cat([torch.ones_like(one[:1]), one[1:]])
         self.layers.append(self.names[id(args[1])])

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 
+from natgrad.function_space.reverse_mode import mended, pushforward
 from natgrad.function_space.scope import Scope
 from natgrad.function_space.weights import Weight, Weights
 from natgrad.metric.metric import Vector
@@ -49,7 +50,8 @@ class Residuals:
         self.weights = Weights(list(terms), weights)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
-        self.scope, self.model, self.terms, self.chunk = scope, scope.model, dict(terms), chunk
+        self.scope, self.model, self.chunk = scope, scope.model, chunk
+        self.terms = {n: mended(term) for n, term in terms.items()}
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self.components: dict[str, int] = {}  # residuals at a point, by term
         self.scales: dict[str, Tensor] = {}  # √(weight / points) of each point, by term
@@ -157,7 +159,7 @@ class Residuals:
 
     def jvp(self, params: Vector, v: Vector) -> Tensor:
         """J v, shape (N,)."""
-        return jvp(self.values, (params,), (v,))[1]
+        return pushforward(self.values, params, v)
 
     def vjp(self, params: Vector, c: Tensor) -> Vector:
         """Jᵀ c."""

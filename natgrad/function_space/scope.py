@@ -239,7 +239,7 @@ def leaves_of(result: Tensor) -> list[Tensor]:
 def name_in(function: Callable[..., Any], leaf: Tensor) -> str:
     """How a function written in Python calls a tensor, for messages; "" where that is not found."""
     try:
-        seen = inspect.getclosurevars(function)
+        seen = inspect.getclosurevars(inspect.unwrap(function))
     except (TypeError, ValueError):
         return ""
     for name, held in {**seen.globals, **seen.nonlocals}.items():

@@ -74,6 +74,7 @@ SEEN = {
     "a layer called twice": (lambda: Shared().double(), TERMS),
     "thin": (lambda: mlp(2), TERMS),
     "wide": (lambda: mlp(40), TERMS),
+    "a layer norm": (lambda: nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 1)).double(), TERMS),
 }
 
 
@@ -124,7 +125,6 @@ def test_solvers_take_rows_by_layer(solver):
 
 HIDDEN = {
     "a parameter beside layers": (Scaled, TERMS),
-    "a layer norm": (lambda: nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Linear(5, 1)).double(), TERMS),
     "a transform of u": (mlp, {**TERMS, "inside": lambda u, x: jacrev(u)(x).sum()}),
     "forward mode": (mlp, {**TERMS, "inside": lambda u, x: jvp(u, (x,), (torch.ones_like(x),))[1]}),
 }

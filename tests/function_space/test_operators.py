@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.nn import functional as F
 
-from natgrad.function_space.forward_laplacian import Jet, NoRule
-from natgrad.function_space.operators import _nested
+from natgrad.function_space.forward_laplacian import Expansion, Jet, NoRule
+from natgrad.function_space.operators import eye
 from natgrad.operators import (
     derivatives,
     divergence,
@@ -102,12 +102,23 @@ def test_harmonic_and_known_solutions():
     assert float(laplacian(lambda x: torch.ones((), dtype=x.dtype), X)) == 0  # constant field
 
 
-def test_fallback_is_taken_only_where_there_is_no_rule():
-    jet = Jet(torch.zeros(5, 3), torch.ones(3))
+def jet_of(x):
+    parts = [x[None], eye(x), torch.zeros_like(x)[None]]
+    return Jet(torch.cat(parts), Expansion(torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_reverse_mode_is_taken_only_where_there_is_no_rule(name):
+    if name == "no rule":
+        with pytest.raises(NoRule):
+            FIELDS[name](jet_of(X))
+    else:
+        assert isinstance(FIELDS[name](jet_of(X)), Jet)
+
+
+def test_jets_of_two_passes_do_not_mix():
     with pytest.raises(NoRule):
-        torch.linalg.vector_norm(jet)
-    out = _nested(FIELDS["functions"], X, torch.ones(3).double())
-    torch.testing.assert_close(out.laplacian, derivatives(FIELDS["functions"], X).laplacian)
+        jet_of(X) * jet_of(X)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.Hardtanh()])
@@ -115,9 +126,26 @@ def test_piecewise_linear_networks_warn(activation):
     net = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 1)).double()
     with pytest.warns(UserWarning, match="zero almost everywhere"):
         assert float(laplacian(net, X).detach()) == 0
+    with pytest.warns(UserWarning, match="zero almost everywhere"):
+        laplacian(lambda x: net(x) + torch.linalg.vector_norm(x), X)  # in reverse mode as well
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradient(net, X)  # first derivatives are fine
+
+
+def test_weights_that_are_learnt_keep_their_derivatives():
+    k = torch.tensor(0.5, dtype=torch.float64)
+    u = FIELDS["functions"]
+    got = grad(lambda k: laplacian(u, X, [0.0, k, 2 * k]))(k)
+    torch.testing.assert_close(got, hessian(u)(X).diagonal() @ torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+
+
+def test_a_field_must_return_one_tensor():
+    for operator in (laplacian, gradient, time_derivative):
+        with pytest.raises(TypeError, match="returns one floating-point tensor, got tuple"):
+            operator(lambda x: (x, x), X)
+        with pytest.raises(TypeError, match=r"got a tensor of torch\.int64"):
+            operator(lambda x: torch.arange(3), X)
 
 
 @pytest.mark.parametrize(

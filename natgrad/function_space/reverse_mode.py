@@ -1,0 +1,90 @@
+"""Derivatives in which torch is right: by reverse mode alone, of functions that are mended where that is not enough.
+
+Forward mode of torch 2.13 has faults (`natgrad.function_space.composed`); reverse mode, also over itself, has fewer.
+Fused attention has no second derivative, so attention is computed in the plain way here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from natgrad.function_space.composed import MENDED
+from natgrad.function_space.forward_laplacian import PIECEWISE_LINEAR, Jet
+
+
+class Mended(TorchFunctionMode):
+    """Takes the functions of `MENDED` in place of torch's, and notes those that have no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinks: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PIECEWISE_LINEAR:
+            self.kinks.append(func.__name__)
+        mended = MENDED.get(func)
+        if mended is None or any(type(a) is Jet for a in args):  # jets have rules of their own
+            return func(*args, **(kwargs or {}))
+        return mended(func, *args, **(kwargs or {}))
+
+
+def mended(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f with torch's faults mended in whatever it computes, and whatever transforms of torch.func it takes."""
+
+    @functools.wraps(f, updated=())
+    def with_mode(*args: Any) -> Any:
+        with Mended(), sdpa_kernel(SDPBackend.MATH):
+            return f(*args)
+
+    return with_mode
+
+
+def expanded(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> tuple[list[Tensor], list[str]]:
+    """u (…), ∂u (…, d) and, of order 2, ∂²u (…, d, d) at x (d,), and the functions without a second derivative.
+
+    Raises:
+        TypeError: u returns no floating-point or complex tensor.
+    """
+    mode, imaginary = Mended(), False
+
+    def real(y: Tensor) -> Tensor:
+        nonlocal imaginary
+        with mode:
+            out = u(y)
+        if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
+            got = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+            raise TypeError(f"operators differentiate a function that returns one floating-point tensor, got {got}")
+        imaginary = out.is_complex()
+        return torch.view_as_real(out).movedim(-1, 0) if imaginary else out
+
+    def with_value(y: Tensor) -> tuple[Tensor, Tensor]:
+        out = real(y)
+        return out, out
+
+    def with_both(y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        slope, value = jacrev(with_value, has_aux=True)(y)
+        return slope, (value, slope)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        if order == 1:
+            slope, value = jacrev(with_value, has_aux=True)(x)
+            parts = [value, slope]
+        else:
+            bend, (value, slope) = jacrev(with_both, has_aux=True)(x)
+            parts = [value, slope, bend]
+    return [torch.complex(p[0], p[1]) for p in parts] if imaginary else parts, mode.kinks
+
+
+def pushforward(f: Callable[[Any], Tensor], at: Any, v: Any) -> Tensor:
+    """f′(at) v by reverse mode twice: c ↦ f′(at)ᵀ c is linear, and its transpose is f′(at)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        value, pull = vjp(f, at)  # type: ignore[misc]
+        return vjp(lambda c: pull(c)[0], torch.zeros_like(value))[1](v)[0]
