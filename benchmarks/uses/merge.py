@@ -65,7 +65,8 @@ def main() -> None:
         for name, model in models.items():
             train(model, data[name], y, 10, seed + 100)
 
-        def score(state: dict[str, Tensor], twin=copy.deepcopy(start), held=held) -> float:
+        def score(state: dict[str, Tensor], start=start, held=held) -> float:
+            twin = copy.deepcopy(start)
             twin.load_state_dict(state)
             return sum(accuracy(twin, v, yv) for v in held.values()) / 2
 

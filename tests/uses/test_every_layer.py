@@ -1,4 +1,4 @@
-"""Every use on every op of the list, and on tied weights: against dense linear algebra where that says what is right."""
+"""Every use on every op of the list, and on tied weights, against dense linear algebra."""
 
 from __future__ import annotations
 
