@@ -4,11 +4,11 @@
     python -m benchmarks.uses.round --shared            # one block that is called twice
     python -m benchmarks.uses.round --part first --seeds 10 --dampings 1e-6 1e-5 1e-4 1e-3 1e-2
 
-Shown is KL(original ‖ rounded) in nats per character on held-out text. All matrices but the embeddings are rounded, each
-row to 2³ levels between its least and largest entry. Rivals are rounding to nearest, and rounding along the inputs alone
-(V, as GPTQ does), which is natgrad's with structure="input"; natgrad's feeds errors on along the outputs too. The third
-command, which trains and measures on the first half of the text, is that by which the default damping was chosen; the
-others take the second half.
+Shown is KL(original ‖ rounded) in nats per character on held-out text. All matrices but the embeddings are rounded,
+each row to 2³ levels between its least and largest entry. Rivals are rounding to nearest, and rounding along the inputs
+alone (V, as GPTQ does), which is natgrad's with structure="input"; natgrad's feeds errors on along the outputs too. The
+default damping was chosen by the third command, which trains and measures on the first half of the text; the others
+take the second half.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import natgrad as ng
 from benchmarks.workloads import DATA
+from natgrad.uses import rounding
 
 WIDTH, HEADS, CONTEXT, LAYERS, BATCH, LEVELS = 64, 4, 64, 2, 32, 8
 
@@ -136,8 +137,6 @@ def main() -> None:
                 if relative is None:
                     theta = ng.round_weights(metric, quantiser, names)
                 else:
-                    import natgrad.uses.rounding as rounding
-
                     rounding.DAMPING = relative
                     theta = ng.round_weights(metric, quantiser, names)
                 seconds = time.process_time() - start

@@ -67,6 +67,10 @@ class SavedMetric(BlockMetric):
         """n, for which n ĝ is the curvature of all the data: 1 for a criterion that adds them up already."""
         return self.seen if self.reduction == "mean" else 1
 
+    def copy(self) -> SavedMetric:
+        """Return the same with statistics of its own."""
+        return self.over([copied(b, self.shapes) for b in self.ready])
+
     def over(self, blocks: Sequence[Block]) -> SavedMetric:
         """Return the same with other blocks."""
         return SavedMetric(self.shapes, blocks, self.seen, self.reduction, self.bare)
@@ -87,13 +91,12 @@ def read(path: str | os.PathLike[str]) -> SavedMetric:
     return SavedMetric(shapes, blocks, about["seen"], about["reduction"], bare)
 
 
-def snapshot(metric: Source, what: str, dtype: torch.dtype | None = None) -> SavedMetric:
-    """Return a metric as it is now, with statistics of its own.
+def saved(metric: Source, what: str) -> SavedMetric:
+    """Return a metric without its model. It shares the blocks of the metric that is given; `copy` parts them.
 
     Args:
         metric: a metric made of blocks, or the path of its file.
         what: who asks, for messages.
-        dtype: of the statistics; None leaves it.
 
     Raises:
         TypeError: it is neither.
@@ -107,13 +110,12 @@ def snapshot(metric: Source, what: str, dtype: torch.dtype | None = None) -> Sav
             f"{what} takes an ng.Fisher, or the path of a file that its save() wrote, got {describe(metric)}; other "
             "metrics keep no blocks of layers"
         )
-    shapes = {n: p.shape for n, p in metric.parameters.items()}
-    blocks = [copied(b, shapes, dtype) for b in metric._ready()]
+    shapes, blocks = {n: p.shape for n, p in metric.parameters.items()}, metric._ready()
     if isinstance(metric, Fisher):
         bare = {row.parameter: row.why for row in metric.coverage().without_curvature()}
         return SavedMetric(shapes, blocks, metric.seen, metric.likelihood.reduction, bare)
     assert isinstance(metric, SavedMetric)
-    return SavedMetric(shapes, blocks, metric.seen, metric.reduction, metric.bare)
+    return metric
 
 
 def block_for_block(metrics: Mapping[str, SavedMetric], what: str) -> list[list[Block | None]]:

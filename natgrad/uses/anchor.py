@@ -26,7 +26,7 @@ from torch import Tensor
 
 from natgrad.blocks.base import Block
 from natgrad.blocks.sums import nearest_sum
-from natgrad.fisher.saved import SavedMetric, Source, block_for_block, snapshot, summed
+from natgrad.fisher.saved import SavedMetric, Source, block_for_block, saved, summed
 from natgrad.metric.metric import Metric
 from natgrad.uses.arguments import Point, say_bare, values
 
@@ -45,7 +45,7 @@ def anchor(metric: Source, theta: Mapping[str, Tensor] | None = None) -> Anchor:
         ValueError: the point does not fit, or a metric from a file comes without one.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = snapshot(metric, "anchor")
+    held = saved(metric, "anchor").copy()
     say_bare(held, "nothing holds it near the anchor")
     centre = values(metric, theta, held, "anchor")
     live = metric if isinstance(metric, Metric) and not isinstance(metric, SavedMetric) else None
@@ -78,10 +78,11 @@ class Anchor:
         device = next(iter(theta.values())).device
         self._move(device)
         with torch.autocast(device.type, enabled=False):
-            moved = {n: theta[n] - c for n, c in self.centre.items()}
+            dtype = next(iter(self.metric.parameters.values())).dtype  # of the statistics
+            moved = {n: theta[n].to(dtype) - c.to(dtype) for n, c in self.centre.items()}
             parts = [half_square(b, moved) for b in self.metric.ready]
             parts += [(h * moved[n]).sum() for n, h in self._slope.items()]
-            return torch.stack([self._constant.to(parts[0]), *(p.to(parts[0].dtype) for p in parts)]).sum()
+            return torch.stack([self._constant.to(parts[0]), *(p.to(dtype) for p in parts)]).sum()
 
     def at(self, theta: Mapping[str, Tensor] | None = None) -> Anchor:
         """Return ½ ‖θ − θ₁‖²_ĝ around another point: the same metric, with neither slope nor constant.
@@ -166,5 +167,5 @@ class Anchor:
 
 def half_square(block: Block, moved: Mapping[str, Any]) -> Tensor:
     """½ ‖x‖² of a displacement in a block."""
-    x = block.pack({n: moved[n] for n in block.names}).to(block.dtype)
+    x = block.pack({n: moved[n] for n in block.names})
     return (x * block.flat(x)).sum() / 2

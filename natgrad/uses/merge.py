@@ -25,7 +25,7 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.structures import STRUCTURES
 from natgrad.blocks.sums import copied, restructured
-from natgrad.fisher.saved import SavedMetric, Source, block_for_block, snapshot, summed
+from natgrad.fisher.saved import SavedMetric, Source, block_for_block, saved, summed
 from natgrad.linalg.krylov import conjugate_gradient
 from natgrad.linalg.tree import describe
 from natgrad.metric.metric import DENSE_PARAMETERS
@@ -94,9 +94,10 @@ def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, SavedM
             raise TypeError(f"the model {name!r} must be (state_dict, metric or path), got {describe(pair)}")
         states[name] = pair[0]
         try:
-            metrics[name] = snapshot(pair[1], "merge")
+            metrics[name] = saved(pair[1], "merge")
         except (RuntimeError, ValueError) as error:
-            raise type(error)(f"the metric of {name!r}: {error}") from error
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(f"the metric of {name!r}: {error}") from error
     first = next(iter(states))
     said = [
         f"{name!r} {word} {keys}"

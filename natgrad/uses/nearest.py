@@ -19,7 +19,7 @@ from torch import Tensor
 from natgrad.blocks.base import Block
 from natgrad.blocks.dense import LayerBlock
 from natgrad.blocks.sums import copied, device_of
-from natgrad.fisher.saved import SavedMetric, Source, snapshot
+from natgrad.fisher.saved import SavedMetric, Source, saved
 from natgrad.linalg.cholesky import damped_cholesky
 from natgrad.linalg.krylov import CG_TOLERANCE, conjugate_gradient
 from natgrad.metric.damping import Damping, Resolved
@@ -45,7 +45,7 @@ def nearest(
         ValueError: damping, point or masks do not fit, or the masks keep nothing.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = snapshot(metric, "nearest")
+    held = saved(metric, "nearest")
     given = held.dampings(damping)
     masks = per_parameter(held, keep, "keep", torch.bool)
     if masks and not any(bool(m.any()) for m in masks.values()):
@@ -114,7 +114,7 @@ def effective_dimension(metric: Source, damping: float) -> Tensor:
         ValueError: the damping is not positive and finite.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = snapshot(metric, "effective_dimension")
+    held = saved(metric, "effective_dimension")
     damping = held.check_damping(damping)
     parts = [b.eigenvalues().clamp(min=0) for b in held.ready]
     return torch.stack([(s / (s + damping)).sum() for s in parts]).sum()

@@ -27,7 +27,7 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.dense import LayerBlock
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.sums import copied
-from natgrad.fisher.saved import SavedMetric, Source, snapshot
+from natgrad.fisher.saved import SavedMetric, Source, saved
 from natgrad.linalg.block_diagonal import dense_of, is_diagonal, trace_of
 from natgrad.linalg.tree import describe
 from natgrad.uses.arguments import Point, say_bare, values
@@ -62,7 +62,7 @@ def round_weights(
     """
     if not callable(quantiser):
         raise TypeError(f"quantiser must be callable as quantiser(name, weight), got {describe(quantiser)}")
-    held = snapshot(metric, "round_weights")
+    held = saved(metric, "round_weights")
     chosen = chosen_names(held, names)
     damping = None if damping is None else held.check_damping(damping)
     theta = values(metric, theta, held, "round_weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from oracle_of_uses import F64, STRUCTURES, fisher, flat, net
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import natgrad as ng
@@ -154,6 +157,46 @@ def test_of_files(tmp_path: Path) -> None:
         files[name] = (state, tmp_path / name)
     found, again = ng.merge(models), ng.merge(files)
     assert all(torch.equal(found[n], again[n]) for n in found)
+
+
+def test_files_of_an_older_format_and_damaged_ones(tmp_path: Path) -> None:
+    state, metric = pair("kfac", 0)
+    metric.save(tmp_path / "m")
+    with safe_open(tmp_path / "m", "pt") as file:
+        tensors, said = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    about = {**json.loads(said["natgrad"]), "format": 12}
+    save_file(tensors, tmp_path / "old", {**said, "natgrad": json.dumps(about)})
+    (tmp_path / "cut").write_bytes((tmp_path / "m").read_bytes()[:-9])
+    for name, words in (("old", "has format 12; this version of natgrad reads"), ("cut", "cut short")):
+        path = tmp_path / name
+        for use in (
+            lambda path=path: ng.merge({"a": (state, path)}),
+            lambda path=path: ng.anchor(path, state),
+            lambda path=path: ng.nearest(path, state, {}, 0.1),
+            lambda path=path: ng.prune(path, 0.5, theta=state),
+            lambda path=path: ng.round_weights(path, lambda n, w: w, theta=state),
+            lambda path=path: ng.effective_dimension(path, 0.1),
+        ):
+            with pytest.raises(ValueError, match=words):
+                use()
+
+
+def test_half_precision(close: Close) -> None:
+    """Parameters in bfloat16, statistics in float32."""
+    models = {}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = net(seed).bfloat16()
+        metric = ng.Fisher(model, nn.CrossEntropyLoss(), kind="exact")
+        metric.update(torch.randn(20, 5, dtype=torch.bfloat16), torch.randint(3, (20,)))
+        models[str(seed)] = model.state_dict(), metric
+    found, (state, metric) = ng.merge(models), models["0"]
+    for result in (found, ng.prune(metric, 0.5)[1], ng.round_weights(metric, lambda n, w: (4 * w).round() / 4)):
+        assert all(t.dtype == torch.bfloat16 for t in result.values())
+    near = ng.anchor(metric)
+    moved = {n: t.double() for n, t in found.items()}
+    step = {n: (t - state[n].double()).float() for n, t in moved.items()}
+    close(near.penalty(moved).detach().double(), metric.inner(step, step).double() / 2, 1e-5)
 
 
 def test_one_that_has_not_seen_a_layer(close: Close) -> None:
