@@ -20,7 +20,7 @@ from torch import Tensor
 from natgrad.cli.inspect.report import METRIC
 from natgrad.cli.tasks.task import CommandError
 from natgrad.metric.files import write_whole
-from natgrad.uses.merge import merge as merged
+from natgrad.uses.merging import merge as merged
 
 MODEL = "model.safetensors"  # in the folder of a run, beside the metric
 TORCH = (".pt", ".pth", ".bin")

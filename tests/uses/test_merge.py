@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad.uses import merge as module
+from natgrad.uses import merging as module
 
 Close = Callable[[Tensor, Tensor, float], None]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import natgrad as ng
-from natgrad.uses import nearest as solver
+from natgrad.uses import projection as solver
 
 Close = Callable[[Tensor, Tensor, float], None]
 each = pytest.mark.parametrize("structure", STRUCTURES)

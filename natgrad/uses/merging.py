@@ -30,7 +30,7 @@ from natgrad.linalg.krylov import conjugate_gradient
 from natgrad.linalg.tree import describe
 from natgrad.metric.metric import DENSE_PARAMETERS
 from natgrad.uses.arguments import Point, point, say_bare
-from natgrad.uses.nearest import LIMIT, matrix_of
+from natgrad.uses.projection import LIMIT, matrix_of, tolerance_of
 
 COUNTER = "num_batches_tracked"  # the only whole number in a state_dict that models may differ in
 
@@ -173,7 +173,11 @@ def add_solution(
         x = v.reshape(shape)
         return (torch.stack([w * b.flat(x) for w, b, _ in parts]).sum(0) + damping * x).flatten()
 
-    solution, _ = conjugate_gradient(product, right, lambda v: inverse.apply(v.reshape(shape)).flatten(), limit=LIMIT)
+    def precondition(v: Tensor) -> Tensor:
+        return inverse.apply(v.reshape(shape)).flatten()
+
+    tolerance = max(tolerance_of(b) for b in row if b is not None)
+    solution, _ = conjugate_gradient(product, right, precondition, tolerance, LIMIT)
     found = {n: torch.zeros_like(mean[n], device=device) for n in like.names}
     like.unpack(solution.reshape(shape), found)
     for n, t in found.items():

@@ -68,7 +68,6 @@ def projected(metric: SavedMetric, theta: Point, keep: Mapping[str, Tensor], dam
 
 def compensation(block: Block, metric: SavedMetric, x: Tensor, mask: Tensor, given: Resolved) -> Tensor:
     """Return A_KK⁻¹ A_KD x_D, zero off K. `mask`: of K, in the coordinates of the block, as x."""
-    tolerance = max(CG_TOLERANCE, torch.finfo(block.dtype).eps)  # more digits than the statistics have say nothing
     exact = copied(block, metric.shapes, torch.float64)
     damping = exact.damping_of(given, metric.parameters)
     right = (exact.flat(x * ~mask) * mask).flatten()
@@ -87,8 +86,13 @@ def compensation(block: Block, metric: SavedMetric, x: Tensor, mask: Tensor, giv
     def precondition(v: Tensor) -> Tensor:
         return (inverse.apply(v.reshape(x.shape)) * mask).flatten()
 
-    solution, _ = conjugate_gradient(product, right, precondition, tolerance, LIMIT)
+    solution, _ = conjugate_gradient(product, right, precondition, tolerance_of(block), LIMIT)
     return solution.reshape(x.shape)
+
+
+def tolerance_of(block: Block) -> float:
+    """Of the residual: more digits than the statistics have say nothing."""
+    return max(CG_TOLERANCE, torch.finfo(block.dtype).eps)
 
 
 def matrix_of(block: Block) -> Tensor:

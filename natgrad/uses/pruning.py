@@ -23,7 +23,7 @@ from natgrad.fisher.saved import SavedMetric, Source, saved
 from natgrad.linalg.tree import describe
 from natgrad.metric.damping import Damping
 from natgrad.uses.arguments import Point, damping_or_default, say_bare, values
-from natgrad.uses.nearest import projected
+from natgrad.uses.projection import projected
 
 Groups = Mapping[str, int | Tensor]
 
