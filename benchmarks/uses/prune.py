@@ -1,7 +1,7 @@
 """Pruning in one shot, with no training after it: accuracy against sparsity.
 
     python -m benchmarks.uses.prune                     # MNIST's test images, 784-128-64-10, three seeds
-    python -m benchmarks.uses.prune --data digits --dampings 1e-4 1e-3 1e-2 1e-1 --seeds 10 11 12
+    python -m benchmarks.uses.prune --data digits --dampings 1e-4 1e-3 1e-2 1e-1 1 --seeds 10 11
 
 Rivals: magnitude, and optimal brain damage (θ² times the diagonal, nothing moved). Between them and `natgrad.prune`
 stand the mask of either with `natgrad.nearest`, and natgrad's mask with nothing moved. The default damping was chosen

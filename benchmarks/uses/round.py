@@ -2,7 +2,7 @@
 
     python -m benchmarks.uses.round                     # tiny Shakespeare, three seeds
     python -m benchmarks.uses.round --shared            # one block that is called twice
-    python -m benchmarks.uses.round --part first --seeds 10 --dampings 1e-6 1e-5 1e-4 1e-3 1e-2
+    python -m benchmarks.uses.round --part first --seeds 10 11 --dampings 1e-5 1e-4 1e-3 1e-2
 
 Shown is KL(original ‖ rounded) in nats per character on held-out text. All matrices but the embeddings are rounded,
 each row to 2³ levels between its least and largest entry. Rivals are rounding to nearest, and rounding along the inputs

@@ -16,7 +16,7 @@ from natgrad.metric.metric import Metric
 
 Point = dict[str, Tensor]
 
-DAMPING = 1e-2  # of the mean eigenvalue
+DAMPING = 1e-2  # of the mean eigenvalue; benchmarks/uses/prune.py, second command
 
 
 def point(metric: SavedMetric, theta: Any, what: str) -> Point:

@@ -33,7 +33,7 @@ from natgrad.linalg.tree import describe
 from natgrad.uses.arguments import Point, say_bare, values
 
 Quantiser = Callable[[str, Tensor], Tensor]
-DAMPING = 1e-4  # of the mean eigenvalue of a block, so that each factor has its root, 1 % of its own, as GPTQ's has
+DAMPING = 1e-3  # of the mean eigenvalue of a block: 3 % for each factor; benchmarks/uses/round.py, third command
 
 
 def round_weights(
