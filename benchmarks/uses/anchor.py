@@ -34,7 +34,7 @@ CHOSEN = {
     "avalanche, online": 1e4,
     "diagonal": 10.0,
     "diagonal, online": 10.0,
-    "kfac": 10.0,
+    "kfac": 1.0,
     "kfac, online": 10.0,
 }
 

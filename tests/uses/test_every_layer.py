@@ -91,3 +91,47 @@ def test_each_use(case: Case, structure: str) -> None:
         ng.merge(models)  # "input"
         size = torch.linalg.eigvalsh(dense).clamp(min=0)
         assert abs(float(ng.effective_dimension(first, DAMPING)) - float((size / (size + DAMPING)).sum())) < 1e-9
+
+
+class Odd(nn.Module):
+    """A layer, and a parameter whose use no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(5, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * torch.sin(self.w)
+
+
+def odd(seed: int) -> ng.Fisher:
+    torch.manual_seed(seed)
+    found = ng.Fisher(Odd().double(), nn.CrossEntropyLoss(), kind="exact")
+    found.update(torch.randn(6, 5, dtype=F64), torch.randint(3, (6,)))
+    found.collection.blocks = [b for b in found.blocks if b.names != ["w"]]  # as of one that is too large for its own
+    return found
+
+
+def test_parameters_without_curvature_are_named_by_each_use() -> None:
+    first, second = odd(0), odd(1)
+    w = first.parameters["w"].detach()
+    with pytest.warns(UserWarning, match=r"no curvature of 'w' \(no op rule covers its use .*: nothing holds it near"):
+        ng.anchor(first)
+    with pytest.warns(UserWarning, match=r"no curvature of 'w' .*: it is kept whole"):
+        masks, pruned = ng.prune(first, 0.5)
+    assert bool(masks["w"].all())
+    assert torch.equal(pruned["w"], w)
+    assert int(sum((~m).sum() for m in masks.values())) == 9  # of the 18 entries of the layer
+    with pytest.warns(UserWarning, match=r"no curvature of 'w' .*: it is rounded entry by entry"):
+        rounded = ng.round_weights(first, quarters)
+    assert torch.equal(rounded["w"], quarters("w", w))
+    models = {n: (m.model.state_dict(), m) for n, m in (("a", first), ("b", second))}
+    with pytest.warns(UserWarning, match=r"no curvature of 'w' .*: it becomes the mean"):
+        state = ng.merge(models)
+    assert torch.allclose(state["w"], (w + second.parameters["w"].detach()) / 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=r"no curvature of \['w'\]; give a damping"):
+            ng.merge(models, 0.0)
+    found = ng.nearest(first, first.parameters, {"w": torch.tensor([True, False, True])}, 0.1)
+    assert found["w"].tolist() == [float(w[0]), 0.0, float(w[2])]

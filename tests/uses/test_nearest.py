@@ -52,6 +52,43 @@ def test_damping_by_name(close: Close) -> None:
     close(flat(metric, found), expected, 1e-8)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "input"])
+@pytest.mark.parametrize("longest", [1, 2])
+def test_sides_in_pieces(structure: str, longest: int, close: Close, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (fisher(structure, seed, 20, max_factor_dim=longest) for seed in range(2))
+    theta, keep = noise(a), masks(a)
+    expected = constrained(damped(a, 0.05), flat(a, theta), flat(a, keep))
+    close(flat(a, ng.nearest(a, theta, keep, 0.05)), expected, 1e-8)
+    monkeypatch.setattr(solver, "DENSE_PARAMETERS", 0)
+    close(flat(a, ng.nearest(a, theta, keep, 0.05)), expected, 1e-8)
+    total = (ng.anchor(a) + ng.anchor(b)).penalty({n: p + theta[n] for n, p in b.parameters.items()}).detach()
+    assert float(total) > 0
+    models = {n: (m.model.state_dict(), m) for n, m in (("a", a), ("b", b))}
+    parts = [(20 * m.dense(), flat(m, values(m))) for m in (a, b)]
+    both = parts[0][0] + parts[1][0]
+    pull = 0.01 * both.trace() / len(both) * torch.eye(len(both), dtype=F64)
+    right = sum(((m + pull / 2) @ t for m, t in parts), torch.zeros(len(both), dtype=F64))
+    close(flat(a, ng.merge(models, structure=None)), torch.linalg.solve(both + pull, right), 1e-8)
+
+
+def test_of_a_metric_that_an_optimizer_drives() -> None:
+    metric = ng.Fisher(model := net(), loss := nn.CrossEntropyLoss())
+    opt = ng.NaturalGradient(metric)
+    for seed in range(3):
+        x, y = data(16, seed)
+        opt.zero_grad()
+        loss(model(x), y).backward()
+        opt.step()
+    near, (found, pruned) = ng.anchor(metric), ng.prune(metric, 0.5)
+    dense = metric.dense()
+    opt.zero_grad()
+    (loss(model(data(16, 4)[0]), data(16, 4)[1]) + near.penalty()).backward()
+    opt.step()
+    step = {n: p.detach() - near.centre[n] for n, p in metric.parameters.items()}
+    assert float(near.penalty().detach()) == pytest.approx(float(flat(metric, step) @ dense @ flat(metric, step)) / 2)
+    assert all(bool((pruned[n][~m] == 0).all()) for n, m in found.items())
+
+
 def test_what_is_kept_whole_stays() -> None:
     metric = fisher("kfac")
     theta = noise(metric)
