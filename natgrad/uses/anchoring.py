@@ -26,7 +26,7 @@ from torch import Tensor
 
 from natgrad.blocks.base import Block
 from natgrad.blocks.sums import nearest_sum
-from natgrad.fisher.saved import SavedMetric, Source, block_for_block, saved, summed
+from natgrad.fisher.frozen import FrozenMetric, Source, block_for_block, frozen, summed
 from natgrad.metric.metric import Metric
 from natgrad.uses.arguments import Point, say_bare, values
 
@@ -45,10 +45,10 @@ def anchor(metric: Source, theta: Mapping[str, Tensor] | None = None) -> Anchor:
         ValueError: the point does not fit, or a metric from a file comes without one.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = saved(metric, "anchor").copy()
+    held = frozen(metric, "anchor").copy()
     say_bare(held, "nothing holds it near the anchor")
     centre = values(metric, theta, held, "anchor")
-    live = metric if isinstance(metric, Metric) and not isinstance(metric, SavedMetric) else None
+    live = metric if isinstance(metric, Metric) and not isinstance(metric, FrozenMetric) else None
     return Anchor(held, centre, {}, torch.zeros(()), live)
 
 
@@ -58,7 +58,9 @@ class Anchor:
     ``near + near2`` adds penalties, ``γ * near`` weighs one, `at` moves one.
     """
 
-    def __init__(self, metric: SavedMetric, centre: Point, slope: Point, constant: Tensor, live: Metric | None) -> None:
+    def __init__(
+        self, metric: FrozenMetric, centre: Point, slope: Point, constant: Tensor, live: Metric | None
+    ) -> None:
         self.metric, self.centre = metric, centre
         self._slope, self._constant = slope, constant
         self._parameters = None if live is None else live.parameters
@@ -137,7 +139,7 @@ class Anchor:
 
     __rmul__ = __mul__
 
-    def _like(self, metric: SavedMetric, centre: Point, slope: Point, constant: Tensor) -> Anchor:
+    def _like(self, metric: FrozenMetric, centre: Point, slope: Point, constant: Tensor) -> Anchor:
         twin = Anchor(metric, centre, slope, constant, None)
         twin._parameters, twin._live = self._parameters, self._live
         return twin

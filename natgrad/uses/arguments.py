@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.fisher.saved import SavedMetric
+from natgrad.fisher.frozen import FrozenMetric
 from natgrad.linalg.tree import describe
 from natgrad.metric.damping import Damping, Resolved
 from natgrad.metric.metric import Metric
@@ -19,7 +19,7 @@ Point = dict[str, Tensor]
 DAMPING = 1e-2  # of the mean eigenvalue; benchmarks/uses/prune.py, second command
 
 
-def point(metric: SavedMetric, theta: Any, what: str) -> Point:
+def point(metric: FrozenMetric, theta: Any, what: str) -> Point:
     """Return values of the parameters, apart from any graph. `theta` may hold more than the metric's parameters.
 
     Raises:
@@ -42,7 +42,7 @@ def point(metric: SavedMetric, theta: Any, what: str) -> Point:
     return {n: t.detach().clone() for n, t in found.items()}
 
 
-def values(source: Any, theta: Any, metric: SavedMetric, what: str) -> Point:
+def values(source: Any, theta: Any, metric: FrozenMetric, what: str) -> Point:
     """Return `theta`, or where it is None the present values of the parameters of the metric it was taken of.
 
     Raises:
@@ -50,12 +50,12 @@ def values(source: Any, theta: Any, metric: SavedMetric, what: str) -> Point:
     """
     if theta is not None:
         return point(metric, theta, "theta")
-    if not isinstance(source, Metric) or isinstance(source, SavedMetric):
+    if not isinstance(source, Metric) or isinstance(source, FrozenMetric):
         raise ValueError(f"a metric from a file has no parameters' values; give {what} theta=model.state_dict()")
     return point(metric, source.parameters, "theta")
 
 
-def per_parameter(metric: SavedMetric, given: Any, what: str, dtype: torch.dtype) -> Point:
+def per_parameter(metric: FrozenMetric, given: Any, what: str, dtype: torch.dtype) -> Point:
     """Return one tensor shaped like the parameter for each that is named; others are left out.
 
     Raises:
@@ -74,14 +74,14 @@ def per_parameter(metric: SavedMetric, given: Any, what: str, dtype: torch.dtype
     return dict(given)
 
 
-def say_bare(metric: SavedMetric, consequence: str) -> None:
+def say_bare(metric: FrozenMetric, consequence: str) -> None:
     """Warn of parameters without curvature. `consequence`: what becomes of them."""
     if metric.bare:
         said = "; ".join(f"{n!r} ({why})" for n, why in metric.bare.items())
         warnings.warn(f"the metric holds no curvature of {said}: {consequence}", stacklevel=4)
 
 
-def damping_or_default(metric: SavedMetric, damping: Damping | None) -> Resolved:
+def damping_or_default(metric: FrozenMetric, damping: Damping | None) -> Resolved:
     """Return λ; where none is given `DAMPING` of the mean eigenvalue, tr ĝ over the number of parameters.
 
     Raises:

@@ -25,7 +25,7 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.structures import STRUCTURES
 from natgrad.blocks.sums import copied, restructured
-from natgrad.fisher.saved import SavedMetric, Source, block_for_block, saved, summed
+from natgrad.fisher.frozen import FrozenMetric, Source, block_for_block, frozen, summed
 from natgrad.linalg.krylov import conjugate_gradient
 from natgrad.linalg.tree import describe
 from natgrad.metric.metric import DENSE_PARAMETERS
@@ -83,7 +83,7 @@ def merge(
     return assembled(states, first, merged)
 
 
-def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, SavedMetric]]:
+def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, FrozenMetric]]:
     """Return state_dicts and metrics by name."""
     if not isinstance(models, Mapping) or not models:
         raise TypeError(f"merge takes {{name: (state_dict, metric or path)}}, got {describe(models)}")
@@ -94,7 +94,7 @@ def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, SavedM
             raise TypeError(f"the model {name!r} must be (state_dict, metric or path), got {describe(pair)}")
         states[name] = pair[0]
         try:
-            metrics[name] = saved(pair[1], "merge")
+            metrics[name] = frozen(pair[1], "merge")
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"the metric of {name!r}: {error}") from error
@@ -113,7 +113,7 @@ def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, SavedM
     return states, metrics
 
 
-def refuse_singular(metric: SavedMetric, rows: Sequence[Sequence[Block | None]]) -> None:
+def refuse_singular(metric: FrozenMetric, rows: Sequence[Sequence[Block | None]]) -> None:
     """Raise a ValueError unless Σ ĝᵢ is known to be positive definite."""
     held = {n for row in rows for b in row if b is not None for n in b.names}
     if bare := [n for n in metric.shapes if n not in held]:
@@ -155,7 +155,7 @@ def add_solution(
     thetas: Sequence[Point],
     mean: Point,
     damping: float,
-    metric: SavedMetric,
+    metric: FrozenMetric,
     into: Point,
 ) -> None:
     """Write θ of one block. `damping`: λ, absolute."""
@@ -184,7 +184,7 @@ def add_solution(
         into[n] += t.to(into[n].device)
 
 
-def assembled(states: Mapping[str, Mapping[str, Any]], metric: SavedMetric, merged: Point) -> dict[str, Tensor]:
+def assembled(states: Mapping[str, Mapping[str, Any]], metric: FrozenMetric, merged: Point) -> dict[str, Tensor]:
     """Return a state_dict with merged parameters, and what is outside the metrics."""
     (first, state), *others = states.items()
     out = {}
@@ -199,7 +199,7 @@ def assembled(states: Mapping[str, Mapping[str, Any]], metric: SavedMetric, merg
     return out
 
 
-def partner(key: str, states: Mapping[str, Mapping[str, Any]], metric: SavedMetric) -> str | None:
+def partner(key: str, states: Mapping[str, Mapping[str, Any]], metric: FrozenMetric) -> str | None:
     """Return the parameter of the metric that an entry is tied to: the same memory, or in all models the same values,
     which are not the same in two models.
     """

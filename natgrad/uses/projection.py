@@ -19,7 +19,7 @@ from torch import Tensor
 from natgrad.blocks.base import Block
 from natgrad.blocks.dense import LayerBlock
 from natgrad.blocks.sums import copied, device_of
-from natgrad.fisher.saved import SavedMetric, Source, saved
+from natgrad.fisher.frozen import FrozenMetric, Source, frozen
 from natgrad.linalg.cholesky import damped_cholesky
 from natgrad.linalg.krylov import CG_TOLERANCE, conjugate_gradient
 from natgrad.metric.damping import Damping, Resolved
@@ -45,7 +45,7 @@ def nearest(
         ValueError: damping, point or masks do not fit, or the masks keep nothing.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = saved(metric, "nearest")
+    held = frozen(metric, "nearest")
     given = held.dampings(damping)
     masks = per_parameter(held, keep, "keep", torch.bool)
     if masks and not any(bool(m.any()) for m in masks.values()):
@@ -53,7 +53,7 @@ def nearest(
     return projected(held, point(held, theta, "theta"), masks, given)
 
 
-def projected(metric: SavedMetric, theta: Point, keep: Mapping[str, Tensor], damping: Resolved) -> Point:
+def projected(metric: FrozenMetric, theta: Point, keep: Mapping[str, Tensor], damping: Resolved) -> Point:
     """`nearest` of what has been checked."""
     exact = {n: t.double() for n, t in theta.items()}
     device = metric.device
@@ -66,7 +66,7 @@ def projected(metric: SavedMetric, theta: Point, keep: Mapping[str, Tensor], dam
     return {n: t.to(theta[n]) for n, t in found.items()}
 
 
-def compensation(block: Block, metric: SavedMetric, x: Tensor, mask: Tensor, given: Resolved) -> Tensor:
+def compensation(block: Block, metric: FrozenMetric, x: Tensor, mask: Tensor, given: Resolved) -> Tensor:
     """Return A_KK⁻¹ A_KD x_D, zero off K. `mask`: of K, in the coordinates of the block, as x."""
     exact = copied(block, metric.shapes, torch.float64)
     damping = exact.damping_of(given, metric.parameters)
@@ -118,7 +118,7 @@ def effective_dimension(metric: Source, damping: float) -> Tensor:
         ValueError: the damping is not positive and finite.
         TypeError, FileNotFoundError: the metric is none.
     """
-    held = saved(metric, "effective_dimension")
+    held = frozen(metric, "effective_dimension")
     damping = held.check_damping(damping)
     parts = [b.eigenvalues().clamp(min=0) for b in held.ready]
     return torch.stack([(s / (s + damping)).sum() for s in parts]).sum()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.fisher.saved import SavedMetric, Source, saved
+from natgrad.fisher.frozen import FrozenMetric, Source, frozen
 from natgrad.linalg.tree import describe
 from natgrad.metric.damping import Damping
 from natgrad.uses.arguments import Point, damping_or_default, say_bare, values
@@ -61,7 +61,7 @@ def prune(
         raise ValueError(f"fraction must be a number from 0 to below 1, the share to remove, got {fraction!r}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}")
-    held = saved(metric, "prune")
+    held = frozen(metric, "prune")
     start = values(metric, theta, held, "prune")
     given = damping_or_default(held, damping)
     say_bare(held, "it is kept whole")
@@ -82,7 +82,7 @@ def prune(
     return masks, {n: t.to(start[n]) for n, t in moved.items()}
 
 
-def labels_of(metric: SavedMetric, groups: Any) -> Point:
+def labels_of(metric: FrozenMetric, groups: Any) -> Point:
     """Return the number of the group of each entry, -1 where it is in none; without groups each entry is one.
 
     Raises:

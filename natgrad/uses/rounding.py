@@ -27,7 +27,7 @@ from natgrad.blocks.base import Block
 from natgrad.blocks.dense import LayerBlock
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.sums import copied
-from natgrad.fisher.saved import SavedMetric, Source, saved
+from natgrad.fisher.frozen import FrozenMetric, Source, frozen
 from natgrad.linalg.block_diagonal import dense_of, is_diagonal, trace_of
 from natgrad.linalg.tree import describe
 from natgrad.uses.arguments import Point, say_bare, values
@@ -62,7 +62,7 @@ def round_weights(
     """
     if not callable(quantiser):
         raise TypeError(f"quantiser must be callable as quantiser(name, weight), got {describe(quantiser)}")
-    held = saved(metric, "round_weights")
+    held = frozen(metric, "round_weights")
     chosen = chosen_names(held, names)
     damping = None if damping is None else held.check_damping(damping)
     theta = values(metric, theta, held, "round_weights")
@@ -85,7 +85,7 @@ def round_weights(
     return found
 
 
-def chosen_names(metric: SavedMetric, names: Any) -> list[str]:
+def chosen_names(metric: FrozenMetric, names: Any) -> list[str]:
     patterns = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(n, pattern) for n in metric.names):
@@ -107,7 +107,7 @@ def quantised(quantiser: Quantiser, name: str, weight: Tensor) -> Tensor:
 
 
 def round_block(
-    block: Block, metric: SavedMetric, quantiser: Quantiser, names: list[str], damping: float | None, into: Point
+    block: Block, metric: FrozenMetric, quantiser: Quantiser, names: list[str], damping: float | None, into: Point
 ) -> None:
     """Round the parameters `names` of a block, in `into`."""
     mine = {n: into[n] for n in block.names}

@@ -18,7 +18,7 @@ from natgrad.linalg.tree import describe
 Source = BlockMetric | str | os.PathLike[str]  # a metric, or the file of one
 
 
-class SavedMetric(BlockMetric):
+class FrozenMetric(BlockMetric):
     """The verbs of a metric, without the model: its parameters have names and shapes, and no values.
 
     Args:
@@ -67,16 +67,16 @@ class SavedMetric(BlockMetric):
         """n, for which n ĝ is the curvature of all the data: 1 for a criterion that adds them up already."""
         return self.seen if self.reduction == "mean" else 1
 
-    def copy(self) -> SavedMetric:
+    def copy(self) -> FrozenMetric:
         """Return the same with statistics of its own."""
         return self.over([copied(b, self.shapes) for b in self.ready])
 
-    def over(self, blocks: Sequence[Block]) -> SavedMetric:
+    def over(self, blocks: Sequence[Block]) -> FrozenMetric:
         """Return the same with other blocks."""
-        return SavedMetric(self.shapes, blocks, self.seen, self.reduction, self.bare)
+        return FrozenMetric(self.shapes, blocks, self.seen, self.reduction, self.bare)
 
 
-def read(path: str | os.PathLike[str]) -> SavedMetric:
+def read(path: str | os.PathLike[str]) -> FrozenMetric:
     """Return the metric in a file that `natgrad.Fisher.save` wrote.
 
     Raises:
@@ -88,10 +88,10 @@ def read(path: str | os.PathLike[str]) -> SavedMetric:
     blocks = metric_file.blocks_from(about, state["tensors"], shapes, torch.device("cpu"))
     held = {n for b in blocks if b.statistics for n in b.names}
     bare = {n: "its file has no block for it" for n in shapes if n not in held}
-    return SavedMetric(shapes, blocks, about["seen"], about["reduction"], bare)
+    return FrozenMetric(shapes, blocks, about["seen"], about["reduction"], bare)
 
 
-def saved(metric: Source, what: str) -> SavedMetric:
+def frozen(metric: Source, what: str) -> FrozenMetric:
     """Return a metric without its model. It shares the blocks of the metric that is given; `copy` parts them.
 
     Args:
@@ -113,12 +113,12 @@ def saved(metric: Source, what: str) -> SavedMetric:
     shapes, blocks = {n: p.shape for n, p in metric.parameters.items()}, metric._ready()
     if isinstance(metric, Fisher):
         bare = {row.parameter: row.why for row in metric.coverage().without_curvature()}
-        return SavedMetric(shapes, blocks, metric.seen, metric.likelihood.reduction, bare)
-    assert isinstance(metric, SavedMetric)
+        return FrozenMetric(shapes, blocks, metric.seen, metric.likelihood.reduction, bare)
+    assert isinstance(metric, FrozenMetric)
     return metric
 
 
-def block_for_block(metrics: Mapping[str, SavedMetric], what: str) -> list[list[Block | None]]:
+def block_for_block(metrics: Mapping[str, FrozenMetric], what: str) -> list[list[Block | None]]:
     """Return, for each block that any of the metrics has, that block of every metric; None where one has not seen it.
 
     Raises:
