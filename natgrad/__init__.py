@@ -21,9 +21,15 @@ from natgrad.optim.optimizer import NaturalGradient
 from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
+from natgrad.uses.anchoring import Anchor, anchor
+from natgrad.uses.merging import merge
+from natgrad.uses.projection import effective_dimension, nearest
+from natgrad.uses.pruning import prune
+from natgrad.uses.rounding import round_weights
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Anchor",
     "CaptureError",
     "Energy",
     "Euclidean",
@@ -46,5 +52,11 @@ __all__ = [
     "StepContext",
     "StepRule",
     "TrustRegion",
+    "anchor",
+    "effective_dimension",
+    "merge",
+    "nearest",
     "operators",
+    "prune",
+    "round_weights",
 ]

@@ -28,6 +28,7 @@ from natgrad.capture.parameters import ParameterSlice
 from natgrad.linalg import kronecker
 from natgrad.linalg.inverse import Inverse
 from natgrad.linalg.kronecker import FactorisationError, negligible
+from natgrad.metric.damping import Number, Resolved, full, same, together
 
 VALUE = "value of "  # begins the keys under which statistics are kept as they are computed with
 CHUNK = 2**24  # numbers held at once where per-datum gradients are formed
@@ -50,7 +51,8 @@ class Job:
 class Block:
     """The protocol of a structure. Subclasses name their statistics and define the verbs in coordinates.
 
-    ``damping`` is absolute and exact: (curvature + damping·I).
+    ``damping`` is absolute and exact: (curvature + damping·I), or a tensor of the coordinates' shape with a number for
+    each, the same for all entries of a parameter. Gradients go through it.
     """
 
     structure: str
@@ -69,7 +71,7 @@ class Block:
         self.owner: int | None = None  # the rank that alone keeps the statistics, where the model is sharded
         self.is_remote = False  # the statistics are there, at the owner
         self._cache: dict[str, tuple[int, Any]] = {}
-        self._inverse: tuple[int, float, Inverse] | None = None
+        self._inverse: tuple[int, Number, Inverse] | None = None
         self.last_inverse: Inverse | None = None  # the last good `relative_inverse`
         self._last_made: tuple[int, float] = (-1, 0.0)  # (version, damping) that it belongs to
         self.failures = 0  # factorisations in a row that failed
@@ -207,14 +209,29 @@ class Block:
     def flat(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def inverse(self, damping: float) -> Inverse:
+    def inverse(self, damping: Number) -> Inverse:
         raise NotImplementedError
 
-    def kept_inverse(self, damping: float) -> Inverse:
+    def kept_inverse(self, damping: Number) -> Inverse:
         """`inverse`, kept for as long as neither the statistics nor the damping change."""
-        if self._inverse is None or self._inverse[:2] != (self.version, damping):
-            self._inverse = (self.version, damping, self.inverse(damping))
-        return self._inverse[2]
+        held = self._inverse
+        if held is not None and held[0] == self.version and same(held[1], damping):
+            return held[2]
+        made = self.inverse(damping)
+        if not (isinstance(damping, Tensor) and damping.requires_grad):  # whose graph is to go
+            self._inverse = (self.version, damping, made)
+        return made
+
+    def damping_of(self, damping: Resolved, parameters: Mapping[str, Tensor]) -> Number:
+        """Return the damping of this block: one number, or one for each coordinate."""
+        if not isinstance(damping, dict):
+            return damping
+        mine = {n: damping[n] for n in self.names}
+        one = together(mine.values(), mine)
+        if not isinstance(one, dict):
+            return one
+        held = {n: parameters[n] for n in self.names}
+        return self.pack(full(mine, held, torch.empty((), dtype=self.dtype, device=held[self.names[0]].device)))
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         """The inverse with damping relative to the mean eigenvalue; a structure may split it between its factors.
@@ -281,11 +298,19 @@ class Block:
     def diagonal(self) -> Tensor:
         raise NotImplementedError
 
-    def logdet(self, damping: float) -> Tensor:
+    def logdet(self, damping: Number) -> Tensor:
         raise NotImplementedError
 
-    def sample(self, z: Tensor, damping: float) -> Tensor:
+    def sample(self, z: Tensor, damping: Number) -> Tensor:
         """(curvature + damping·I)^{-1/2} z, by any root."""
+        raise NotImplementedError
+
+    def inverse_diagonal(self, damping: Number) -> Tensor:
+        """The diagonal of (curvature + damping·I)⁻¹, in coordinates."""
+        raise NotImplementedError
+
+    def eigenvalues(self) -> Tensor:
+        """(dimension,), in no order."""
         raise NotImplementedError
 
     def trace(self) -> Tensor:

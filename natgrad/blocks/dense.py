@@ -12,6 +12,7 @@ from natgrad.blocks.base import Job, JointBlock
 from natgrad.capture.layers import Layer, LayerIO
 from natgrad.linalg.inverse import DenseInverse, Inverse
 from natgrad.linalg.kronecker import damped_inverse, safe_eigh
+from natgrad.metric.damping import Number
 
 
 class LayerBlock(JointBlock):
@@ -42,8 +43,17 @@ class LayerBlock(JointBlock):
     def flat(self, x: Tensor) -> Tensor:
         return x @ self.matrix
 
-    def inverse(self, damping: float) -> Inverse:
+    def inverse(self, damping: Number) -> DenseInverse:
+        if isinstance(damping, Tensor) and damping.dim():
+            return DenseInverse(torch.cholesky_inverse(self._lower(damping)))
         return DenseInverse(damped_inverse(self.matrix, damping))
+
+    def _lower(self, damping: Tensor) -> Tensor:
+        """The Cholesky factor of the matrix and a diagonal (P,)."""
+        lower, info = torch.linalg.cholesky_ex(self.matrix + torch.diag_embed(damping))
+        if int(info):
+            raise ValueError(f"the damped block of {self.names} is not positive definite; take a larger damping")
+        return lower
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         (done,) = [None] if results is None else results
@@ -56,12 +66,22 @@ class LayerBlock(JointBlock):
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal()
 
-    def logdet(self, damping: float) -> Tensor:
+    def logdet(self, damping: Number) -> Tensor:
+        if isinstance(damping, Tensor) and damping.dim():
+            return 2 * self._lower(damping).diagonal().log().sum()
         return (self.eigen()[0] + damping).log().sum()
 
-    def sample(self, z: Tensor, damping: float) -> Tensor:
+    def sample(self, z: Tensor, damping: Number) -> Tensor:
+        if isinstance(damping, Tensor) and damping.dim():
+            return torch.linalg.solve_triangular(self._lower(damping).mT, z.unsqueeze(-1), upper=True).squeeze(-1)
         values, vectors = self.eigen()
         return (z @ vectors * (values + damping).rsqrt()) @ vectors.mT
+
+    def inverse_diagonal(self, damping: Number) -> Tensor:
+        return self.inverse(damping).matrix.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        return self.eigen()[0]
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         return self.cached("eigen", lambda: safe_eigh(self.matrix))

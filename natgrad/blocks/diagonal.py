@@ -11,6 +11,7 @@ from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, JointBlock
 from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
 from natgrad.linalg.inverse import DiagonalInverse, Inverse
+from natgrad.metric.damping import Number
 
 
 class DiagonalBlock(JointBlock):
@@ -38,17 +39,23 @@ class DiagonalBlock(JointBlock):
     def shapes_of_statistics(self) -> dict[str, tuple[int, ...]]:
         return {"diagonal": (self.dimension,)}
 
-    def inverse(self, damping: float) -> Inverse:
+    def inverse(self, damping: Number) -> Inverse:
         return DiagonalInverse(1 / (self.diagonal() + damping))
 
     def diagonal(self) -> Tensor:
         return self.value("diagonal")
 
-    def logdet(self, damping: float) -> Tensor:
+    def logdet(self, damping: Number) -> Tensor:
         return (self.diagonal() + damping).log().sum()
 
-    def sample(self, z: Tensor, damping: float) -> Tensor:
+    def sample(self, z: Tensor, damping: Number) -> Tensor:
         return z * (self.diagonal() + damping).rsqrt()
+
+    def inverse_diagonal(self, damping: Number) -> Tensor:
+        return 1 / (self.diagonal() + damping)
+
+    def eigenvalues(self) -> Tensor:
+        return self.diagonal()
 
     def sizes(self) -> str:
         return f"{self.dimension}"

@@ -15,8 +15,8 @@ from natgrad.blocks.average import Average, Statistics
 from natgrad.blocks.base import CHUNK, Job
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.capture.layers import LayerIO, sum_of_squared_gradients
-from natgrad.linalg.block_diagonal import across, left_times, times, transposed
-from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis
+from natgrad.linalg.block_diagonal import across
+from natgrad.linalg.inverse import EigenInverse, Inverse, into_basis, out_of_basis, overlapped
 from natgrad.linalg.kronecker import eigen_of, per
 
 
@@ -131,9 +131,3 @@ def turned(statistics: Statistics, bases: Statistics) -> Statistics:
     moved = statistics["S"].copy()
     moved.sums = {h: overlapped(s, *overlaps) for h, s in moved.sums.items()}
     return {**statistics, "S": moved}
-
-
-def overlapped(s: Tensor, ru: Tensor | None, rv: Tensor | None) -> Tensor:
-    """(R_U∘R_U) S (R_V∘R_V)ᵀ"""
-    s = s if ru is None else left_times(ru.square(), s)
-    return s if rv is None else times(s, transposed(rv.square()))

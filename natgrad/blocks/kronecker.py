@@ -37,8 +37,10 @@ from natgrad.linalg.block_diagonal import (
     rows_of_pieces,
     trace_of,
 )
-from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into_basis, out_of_basis
+from natgrad.linalg.columns import Columns
+from natgrad.linalg.inverse import EigenInverse, Inverse, KroneckerInverse, into_basis, out_of_basis, overlapped
 from natgrad.linalg.kronecker import eigen_of, relative_inverse, relative_system
+from natgrad.metric.damping import Number
 
 FEWEST_DATA = 8  # data among which the rows of a factor are drawn, where `max_positions` limits them
 FULL_FACTOR_DIM = 4096  # a Kronecker side longer than this is kept as its diagonal, where no `max_factor_dim` is given
@@ -181,9 +183,11 @@ class KroneckerBlock(Block):
         u, v = self.factors
         return both_times(u, x, v)
 
-    def inverse(self, damping: float) -> Inverse:
+    def inverse(self, damping: Number) -> EigenInverse | Columns:
         values, qu, qv = self.eigen()
-        return EigenInverse(1 / (values + damping), qu, qv)
+        if qv is None or not isinstance(damping, Tensor) or damping.dim() == 0:
+            return EigenInverse(1 / (values + damping), qu, qv)
+        return Columns.of(values, qu, qv, damping[:, 0])  # all rows alike: a parameter is whole columns
 
     def relative_inverse(self, damping: float, results: Sequence[Tensor | None] | None = None) -> Inverse:
         u, v = self.factors
@@ -227,12 +231,22 @@ class KroneckerBlock(Block):
         u, v = map(trace_of, self.factors)
         return (u * v).sum()
 
-    def logdet(self, damping: float) -> Tensor:
-        return (self.eigen()[0] + damping).log().sum()
+    def logdet(self, damping: Number) -> Tensor:
+        made = self.inverse(damping)
+        return -(made.logdet() if isinstance(made, Columns) else made.scale.log().sum())
 
-    def sample(self, z: Tensor, damping: float) -> Tensor:
-        values, qu, qv = self.eigen()
-        return out_of_basis(into_basis(z, qu, qv) * (values + damping).rsqrt(), qu, qv)
+    def sample(self, z: Tensor, damping: Number) -> Tensor:
+        made = self.inverse(damping)
+        if isinstance(made, Columns):
+            return made.root(z)
+        return out_of_basis(into_basis(z, made.qu, made.qv) * made.scale.sqrt(), made.qu, made.qv)
+
+    def inverse_diagonal(self, damping: Number) -> Tensor:
+        made = self.inverse(damping)
+        return made.diagonal() if isinstance(made, Columns) else overlapped(made.scale, made.qu, made.qv)
+
+    def eigenvalues(self) -> Tensor:
+        return self.eigen()[0].flatten()
 
     def sizes(self) -> str:
         groups, out, into = self.shape

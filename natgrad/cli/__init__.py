@@ -1,4 +1,4 @@
-"""The command line: train, solve and inspect. It needs packages that the library does without: ``natgrad[cli]``."""
+"""The command line: train, solve, inspect, merge. It needs packages that the library does without: ``natgrad[cli]``."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import natgrad
 from natgrad.cli.inspect.command import inspect
+from natgrad.cli.merge import merge
 from natgrad.cli.solve import solve
 from natgrad.cli.tasks import TASKS, task_in
 from natgrad.cli.tasks.networks import INITIALISATIONS
@@ -114,6 +115,7 @@ def train(
 
 
 app.command()(inspect)
+app.command()(merge)
 
 
 def follow(comparison: Comparison) -> None:
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = str(error.format_message()).strip().rstrip(".")
         if message:  # empty where no command was given and the help has been shown
             words = sys.argv[1:] if arguments is None else arguments
-            command = f" {words[0]}" if words[:1] and words[0] in ("train", "solve", "inspect") else ""
+            command = f" {words[0]}" if words[:1] and words[0] in ("train", "solve", "inspect", "merge") else ""
             end = "" if message.endswith("?") else "."
             typer.echo(f"natgrad: {message}{end} Try 'natgrad{command} --help'.", err=True)
         return BAD_INPUT

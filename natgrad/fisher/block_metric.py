@@ -20,12 +20,15 @@ from natgrad.blocks.kronecker import FULL_FACTOR_DIM, KroneckerBlock
 from natgrad.distributed.assignment import assign_owners
 from natgrad.distributed.strategy import Strategy
 from natgrad.linalg.block_diagonal import dense_of, diagonal_of, is_diagonal
+from natgrad.metric.damping import Damping, full, per_name
 from natgrad.metric.metric import Metric, Vector
+from natgrad.metric.stacks import stack_size
 
 
 class BlockMetric(Metric):
     """The verbs of a metric whose `blocks` are known once it has seen data."""
 
+    takes_stacks = True
     seen: int  # data
     strategy: Strategy
     _driver: Any  # the optimizer, if one drives
@@ -37,16 +40,17 @@ class BlockMetric(Metric):
     def flat(self, v: Mapping[str, Tensor]) -> Vector:
         v = self.check(v, "v")
         out = {n: torch.zeros_like(t) for n, t in v.items()}
-        for block in self._ready():
+        for block in self._ready() if stack_size(v, self.parameters) != 0 else ():
             block.unpack(block.flat(block.pack(v).to(block.dtype)), out)
         return out
 
-    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
-        damping = self.check_damping(damping)
+    def sharp(self, df: Mapping[str, Tensor], damping: Damping) -> Vector:
+        given = self.dampings(damping)
         df = self.check(df, "df")
-        out = {n: t / damping for n, t in df.items()}  # where the metric is zero
-        for block in self._ready():
-            block.unpack(block.kept_inverse(damping).apply(block.pack(df).to(block.dtype)), out)
+        out = {n: t / per_name(given, n) for n, t in df.items()}  # where the metric is zero
+        for block in self._ready() if stack_size(df, self.parameters) != 0 else ():
+            inverse = block.kept_inverse(block.damping_of(given, self.parameters))
+            block.unpack(inverse.apply(block.pack(df).to(block.dtype)), out)
         return out
 
     def dense(self) -> Tensor:
@@ -71,24 +75,53 @@ class BlockMetric(Metric):
     def trace(self) -> Tensor:
         return torch.stack([block.trace() for block in self._ready()]).sum()
 
-    def logdet(self, damping: float) -> Tensor:
-        damping = self.check_damping(damping)
+    def logdet(self, damping: Damping) -> Tensor:
+        given = self.dampings(damping)
         blocks = self._ready()
-        rest = sum(p.numel() for p in self.parameters.values()) - sum(b.dimension for b in blocks)
-        zero = self._like().new_tensor(damping).log() * rest
-        return torch.stack([zero, *(block.logdet(damping) for block in blocks)]).sum()
+        logs = {n: d.log() for n, d in full(given, self.parameters, self._like()).items()}
+        rest = [d.sum() for d in logs.values()]  # as if the metric were zero
+        mine = [b.logdet(b.damping_of(given, self.parameters)) - b.pack(logs).sum() for b in blocks]
+        return torch.stack([*rest, *mine]).sum()
 
-    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
-        damping = self.check_damping(damping)
+    def sample(self, damping: Damping, generator: torch.Generator | None = None) -> Vector:
+        given = self.dampings(damping)
         like = self._like()
         noise = {
             n: torch.randn(p.shape, dtype=like.dtype, device=p.device, generator=generator)
             for n, p in self.parameters.items()
         }
-        out = {n: z * damping**-0.5 for n, z in noise.items()}
+        out = {n: z * per_name(given, n) ** -0.5 for n, z in noise.items()}
         for block in self._ready():
-            block.unpack(block.sample(block.pack(noise).to(block.dtype), damping), out)
+            d = block.damping_of(given, self.parameters)
+            block.unpack(block.sample(block.pack(noise).to(block.dtype), d), out)
         return out
+
+    def inverse_diagonal(self, damping: Damping) -> Vector:
+        given = self.dampings(damping)
+        out = {n: 1 / d for n, d in full(given, self.parameters, self._like()).items()}
+        for block in self._ready():
+            block.unpack(block.inverse_diagonal(block.damping_of(given, self.parameters)), out)
+        return out
+
+    def eigenvalues(self, name: str) -> Tensor:
+        """Return the eigenvalues of the block that a parameter lies in, (d,) in descending order, without damping.
+
+        The block may be over more than this parameter: a layer's bias shares that of its weight, and with
+        structure="dense" there is one over all. Of a parameter that is used in slices with a block each they are those
+        of all these blocks.
+
+        Raises:
+            ValueError: there is no such parameter, or it has no curvature.
+        """
+        found = self._blocks_of(name)
+        if not found:
+            raise ValueError(f"parameter {name!r} has no curvature, and so no block: see metric.coverage()")
+        return torch.cat([b.eigenvalues().flatten() for b in found]).clamp(min=0).sort(descending=True).values
+
+    def _blocks_of(self, name: str) -> list[Block]:
+        if name not in self.parameters:
+            raise ValueError(f"no parameter {name!r} in this metric; the names are {self.names}")
+        return [b for b in self._ready() if name in b.names]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(U, V) of the Kronecker block of a parameter: U (d_out, d_out) from output gradients, V (d_in, d_in) from
@@ -102,9 +135,7 @@ class BlockMetric(Metric):
         Raises:
             ValueError: there is no such parameter, or its block is no Kronecker product.
         """
-        if name not in self.parameters:
-            raise ValueError(f"no parameter {name!r} in this metric; the names are {self.names}")
-        found = [b for b in self._ready() if name in b.names]
+        found = self._blocks_of(name)
         kron = [b for b in found if isinstance(b, KroneckerBlock)]
         if not kron:
             structure = found[0].structure if found else "no curvature"

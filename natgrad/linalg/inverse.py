@@ -72,3 +72,9 @@ def out_of_basis(x: Tensor, qu: Tensor | None, qv: Tensor | None) -> Tensor:
     """Q_U X Q_Vᵀ"""
     x = x if qu is None else left_times(qu, x)
     return x if qv is None else times(x, transposed(qv))
+
+
+def overlapped(s: Tensor, ru: Tensor | None, rv: Tensor | None) -> Tensor:
+    """(R_U∘R_U) S (R_V∘R_V)ᵀ: the diagonal of what has the eigenvalues S, for eigenvectors R."""
+    s = s if ru is None else left_times(ru.square(), s)
+    return s if rv is None else times(s, transposed(rv.square()))

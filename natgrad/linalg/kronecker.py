@@ -160,7 +160,7 @@ def per(size: Tensor) -> Tensor:
 
 
 def finite(m: Tensor) -> Tensor:
-    if isfinite(float(torch.linalg.vector_norm(m))):  # one pass; it may overflow where no entry does
+    if isfinite(float(torch.linalg.vector_norm(m.detach()))):  # one pass; it may overflow where no entry does
         return m
     if not bool(torch.isfinite(m).all()):
         raise FactorisationError(f"a curvature factor of shape {tuple(m.shape)} holds NaN or Inf")

@@ -4,7 +4,9 @@ A metric g is a map ĝ from tangent vectors (directions in which to move the par
 ``loss.backward()`` leaves in ``.grad``): ĝ(X)(Y) = g(X, Y). The gradient of f is grad f = ĝ⁻¹(df).
 
 Vectors of both kinds are dictionaries ``{name: tensor shaped like the parameter}``. `flat` lowers the index
-(tangent → covector), `sharp` raises it (covector → tangent), with damping: (ĝ + λI)⁻¹.
+(tangent → covector), `sharp` raises it (covector → tangent), with damping: (ĝ + λI)⁻¹. Both take a stack of k vectors,
+``{name: (k, *shape)}``, as well. The damping is a number, or ``{name pattern: number}`` (the first that matches);
+gradients go through scalar tensors that require them.
 
 A metric of your own
 --------------------
@@ -21,16 +23,17 @@ have defaults that may be replaced:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.linalg.cholesky import damped_cholesky
+from natgrad.linalg.cholesky import damped_cholesky, ensure_fits
 from natgrad.linalg.krylov import conjugate_gradient
+from natgrad.metric.damping import Damping, Resolved, full, number_of, per_name, resolved
 from natgrad.metric.protocols import OwnGradient, Trained, Vector
+from natgrad.metric.stacks import all_with_all, each_with_each, one_by_one, plain_damping, stack_size
 
 DENSE_PARAMETERS = 5000  # up to here O(P³) is quicker than iterating
 
@@ -46,6 +49,19 @@ class Metric(Trained, OwnGradient):
     """
 
     positive_definite = False  # whether `sharp` is defined without damping
+    takes_stacks = False  # whether its own `flat` and `sharp` do, and all forms of damping: else they are made to
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.takes_stacks:
+            return
+        own = vars(cls)
+        for verb in own.keys() & {"flat", "sharp"}:
+            setattr(cls, verb, one_by_one(own[verb]))
+        for verb, place in {"sharp": 1, "logdet": 0, "sample": 0}.items():
+            if verb in own:
+                otherwise = Metric._dense_sharp if verb == "sharp" else getattr(Metric, verb)
+                setattr(cls, verb, plain_damping(vars(cls)[verb], otherwise, place))
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters: dict[str, Tensor] = dict(parameters)
@@ -75,7 +91,7 @@ class Metric(Trained, OwnGradient):
         """ĝ v: tangent → covector, each entry shaped like its parameter."""
         raise NotImplementedError(f"{type(self).__name__} does not define flat")
 
-    def sharp(self, df: Mapping[str, Tensor], damping: float) -> Vector:
+    def sharp(self, df: Mapping[str, Tensor], damping: Any) -> Vector:
         """(ĝ + damping·I)⁻¹ df: covector → tangent, each entry shaped like its parameter.
 
         Raises:
@@ -86,14 +102,14 @@ class Metric(Trained, OwnGradient):
     # what follows from them ----------------------------------------------------------------------------
 
     def inner(self, u: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> Tensor:
-        """g(u, v) = ⟨ĝ u, v⟩, a scalar tensor."""
+        """g(u, v) = ⟨ĝ u, v⟩, a scalar tensor; of stacks of k and l vectors (k, l), of a stack and a vector (k,)."""
         v = self.check(v, "v")
-        lowered = self.flat(u)
-        return sum_of((lowered[n] * v[n]).sum() for n in self.parameters)
+        return all_with_all(self.flat(u), v, self.parameters)
 
     def norm(self, v: Mapping[str, Tensor]) -> Tensor:
-        """√g(v, v), a scalar tensor; rounding below zero counts as zero."""
-        return self.inner(v, v).clamp(min=0).sqrt()
+        """√g(v, v), a scalar tensor, or (k,) of a stack; rounding below zero counts as zero."""
+        v = self.check(v, "v")
+        return each_with_each(self.flat(v), v, self.parameters).clamp(min=0).sqrt()
 
     def dense(self) -> Tensor:
         """ĝ as a (P, P) matrix over the flattened parameters in the order of `names`."""
@@ -110,7 +126,7 @@ class Metric(Trained, OwnGradient):
         """tr ĝ, a scalar tensor."""
         return sum_of(d.sum() for d in self.diagonal().values())
 
-    def logdet(self, damping: float) -> Tensor:
+    def logdet(self, damping: Any) -> Tensor:
         """log det(ĝ + damping·I), a scalar tensor.
 
         Raises:
@@ -119,7 +135,7 @@ class Metric(Trained, OwnGradient):
         lower = self._damped_cholesky(damping)
         return 2 * lower.diagonal().log().sum()
 
-    def sample(self, damping: float, generator: torch.Generator | None = None) -> Vector:
+    def sample(self, damping: Any, generator: torch.Generator | None = None) -> Vector:
         """One draw from N(0, (ĝ + damping·I)⁻¹), a tangent vector.
 
         Raises:
@@ -129,17 +145,35 @@ class Metric(Trained, OwnGradient):
         z = torch.randn(lower.shape[0], 1, dtype=lower.dtype, device=lower.device, generator=generator)
         return self.flat_to_vector(torch.linalg.solve_triangular(lower.mT, z, upper=True)[:, 0])
 
-    def _damped_cholesky(self, damping: float) -> Tensor:
-        damping = self.check_damping(damping)
+    def inverse_diagonal(self, damping: Any) -> Vector:
+        """The diagonal of (ĝ + damping·I)⁻¹, shaped like the parameters: the variances of what `sample` draws.
+
+        Raises:
+            ValueError: as `logdet`.
+        """
+        return self.flat_to_vector(torch.cholesky_inverse(self._damped_cholesky(damping)).diagonal())
+
+    def _dense_sharp(self, df: Mapping[str, Tensor], damping: Any) -> Vector:
+        """`sharp` by the dense matrix, for every form of damping."""
+        df = self.check(df, "df")
+        lower = self._damped_cholesky(damping)
+        rows = torch.cat([df[n].reshape(-1, p.numel()) for n, p in self.parameters.items()], -1)
+        parts = torch.cholesky_solve(rows.mT, lower).mT.split([p.numel() for p in self.parameters.values()], dim=-1)
+        return {n: x.reshape(df[n].shape) for n, x in zip(self.parameters, parts)}
+
+    def _damped_cholesky(self, damping: Any) -> Tensor:
+        size, like = sum(p.numel() for p in self.parameters.values()), next(iter(self.parameters.values()))
+        ensure_fits(3 * size**2 * like.element_size(), f"the dense {size}×{size} metric", "a metric in blocks", like)
+        given = self.dampings(damping)
         matrix = self.dense()
         matrix = (matrix + matrix.mT) / 2
-        matrix.diagonal().add_(damping)
+        matrix = matrix + torch.diag_embed(self.vector_to_flat(full(given, self.parameters, matrix)))
         lower, info = torch.linalg.cholesky_ex(matrix)
         if int(info):
-            smallest = float(torch.linalg.eigvalsh(matrix)[0])
+            smallest = float(torch.linalg.eigvalsh(matrix.detach())[0])
+            said = f"{given:g}·I" if isinstance(given, float) else "the damping"
             raise ValueError(
-                f"ĝ + {damping:g}·I is not positive definite (smallest eigenvalue {smallest:.3g}); take a "
-                f"larger damping"
+                f"ĝ + {said} is not positive definite (smallest eigenvalue {smallest:.3g}); take a larger damping"
             )
         return lower
 
@@ -158,7 +192,7 @@ class Metric(Trained, OwnGradient):
     # vectors -------------------------------------------------------------------------------------------
 
     def check(self, v: Mapping[str, Tensor], what: str) -> Vector:
-        """`v` as a dictionary in the order of `names`.
+        """`v` as a dictionary in the order of `names`: a vector, or a stack of them.
 
         Raises:
             TypeError: `v` is not a mapping of names to tensors.
@@ -173,8 +207,9 @@ class Metric(Trained, OwnGradient):
             raise ValueError(
                 f"{what} does not fit the metric's parameters: {'; '.join(said)}. The names are {self.names}"
             )
+        lead = () if (k := stack_size(v, self.parameters)) is None else (k,)
         for name, p in self.parameters.items():
-            if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
+            if not isinstance(v[name], Tensor) or v[name].shape != (*lead, *p.shape):
                 got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name]).__name__
                 raise ValueError(f"{what}[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}")
             if v[name].layout != torch.strided:
@@ -183,19 +218,22 @@ class Metric(Trained, OwnGradient):
                 )
         return {n: v[n] for n in self.parameters}
 
-    def check_damping(self, damping: float) -> float:
+    def check_damping(self, damping: Any) -> float:
         """`damping` as a float.
 
         Raises:
             ValueError: it is not positive and finite (zero is allowed where the metric is positive definite).
         """
-        value = float(damping) if isinstance(damping, (int, float, Tensor)) else math.nan
-        if not math.isfinite(value) or value < 0 or (value == 0 and not self.positive_definite):
-            raise ValueError(
-                f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got "
-                f"{damping!r}"
-            )
-        return value
+        value = number_of(damping, self.positive_definite)
+        return float(value.detach()) if isinstance(value, Tensor) else value
+
+    def dampings(self, damping: Damping) -> Resolved:
+        """`damping` as one number, or as one for each name; scalar tensors are left where gradients go through them.
+
+        Raises:
+            ValueError: as `check_damping`; or a pattern matches no name, or a name has no pattern.
+        """
+        return resolved(damping, self.parameters, self.positive_definite)
 
     def vector_to_flat(self, v: Mapping[str, Tensor]) -> Tensor:
         """{name: tensor} → (P,)"""
@@ -215,6 +253,7 @@ class Euclidean(Metric):
     """
 
     positive_definite = True
+    takes_stacks = True
     copies_with_model = True
     step_options: Mapping[str, float] = {"damping": 0.0}
 
@@ -224,10 +263,9 @@ class Euclidean(Metric):
     def flat(self, v: Mapping[str, Tensor]) -> Vector:
         return self.check(v, "v")
 
-    def sharp(self, df: Mapping[str, Tensor], damping: float = 0.0) -> Vector:
-        damping = self.check_damping(damping)
-        df = self.check(df, "df")
-        return df if damping == 0 else {n: g / (1 + damping) for n, g in df.items()}
+    def sharp(self, df: Mapping[str, Tensor], damping: Damping = 0.0) -> Vector:
+        given = self.dampings(damping)
+        return {n: g if (d := per_name(given, n)) == 0 else g / (1 + d) for n, g in self.check(df, "df").items()}
 
     def diagonal(self) -> Vector:
         return {n: torch.ones_like(p) for n, p in self.parameters.items()}

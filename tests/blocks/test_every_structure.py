@@ -143,6 +143,36 @@ def test_verbs_are_those_of_the_matrix(structure: str, layer: str, close: Close)
 
 
 @pytest.mark.parametrize(("structure", "layer"), EACH)
+def test_each_parameter_may_have_a_damping_of_its_own(structure: str, layer: str, close: Close) -> None:
+    metric = metric_of(structure, layer, 7, "exact")
+    given = metric.dampings({metric.names[0]: 0.2, "*": 0.7} if len(metric.names) > 1 else 0.2)
+    for block in metric.blocks:
+        d, m = block.damping_of(given, metric.parameters), matrix_of(block)
+        eye = torch.eye(block.dimension, dtype=F64)
+        batch = eye.reshape(-1, *block.shape)
+        where = {n: torch.full_like(p, 0.2 if n == metric.names[0] else 0.7) for n, p in metric.parameters.items()}
+        damped = m + torch.diag(block.pack(where).flatten())
+        inverse = block.inverse(d).apply(batch).reshape(block.dimension, -1)
+        close(inverse @ damped, eye, 1e-9)
+        close(block.inverse_diagonal(d).flatten(), torch.linalg.inv(damped).diagonal(), 1e-9)
+        close(block.logdet(d), torch.logdet(damped), 1e-9)
+        root = block.sample(batch, d).reshape(block.dimension, -1)
+        close(root.mT @ root, inverse, 1e-9)
+        assert block.kept_inverse(d) is block.kept_inverse(d)
+
+
+@pytest.mark.parametrize(("structure", "layer"), EACH)
+def test_eigenvalues_are_those_of_the_matrix(structure: str, layer: str, close: Close) -> None:
+    metric = metric_of(structure, layer, 7, "exact")
+    for block in metric.blocks:
+        expected = torch.linalg.eigvalsh(matrix_of(block)).clamp(min=0).flip(0)
+        for name in block.names:
+            close(metric.eigenvalues(name), expected, 1e-9)
+    with pytest.raises(ValueError, match="no parameter 'nothing'"):
+        metric.eigenvalues("nothing")
+
+
+@pytest.mark.parametrize(("structure", "layer"), EACH)
 def test_the_relative_inverse_is_the_plain_one_where_damping_vanishes(structure: str, layer: str, close: Close) -> None:
     """Up to a factor, which `newton_scale` says; and it is put together from parts that were done elsewhere."""
     for block in each_block(structure, layer, count=40):

@@ -153,6 +153,73 @@ def test_sharp_inverts_the_damped_matrix(name: str, close: Close) -> None:
     close(metric.vector_to_flat(lowered) + damping * found, metric.vector_to_flat(df), 1e-6)
 
 
+def stack(metric: Metric, count: int, seed: int) -> dict[str, Tensor]:
+    g = G().manual_seed(seed)
+    return {n: torch.randn(count, *p.shape, generator=g, dtype=F64) for n, p in metric.parameters.items()}
+
+
+def rows(v: dict[str, Tensor]) -> Tensor:
+    return torch.cat([t.flatten(1) if t.dim() > 1 else t[:, None] for t in v.values()], dim=1)
+
+
+@each
+def test_verbs_take_stacks(name: str, close: Close) -> None:
+    line = METRICS[name]
+    metric = line.make()
+    u, v, damping = stack(metric, 3, 1), stack(metric, 2, 2), damping_of(metric, line)
+    dense = metric.dense()
+    damped = dense + damping * torch.eye(len(dense), dtype=F64)
+    one = {n: t[1] for n, t in v.items()}
+    close(rows(metric.flat(u)), rows(u) @ dense, 1e-9)
+    close(rows(metric.sharp(u, damping)), torch.linalg.solve(damped, rows(u).mT).mT, 1e-6)
+    close(metric.inner(u, v), rows(u) @ dense @ rows(v).mT, 1e-8)
+    close(metric.inner(u, one), rows(u) @ dense @ rows(v)[1], 1e-8)
+    close(metric.inner(one, u), rows(u) @ dense @ rows(v)[1], 1e-8)
+    close(metric.norm(u), (rows(u) @ dense * rows(u)).sum(1).clamp(min=0).sqrt(), 1e-8)
+    assert rows(metric.flat(stack(metric, 0, 1))).shape == (0, len(dense))
+    first = metric.names[0]
+    with pytest.raises(ValueError, match="must be a tensor of shape"):
+        metric.flat({**u, first: u[first][:2]})
+
+
+@each
+def test_names_have_dampings_of_their_own(name: str, close: Close) -> None:
+    """Weights one, biases another, and gradients through both: of `sharp`, `logdet` and the diagonal of the inverse."""
+    line = METRICS[name]
+    metric = line.make()
+    first, most = metric.names[0], damping_of(metric, line)
+    dense, df = metric.dense().detach(), stack(metric, 2, 1)
+
+    def mine(a: Tensor, b: Tensor) -> list[Tensor]:
+        given = {first: a, "*": b}
+        solved = rows(metric.sharp(df, given))
+        return [solved, metric.logdet(given), rows({n: t[None] for n, t in metric.inverse_diagonal(given).items()})[0]]
+
+    def plain(a: Tensor, b: Tensor) -> list[Tensor]:
+        d = torch.cat([(a if n == first else b).expand(p.numel()) for n, p in metric.parameters.items()])
+        damped = dense + torch.diag(d)
+        return [torch.linalg.solve(damped, rows(df).mT).mT, torch.logdet(damped), torch.linalg.inv(damped).diagonal()]
+
+    for given in ((most + 0.4, most), (most, most)):
+        leaves = [[torch.tensor(d, dtype=F64, requires_grad=True) for d in given] for _ in range(2)]
+        for found, expected in zip(mine(*leaves[0]), plain(*leaves[1])):
+            close(found.detach(), expected.detach(), 1e-7)
+            weights = torch.randn(found.shape, dtype=F64)
+            for a, b in zip(*(torch.autograd.grad((weights * x).sum(), w) for x, w in zip((found, expected), leaves))):
+                close(a, b, 1e-6)
+    metric.sample({first: most + 0.4, "*": most}, G().manual_seed(0))
+    one = torch.tensor(most, dtype=F64, requires_grad=True)  # and one for all
+    (slope,) = torch.autograd.grad(metric.logdet(one), one)
+    close(slope, torch.linalg.inv(dense + most * torch.eye(len(dense), dtype=F64)).trace(), 1e-8)
+    assert bool(torch.autograd.grad(metric.sharp(vector(metric), one)[first].sum(), one)[0].isfinite())
+    with pytest.raises(ValueError, match="no parameter matches 'nothing'"):
+        metric.logdet({"nothing": 1.0, "*": 1.0})
+    with pytest.raises(ValueError, match="no pattern of"):
+        metric.logdet({first: 1.0})
+    with pytest.raises(ValueError, match="damping must be a positive finite number"):
+        metric.logdet({"*": -1.0})
+
+
 @each
 def test_determinant_and_samples(name: str, close: Close) -> None:
     line = METRICS[name]

@@ -104,7 +104,7 @@ def load(path: str | os.PathLike[str], damping: float, relative: bool) -> SavedM
 
 
 def spectrum(block: Block, damping: float, relative: bool) -> Spectrum:
-    values = eigenvalues(block)
+    values = block.eigenvalues().double().clamp(min=0)
     if not relative:
         damped = values + damping
     elif "U" in block.statistics and "V" in block.statistics:
@@ -127,9 +127,3 @@ def spectrum(block: Block, damping: float, relative: bool) -> Spectrum:
         values[order],
         damped[order].clamp(min=tiny),  # a block that is zero
     )
-
-
-def eigenvalues(block: Block) -> Tensor:
-    eigen = getattr(block, "eigen", None)
-    found = block.diagonal() if eigen is None else eigen()[0]
-    return found.flatten().double().clamp(min=0)

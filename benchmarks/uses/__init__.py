@@ -1,0 +1,1 @@
+"""What a metric is good for besides a step, each beside its rivals in the same run."""
