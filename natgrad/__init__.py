@@ -21,6 +21,7 @@ from natgrad.optim.optimizer import NaturalGradient
 from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
+from natgrad.uses.influence import influence, pair, self_influence
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -46,5 +47,8 @@ __all__ = [
     "StepContext",
     "StepRule",
     "TrustRegion",
+    "influence",
     "operators",
+    "pair",
+    "self_influence",
 ]

@@ -158,6 +158,7 @@ class Estimator:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
+        masses |= self.likelihood.masses_of_terms(self.kind, local, targets)
         nats = [part.likelihood.nats(part.outputs, part.targets) for part in parts]
         known = [n.to(dtype) * n.new_tensor([p.weight, 1]) for n, p in zip(nats, parts) if n is not None]
         return BatchStatistics(
