@@ -22,6 +22,7 @@ from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
 from natgrad.uses.influence import influence, pair, self_influence
+from natgrad.uses.posterior import Posterior, posterior
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Metric",
     "NaturalGradient",
     "NormalisedStep",
+    "Posterior",
     "QuantumGeometry",
     "Spring",
     "StepContext",
@@ -50,5 +52,6 @@ __all__ = [
     "influence",
     "operators",
     "pair",
+    "posterior",
     "self_influence",
 ]

@@ -20,9 +20,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from natgrad.fisher.covectors import Linearised, check_metric, forms, linearised
+from natgrad.fisher.covectors import forms
 from natgrad.fisher.fisher import Fisher
 from natgrad.fisher.likelihoods.classification import CrossEntropy
+from natgrad.fisher.linearised import Linearised, check_metric, linearised
 from natgrad.fisher.options import choose
 from natgrad.fisher.product import ExactProduct
 from natgrad.linalg.cholesky import ensure_fits
@@ -161,12 +162,7 @@ def pair(metric: Metric, df1: Mapping[str, Tensor], df2: Mapping[str, Tensor], d
 
 
 def check_scores(metric: Any, by: str, top: Any, refine: Any, chunk: Any, measure: Any) -> None:
-    check_metric(metric)
-    if metric.driver is not None:
-        raise RuntimeError(
-            "an optimizer drives this metric, whose statistics are a moving average over batches and not those of the "
-            "training data. Make one of the trained model: ng.Fisher(model, criterion).fit(loader)"
-        )
+    check_metric(metric, fitted=True)
     choose("by", by, ("datum", "token"))
     for what, value, least in (("top", top, 1), ("refine", refine, 0), ("chunk", chunk, 1)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
