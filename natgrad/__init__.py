@@ -22,7 +22,9 @@ from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
 from natgrad.uses.anchoring import Anchor, anchor
+from natgrad.uses.influence import influence, pair, self_influence
 from natgrad.uses.merging import merge
+from natgrad.uses.posterior import Posterior, posterior
 from natgrad.uses.projection import effective_dimension, nearest
 from natgrad.uses.pruning import prune
 from natgrad.uses.rounding import round_weights
@@ -47,6 +49,7 @@ __all__ = [
     "Metric",
     "NaturalGradient",
     "NormalisedStep",
+    "Posterior",
     "QuantumGeometry",
     "Spring",
     "StepContext",
@@ -54,9 +57,13 @@ __all__ = [
     "TrustRegion",
     "anchor",
     "effective_dimension",
+    "influence",
     "merge",
     "nearest",
     "operators",
+    "pair",
+    "posterior",
     "prune",
     "round_weights",
+    "self_influence",
 ]

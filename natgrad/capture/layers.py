@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,7 @@ class LayerIO:
     first: bool = True  # the inputs of this call have not been counted yet
     by_datum: bool = False  # whether `make_inputs` can be asked for some of the data
     table: Tensor | None = None  # row numbers of each datum, as `gathered` takes them
+    kept: dict[str, Any] = field(default_factory=dict)  # by passes that have the inputs in common
     _inputs: Rows | None = None
 
     @property
@@ -152,10 +154,17 @@ class LayerIO:
 
     def sum_of_squares(self, turn: Turn | None = None) -> Tensor:
         """Σ_n G_n∘G_n (groups, d_out, d_in) of data of one row, G_n = g_n a_nᵀ: that is Σ_n (g_n∘g_n)(a_n∘a_n)ᵀ."""
-        left, right = self.left, self.right
-        if turn is not None:
-            left, right = project(left, turn[0]), project(right, turn[1])
-        return outer_sum(squared(left), squared(right))
+        left, right = turn or (None, None)
+        mine, of_inputs = (right, left) if self.swapped else (left, right)
+        gradients, inputs = squared(project(self.gradients, mine)), self._squared_inputs(of_inputs)
+        return outer_sum(inputs, gradients) if self.swapped else outer_sum(gradients, inputs)
+
+    def _squared_inputs(self, basis: Tensor | None) -> Rows:
+        held = self.kept.get("squared inputs")
+        if held is None or held[0] is not basis:
+            held = self.kept["squared inputs"] = (basis, squared(project(self.inputs, basis)))
+        found: Rows = held[1]
+        return found
 
     def summed_gradients(self) -> Rows:
         """Gradients summed over the positions of each datum, (data, 1, groups, d)."""
@@ -309,6 +318,7 @@ def uses_of(
     if table is not None:
         table = with_positions(table, prod(call.view.leading(x)), gradients.shape[0] * gradients.shape[1])
     use = LayerIO(gradients, inputs, swapped, call.view.region, table=table)
+    use.kept = call.kept
     use.by_datum = axis == 0 and gradients.shape[0] == next(iter(call.view.leading(x)), 0)
     if isinstance(call.view, IndexView) and isinstance(use.inputs, OneHot):
         use.gradients = gradients * use.inputs.alive()[..., None, None]  # a padded index passes no gradient on

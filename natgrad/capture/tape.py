@@ -49,6 +49,7 @@ class LayerCall:
     view: LinearForm
     x: Tensor
     out: Edge
+    kept: dict[str, Any] = field(init=False, default_factory=dict)  # what passes over one draw have in common
 
 
 @dataclass
@@ -151,6 +152,12 @@ class Tape:
     def picked_behind(self, t: Any) -> Picked | None:
         """What a tensor, or what it is a view of, was picked from."""
         return self.picked.get(node_behind(t)) if self.picked and isinstance(t, Tensor) else None
+
+
+def let_go(calls: Iterable[LayerCall]) -> None:
+    """Forget what passes over one draw had in common."""
+    for call in calls:
+        call.kept.clear()
 
 
 def coverage_walk(outputs: Sequence[Tensor], tapes: Sequence[Tape]) -> tuple[set[Edge], list[Uncaptured]]:

@@ -24,7 +24,7 @@ from natgrad.fisher.block_metric import BlockMetric
 from natgrad.fisher.estimator import Estimator
 from natgrad.fisher.forward import check_output
 from natgrad.fisher.hooks import Called, CriterionHooks
-from natgrad.fisher.likelihoods.base import CriterionLikelihood
+from natgrad.fisher.likelihoods.base import TERMS, CriterionLikelihood
 from natgrad.fisher.likelihoods.multi_head import MultiHead
 from natgrad.fisher.options import chosen_parameters, picks_by_output, received
 
@@ -89,6 +89,11 @@ class DrivenMetric(BlockMetric):
         if decay is not None:
             self.labels = draw.labels
         return True
+
+    def mass_of(self, source: str = "") -> float:
+        """Return what the loss over the data seen divides a source of its terms by, 1 for a sum."""
+        mass = self._masses.get((TERMS if self.kind == "empirical" else "") + source)
+        return 1.0 if self._plain or mass is None else float(mass)
 
     def _described(self) -> dict[str, Any]:
         """What must be the same on every rank."""

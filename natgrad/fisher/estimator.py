@@ -25,6 +25,7 @@ from natgrad.capture.tape import (
     Uncaptured,
     coverage_walk,
     edge_of,
+    let_go,
     tapes_behind,
     used_outside,
 )
@@ -113,6 +114,7 @@ class Estimator:
                 draw.start, draw.streams = start, self._streams()
         finally:
             self.rewind(start)
+            let_go(call for tape in tapes for call in tape.calls)
         return draw
 
     def rewind(self, start: Streams) -> None:
@@ -158,6 +160,7 @@ class Estimator:
             )
         ]
         masses = {part.source: part.mass for part in parts if part.mass is not None}
+        masses |= self.likelihood.masses_of_terms(self.kind, local, targets)
         nats = [part.likelihood.nats(part.outputs, part.targets) for part in parts]
         known = [n.to(dtype) * n.new_tensor([p.weight, 1]) for n, p in zip(nats, parts) if n is not None]
         return BatchStatistics(
@@ -392,7 +395,6 @@ class Estimator:
         self._warned_batch_norm = True
         warnings.warn(
             f"batch normalisation in training mode ({found[0]!r} and {len(found) - 1} more) mixes the data of a batch; "
-            "the metric takes its batch statistics as fixed. Call model.eval() first for the metric of the model that "
-            "is deployed",
+            "the metric takes its batch statistics as fixed. Call model.eval() first for that of the deployed model",
             stacklevel=4,
         )

@@ -71,3 +71,37 @@ def nystrom(product: Callable[[Tensor], Tensor], size: int, rank: int, like: Ten
     lower = damped_cholesky((inner + inner.mT) / 2, 0.0)
     u, s, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, image.mT, upper=False).mT, full_matrices=False)
     return u, (s * s - shift).clamp(min=0)
+
+
+def steps_of_conjugate_gradient(
+    product: Callable[[Tensor], Tensor], b: Tensor, precondition: Callable[[Tensor], Tensor], steps: int
+) -> Tensor:
+    """Some steps towards the solutions of a positive definite system, each row of b (k, P) for itself, from zero.
+
+    A row that has arrived, to rounding, stays where it is (Hestenes & Stiefel 1952, §10, preconditioned).
+
+    Raises:
+        ValueError: a direction of non-positive curvature shows that the system is not positive definite.
+    """
+    x, r = torch.zeros_like(b), b
+    z = precondition(r)
+    p, rz = z, (r * z).sum(-1)
+    target = torch.finfo(b.dtype).eps * b.norm(dim=-1)
+    for step in range(steps):
+        on = (r.norm(dim=-1) > target) & (rz > 0)
+        if not bool(on.any()):
+            break
+        ap = product(p)
+        curvature = (p * ap).sum(-1)
+        if bool((on & ~(curvature > 0)).any()):
+            raise ValueError(
+                "conjugate gradients met a direction without positive curvature: the metric or the gradients are not "
+                "finite, or the damping is too small"
+            )
+        alpha = torch.where(on, rz / curvature, 0.0)[:, None]
+        x, r = x + alpha * p, r - alpha * ap
+        if step + 1 < steps:
+            z = precondition(r)
+            new = (r * z).sum(-1)
+            p, rz = z + torch.where(on, new / rz, 0.0)[:, None] * p, new
+    return x

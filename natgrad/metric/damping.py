@@ -17,9 +17,10 @@ from torch import Tensor
 Number = float | Tensor  # a scalar tensor where gradients are to go through it
 Damping = Number | Mapping[str, Number]  # by name pattern
 Resolved = Number | dict[str, Number]  # by name
+ADDED = " (it is added to every eigenvalue of the metric)"
 
 
-def number_of(value: Any, zero: bool) -> Number:
+def number_of(value: Any, zero: bool, what: str = "damping", why: str = ADDED) -> Number:
     """Return a number, or the scalar tensor where it requires grad.
 
     Raises:
@@ -31,30 +32,28 @@ def number_of(value: Any, zero: bool) -> Number:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         plain = float(value)
     if not math.isfinite(plain) or plain < 0 or (plain == 0 and not zero):
-        raise ValueError(
-            f"damping must be a positive finite number (it is added to every eigenvalue of the metric), got {value!r}"
-        )
+        raise ValueError(f"{what} must be a positive finite number{why}, got {value!r}")
     return value.reshape(()) if isinstance(value, Tensor) and value.requires_grad else plain
 
 
-def resolved(damping: Any, names: Iterable[str], zero: bool) -> Resolved:
+def resolved(damping: Any, names: Iterable[str], zero: bool, what: str = "damping", why: str = ADDED) -> Resolved:
     """Return the damping as one number, or by name where names have different ones.
 
     Raises:
         ValueError: a damping that is not positive and finite, a pattern that matches no name, or a name without one.
     """
     if not isinstance(damping, Mapping):
-        return number_of(damping, zero)
+        return number_of(damping, zero, what, why)
     names = list(names)
-    given = {pattern: number_of(value, zero) for pattern, value in damping.items()}
+    given = {pattern: number_of(value, zero, what, why) for pattern, value in damping.items()}
     for pattern in given:
         if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
-            raise ValueError(f"damping: no parameter matches {pattern!r}; there are {names}")
+            raise ValueError(f"{what}: no parameter matches {pattern!r}; there are {names}")
     found: dict[str, Number] = {}
     for name in names:
         first = next((p for p in given if fnmatch.fnmatchcase(name, p)), None)
         if first is None:
-            raise ValueError(f"damping: no pattern of {list(given)} matches {name!r}; add '*' for all others")
+            raise ValueError(f"{what}: no pattern of {list(given)} matches {name!r}; add '*' for all others")
         found[name] = given[first]
     return together(found.values(), found)
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from natgrad.fisher.owners import Data
 from natgrad.linalg.tree import Tensors, describe, replace_tensors
 
+TERMS = "terms of "  # begins the keys of the masses of loss terms that no statistic is divided by
+
 
 @dataclass(frozen=True)
 class FisherRoot:
@@ -79,6 +81,13 @@ class CriterionLikelihood:
     def parts(self, kind: str, output: Any, targets: Any) -> list[tuple[str, CriterionLikelihood, Any, Any]]:
         """The sources of loss terms that have a mass each: (key, reading, output, targets)."""
         return [("", self, output, targets)]
+
+    def masses_of_terms(self, kind: str, output: Any, targets: Any) -> dict[str, Tensor]:
+        """What the loss divides by, by source, where the metric is divided by something else: the number of data."""
+        if kind != "empirical" or self.reduction == "sum":
+            return {}
+        parts = self.parts("exact", output, targets)
+        return {TERMS + source: part.term_mass(part.outputs(out), y).sum() for source, part, out, y in parts}
 
     def weight_of(self, source: str) -> float:
         """Return what a source of loss terms is multiplied by in the loss."""
