@@ -20,6 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
+from natgrad.function_space.reverse_mode import mended
 from natgrad.metric.metric import Vector, named
 
 
@@ -65,8 +66,10 @@ class QuantumGeometry(JacobianMetric):
         return self.loss
 
     def _derivatives(self, states: Tensor) -> Tensor:
+        at = mended(functional_call)  # wave functions of fermions are determinants
+
         def at_state(params: Vector, s: Tensor) -> Tensor:
-            out = functional_call(self.model, params, (s,))
+            out = at(self.model, params, (s,))
             if not isinstance(out, Tensor) or out.numel() != 1:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise ValueError(

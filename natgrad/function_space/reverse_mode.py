@@ -96,18 +96,20 @@ def expanded(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> tuple[list
         slope, value = jacrev(with_value, has_aux=True)(y)
         return slope, (value, slope)
 
-    with plain_attention():
+    recorded = torch.is_grad_enabled()
+    with plain_attention(), torch.enable_grad():  # under no_grad torch reuses factors that vmap misreads
         if order == 1:
             slope, value = jacrev(with_value, has_aux=True)(x)
             parts = [value, slope]
         else:
             bend, (value, slope) = jacrev(with_both, has_aux=True)(x)
             parts = [value, slope, bend]
+    parts = parts if recorded else [p.detach() for p in parts]
     return [torch.complex(p[0], p[1]) for p in parts] if imaginary else parts, mode.kinks
 
 
 def pushforward(f: Callable[[Any], Tensor], at: Any, v: Any) -> Tensor:
     """f′(at) v by reverse mode twice: c ↦ f′(at)ᵀ c is linear, and its transpose is f′(at)."""
-    with plain_attention():
+    with plain_attention(), torch.enable_grad():
         value, pull = vjp(f, at)  # type: ignore[misc]
-        return vjp(lambda c: pull(c)[0], torch.zeros_like(value))[1](v)[0]
+        return vjp(lambda c: pull(c)[0], torch.zeros_like(value))[1](v)[0].detach()
