@@ -5,11 +5,11 @@ With Y = A⁻¹ and Gᵢ = Y ∂ᵢA (Magnus & Neudecker 2019, chapter 8) a matr
     ∂ᵢY = −Gᵢ Y,                  Σ wᵢ∂ᵢ²Y = −Y (Σ wᵢ∂ᵢ²A) Y + 2 Σ wᵢ GᵢGᵢ Y,
     ∂ᵢ log|det A| = tr Gᵢ,        Σ wᵢ∂ᵢ² log|det A| = tr(Y Σ wᵢ∂ᵢ²A) − Σ wᵢ tr(GᵢGᵢ).
 
-`MENDED` holds what torch 2.13 differentiates wrongly without a word: det, slogdet, logdet, solve, tensorsolve and
-cholesky_inverse by forward mode, under vmap or over another transform; lu_solve under vmap of both its arguments; det,
-layer_norm, instance_norm and batch_norm to third order, as training on their second derivatives does. Composed of what
-is differentiated rightly they are right in every mode (tests/function_space/test_mended.py). cdist has no second
-derivative in torch, and has one here.
+`MENDED` holds what torch 2.13 differentiates wrongly without a word: det, slogdet, logdet, solve and tensorsolve under
+vmap by forward mode, or by any mode under no_grad; these and cholesky_inverse by forward mode over another transform;
+lu_solve under vmap of both its arguments; det, layer_norm, instance_norm and batch_norm to third order, as training on
+their second derivatives does. Composed of what is differentiated rightly they are right in every mode
+(tests/function_space/test_mended.py). cdist has no second derivative in torch, and has one here.
 """
 
 from __future__ import annotations

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from natgrad.function_space.composed import COMPOSED
 from natgrad.function_space.forward_laplacian import RULES, Expansion, Jet, NoRule
+from natgrad.function_space.jet_rules import TORCH
 from natgrad.function_space.reverse_mode import expanded
 
 Field = Callable[[Tensor], Tensor]
-RULES.update(COMPOSED)
+RULES.update({**TORCH, **COMPOSED})
 
 
 class Derivatives(NamedTuple):

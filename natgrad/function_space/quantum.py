@@ -20,6 +20,7 @@ from torch.func import jacrev, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
+from natgrad.function_space.reverse_mode import mended
 from natgrad.function_space.scope import Params, Scope
 from natgrad.metric.metric import Vector
 
@@ -71,8 +72,10 @@ class QuantumGeometry(JacobianMetric):
         return self.loss
 
     def _derivatives(self, states: Tensor) -> Tensor:
+        at = mended(self.model)  # wave functions of fermions are determinants
+
         def at_state(params: Vector, s: Tensor) -> Tensor:
-            out = self.scope.call(params, lambda: self.model(s))
+            out = self.scope.call(params, at, s)
             if not isinstance(out, Tensor) or out.numel() != 1:
                 got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise ValueError(

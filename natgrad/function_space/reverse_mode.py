@@ -7,17 +7,40 @@ Fused attention has no second derivative, so attention is computed in the plain 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from torch.func import jacrev, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from natgrad.function_space.composed import MENDED
-from natgrad.function_space.forward_laplacian import PIECEWISE_LINEAR, Jet
+from natgrad.function_space.forward_laplacian import Jet
+from natgrad.function_space.jet_rules import PIECEWISE_LINEAR
+
+FUSED = (  # (which is on, switch it) for each fused kernel; that of the CPU goes by the first
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without fused kernels. (`torch.nn.attention.sdpa_kernel` takes ten times as long to enter.)"""
+    before, plain = [on() for on, _ in FUSED], cuda.math_sdp_enabled()
+    try:
+        for _, switch in FUSED:
+            switch(False)
+        cuda.enable_math_sdp(True)
+        yield
+    finally:
+        for (_, switch), value in zip(FUSED, before):
+            switch(value)
+        cuda.enable_math_sdp(plain)
 
 
 class Mended(TorchFunctionMode):
@@ -41,7 +64,7 @@ def mended(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f, updated=())
     def with_mode(*args: Any) -> Any:
-        with Mended(), sdpa_kernel(SDPBackend.MATH):
+        with Mended(), plain_attention():
             return f(*args)
 
     return with_mode
@@ -73,18 +96,20 @@ def expanded(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> tuple[list
         slope, value = jacrev(with_value, has_aux=True)(y)
         return slope, (value, slope)
 
-    with sdpa_kernel(SDPBackend.MATH):
+    recorded = torch.is_grad_enabled()
+    with plain_attention(), torch.enable_grad():  # under no_grad torch reuses factors that vmap misreads
         if order == 1:
             slope, value = jacrev(with_value, has_aux=True)(x)
             parts = [value, slope]
         else:
             bend, (value, slope) = jacrev(with_both, has_aux=True)(x)
             parts = [value, slope, bend]
+    parts = parts if recorded else [p.detach() for p in parts]
     return [torch.complex(p[0], p[1]) for p in parts] if imaginary else parts, mode.kinks
 
 
 def pushforward(f: Callable[[Any], Tensor], at: Any, v: Any) -> Tensor:
     """f′(at) v by reverse mode twice: c ↦ f′(at)ᵀ c is linear, and its transpose is f′(at)."""
-    with sdpa_kernel(SDPBackend.MATH):
+    with plain_attention(), torch.enable_grad():
         value, pull = vjp(f, at)  # type: ignore[misc]
-        return vjp(lambda c: pull(c)[0], torch.zeros_like(value))[1](v)[0]
+        return vjp(lambda c: pull(c)[0], torch.zeros_like(value))[1](v)[0].detach()

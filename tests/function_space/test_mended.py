@@ -69,6 +69,9 @@ def test_every_mode_mapped_and_not(name):
         for over in (jacrev, jacfwd):
             close(vmap(over(mode(f)))(POINTS), second)
     close(jacfwd(jacfwd(f))(POINTS[0]), second[0])
+    with torch.no_grad():  # torch takes another way there
+        close(vmap(jacrev(f))(POINTS), first)
+        close(vmap(jacrev(jacrev(f)))(POINTS), second)
     h = 1e-5
     ends = [
         torch.stack([jacrev(jacrev(plain))(POINTS[0] + s * h * e) for e in torch.eye(3, dtype=D)], -1) for s in (1, -1)
@@ -137,3 +140,28 @@ def test_any_transform_in_a_term_of_a_metric(name):
         h, n = 1e-5, "bias"
         ends = [metric.residuals.loss({**params, n: params[n] + s * h * torch.eye(3, dtype=D)[0]}) for s in (1, -1)]
         assert float(metric.gradient()[n][0]) == pytest.approx(float((ends[0] - ends[1]) / (2 * h)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["det", "slogdet", "solve", "cholesky inverse"])
+def test_a_wave_function_of_determinants(name):
+    """The metric of a quantum state, against derivatives at one state at a time."""
+
+    class Wave(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = torch.nn.Linear(3, 3).double()
+
+        def forward(self, x):
+            return FUNCTIONS[name](self.inside(x)).sum()
+
+    torch.manual_seed(0)
+    wave, weights = Wave(), torch.tensor([0.2, 0.5, 0.3], dtype=D)
+    params = {n: p.detach() for n, p in wave.named_parameters()}
+    slopes = [jacrev(lambda p, x=x: torch.func.functional_call(wave, p, (x,)))(params) for x in POINTS]
+    rows = torch.stack([torch.cat([s[n].reshape(-1) for n in params]) for s in slopes])
+    local = torch.tensor([1.0, -2.0, 0.5], dtype=D)
+    metric = ng.QuantumGeometry(wave)
+    metric.observe({"states": POINTS, "weights": weights, "local_energy": local})
+    centred = rows - weights @ rows
+    close(metric.dense(), centred.mT @ (weights[:, None] * centred))
+    close(metric.vector_to_flat(metric.gradient()), 2 * centred.mT @ (weights * (local - weights @ local)))
