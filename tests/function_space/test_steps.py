@@ -140,7 +140,7 @@ def test_gradients_that_are_not_those_of_the_batch_are_refused(kind: str) -> Non
     for leave in wrong:
         opt.zero_grad()
         leave()
-        with pytest.raises(RuntimeError, match="are not those of the batch.*clipped or scaled, accumulated"):
+        with pytest.raises(RuntimeError, match=r"are not those of the batch.*clipped or scaled, accumulated"):
             opt.step()
     assert all(torch.equal(p, q) for p, q in zip(metric.parameters.values(), before))
 
