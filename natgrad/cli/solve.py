@@ -185,7 +185,9 @@ def table(problem: Problem, label: str, setting: Setting, log: list[tuple[int, f
             f"{mark}{steps:,}" if steps else "",
         )
     if label in problem.published:
-        out.caption = "seconds: CPU on one core for natgrad, as reported for the others"
+        out.caption = f"seconds: CPU on one core for natgrad; the others as reported by {problem.source}"
+    else:
+        out.caption = "seconds: CPU on one core; no published figure for this network and these points"
     return out
 
 

@@ -179,8 +179,9 @@ class Scope:
                 'opt.add_param_group({"params": [parameter]}), or make the metric anew'
             )
         raise ValueError(
-            f"{what} reads parameter {own_name!r} by a way that cannot be followed (a torch.autograd.Function gets it "
-            "straight from a closure): reach it through the module it belongs to, given as the model or by params="
+            f"{what} reads parameter {own_name!r} by a way that cannot be followed: a tensor was computed from it "
+            "outside, TorchScript holds it, or a torch.autograd.Function gets it straight from a closure. Compute "
+            "inside what is made of parameters, and reach them through a module, the model or one of params="
         )
 
     def check_entries(self, read: set[str]) -> None:

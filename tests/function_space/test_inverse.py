@@ -453,6 +453,7 @@ def test_log_psi_may_read_more_than_its_own_parameters() -> None:
 
 def refusals() -> dict[str, Any]:
     k, second = parameter(0.5), mlp(1)
+    square = k**2
     read = lambda u, x: k * u(x)  # noqa: E731
     return {
         "a tensor of nobody": (read, None, ValueError, r"term 'inside' reads 'k' of shape \(\), which requires grad"),
@@ -463,6 +464,9 @@ def refusals() -> dict[str, Any]:
         "an item": (lambda u, x: k.item() * u(x), {"k": k}, TypeError, r"'k' is read as a plain number \(item\)"),
         "a function from a closure": (
             lambda u, x: Product.apply(u(x), k), {"k": k}, ValueError, "reads parameter 'k' by a way that cannot be",
+        ),
+        "a tensor from outside": (
+            lambda u, x: square * u(x) + k, {"k": k}, ValueError, "'k' by a way .*computed from it outside",
         ),
         "no parameter at all": (lambda u, x: x.sum(), None, ValueError, "term 'inside' does not depend on the param"),
     }  # fmt: skip

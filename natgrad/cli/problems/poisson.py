@@ -18,6 +18,7 @@ from natgrad.cli.problems.problem import Problem, Published, Setting, cube_bound
 from natgrad.function_space.gauss_newton import GaussNewton
 from natgrad.function_space.operators import laplacian
 
+SOURCE = "Dangel, Müller & Zeinhofer 2024, arXiv:2405.15603"
 Function = Callable[[Tensor], Tensor]  # (n, d) → (n,)
 
 
@@ -60,7 +61,8 @@ def poisson(
             lambda folder: box_pictures(model, solution, d, folder),
         )
 
-    return Problem(name, f"−Δu = f on [0, 1]^{d}, u = {formula}", networks, prepare, published, seconds)
+    title = f"−Δu = f on [0, 1]^{d}, u = {formula}"
+    return Problem(name, title, networks, prepare, published, seconds, source=SOURCE)
 
 
 def sine_product(x: Tensor) -> Tensor:

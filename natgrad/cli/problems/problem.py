@@ -20,7 +20,7 @@ from natgrad.metric.metric import Metric
 
 @dataclass(frozen=True)
 class Published:
-    """A result of others to stand beside ours."""
+    """A result of others to stand beside ours, from the `source` of the problem."""
 
     who: str
     error: float
@@ -58,6 +58,7 @@ class Problem:
         networks: name → widths; the first is the default.
         prepare: (widths, seed) → Setting.
         published: network name → results of others.
+        source: where they were published.
         seconds: CPU seconds to run by default.
         loss_name: what the first column of the progress shows.
     """
@@ -69,6 +70,7 @@ class Problem:
     published: dict[str, list[Published]] = field(default_factory=dict)
     seconds: float = 60.0
     loss_name: str = "loss"
+    source: str = ""
 
 
 def tanh_network(widths: tuple[int, ...], seed: int) -> nn.Sequential:
