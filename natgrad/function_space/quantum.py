@@ -44,11 +44,13 @@ class QuantumGeometry(JacobianMetric):
     def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
         super().__init__(named(log_psi), solver)
         self.model, self.chunk = log_psi, chunk
+        self._sampled: tuple[Tensor, Tensor] | None = None  # states and weights of the last batch
 
     def observe(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Linearise at the current parameters; returns the energy Σ w Re E_loc."""
         states, weights, local = self._check(batch)
         self._take_point()
+        self._sampled = (states, weights)
         jacobian = self._derivatives(states)  # (N, 1 or 2, P): real (and imaginary) parts
         root = weights.sqrt()
         mean = torch.einsum("n,ncp->cp", weights, jacobian)
@@ -63,6 +65,21 @@ class QuantumGeometry(JacobianMetric):
         self.root = (2 * root[:, None] * covector).reshape(-1)
         self.loss = energy.real if energy.is_complex() else energy
         return self.loss
+
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        """−½ log F, F = |⟨ψ|ψ'⟩|² / ⟨ψ|ψ⟩⟨ψ'|ψ'⟩ the fidelity of the states before and after, in the mean over |ψ|²."""
+        if self._sampled is None:
+            return None
+        states, weights = self._sampled
+        with torch.no_grad():
+            before, after = (
+                vmap(lambda s, at=at: functional_call(self.model, at, (s,)).reshape(()), chunk_size=self.chunk)(states)
+                for at in (self.point, self.moved(increments))
+            )
+            change = after - before
+            change = change - change.real.max()  # a factor of ψ' drops out
+            overlap = (weights * change.exp()).sum().abs().square()
+            return -0.5 * (overlap / (weights * (2 * change.real).exp()).sum()).log()
 
     def _derivatives(self, states: Tensor) -> Tensor:
         def at_state(params: Vector, s: Tensor) -> Tensor:

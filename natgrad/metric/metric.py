@@ -229,6 +229,9 @@ class Euclidean(Metric):
         df = self.check(df, "df")
         return df if damping == 0 else {n: g / (1 + damping) for n, g in df.items()}
 
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor:
+        return sum_of(t.square().sum() for t in increments.values()) / 2
+
     def diagonal(self) -> Vector:
         return {n: torch.ones_like(p) for n, p in self.parameters.items()}
 
@@ -322,6 +325,11 @@ class Sum(Metric):
     def advance(self, decay: float) -> bool:
         changed = [m.advance(decay) for _, m in self.parts]
         return any(changed)
+
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        found = [(c, m.divergence(increments)) for c, m in self.parts]
+        known = [c * d for c, d in found if d is not None]
+        return torch.stack([d.double() for d in known]).sum() if len(known) == len(found) else None
 
     def discard_pending(self) -> None:
         for _, m in self.parts:
