@@ -44,17 +44,18 @@ class QuantumGeometry(JacobianMetric):
     def __init__(self, log_psi: nn.Module, solver: str = "auto", chunk: int | None = None) -> None:
         super().__init__(named(log_psi), solver)
         self.model, self.chunk = log_psi, chunk
+        self.sampling_variance: Tensor | None = None  # of the energy of the last batch
         self._sampled: tuple[Tensor, Tensor] | None = None  # states and weights of the last batch
 
     def observe(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Linearise at the current parameters; returns the energy Σ w Re E_loc."""
         states, weights, local = self._check(batch)
         self._take_point()
-        self._sampled = (states, weights)
         jacobian = self._derivatives(states)  # (N, 1 or 2, P): real (and imaginary) parts
         root = weights.sqrt()
         mean = torch.einsum("n,ncp->cp", weights, jacobian)
         energy = (weights * local).sum()
+        self.sampling_variance = self._sampling_variance(states, weights, local - energy, "weights" not in batch)
         centred = local - energy
         parts = torch.stack([centred.real, centred.imag] if centred.is_complex() else [centred], dim=1)  # (N, 1 or 2)
         covector = parts.new_zeros(len(states), jacobian.shape[1])
@@ -64,7 +65,18 @@ class QuantumGeometry(JacobianMetric):
         self.rows = JacobianOperator.of(rows)
         self.root = (2 * root[:, None] * covector).reshape(-1)
         self.loss = energy.real if energy.is_complex() else energy
+        self._sampled = (states, weights)
         return self.loss
+
+    def _sampling_variance(self, states: Tensor, weights: Tensor, centred: Tensor, plain: bool) -> Tensor:
+        """Σ w² (E_loc − E)² / (1 − Σ w²), that of a weighted mean over independent draws; 0 for the states of the last
+        batch, whose energies differ by the parameters alone, as in a sum over all states. The first batch is drawn if it
+        has no weights.
+        """
+        last = None if self._sampled is None else self._sampled[0]
+        drawn = plain if last is None else last.shape != states.shape or not torch.equal(last, states)
+        square = (weights.square() * centred.real.square()).sum()
+        return square / (1 - weights.square().sum()).clamp(min=1 / len(weights)) if drawn else torch.zeros_like(square)
 
     def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
         """−½ log F, F = |⟨ψ|ψ'⟩|² / ⟨ψ|ψ⟩⟨ψ'|ψ'⟩ the fidelity of the states before and after, in the mean over |ψ|²."""

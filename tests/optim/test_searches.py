@@ -265,7 +265,7 @@ def test_trust_region_bounds_the_norm_and_undoes_a_step_that_failed():
     before = net.w.detach().clone()
     rule._last, rule._promise = (
         {"w": torch.tensor([0.5, 0.5], dtype=torch.float64)},
-        (-1e9, 1.0, True),
+        (-1e9, 1.0, True, 0.0),
     )  # promised far more than came
     opt.step(batch)
     torch.testing.assert_close(net.w.detach(), before - 0.5)
