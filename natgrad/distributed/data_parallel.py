@@ -82,6 +82,9 @@ class DataParallel(Strategy):
         check_join(model)
         return self.ranks.all_fine(fine)
 
+    def summed(self, numbers: Tensor) -> Tensor:
+        return self.ranks.total(numbers.to(self.ranks.device)).to(numbers)
+
     # statistics ----------------------------------------------------------------------------------------
 
     def merge(

@@ -140,6 +140,10 @@ class Strategy:
         """Return what this rank holds of the increments, from their owners' whole ones. `blocks`: of all ranks."""
         return dict(moved)
 
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Return few numbers, each summed over the ranks. Collective."""
+        return numbers
+
     # states --------------------------------------------------------------------------------------------
 
     def union(self, held: Mapping[str, Any]) -> dict[str, Any]:

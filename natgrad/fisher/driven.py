@@ -26,6 +26,7 @@ from natgrad.fisher.forward import check_output
 from natgrad.fisher.hooks import Called, CriterionHooks
 from natgrad.fisher.likelihoods.base import TERMS, CriterionLikelihood
 from natgrad.fisher.likelihoods.multi_head import MultiHead
+from natgrad.fisher.moved import KeptBatches
 from natgrad.fisher.options import chosen_parameters, picks_by_output, received
 
 
@@ -37,6 +38,7 @@ class DrivenMetric(BlockMetric):
     _looked = False
     _folded = False  # whether statistics have changed since the last step
     _missed = False  # whether a refresh that fell due had no statistics, as the steps moved to another thread
+    _kept: KeptBatches | None = None  # the batches of the coming step, where the step rule verifies on them
     _said_bare = False  # whether it was said that no parameter has curvature
 
     model: nn.Module
@@ -120,6 +122,10 @@ class DrivenMetric(BlockMetric):
             # a step that did not take place (GradScaler skipped it), then cleared by model.zero_grad()
             self.discard_pending()
         return self._driver is not None and (self._driver.refresh_due or self._missed)
+
+    @property
+    def _criteria(self) -> Mapping[str, nn.Module]:
+        raise NotImplementedError
 
     def parameter_names(self) -> Mapping[int, str]:
         return self.strategy.parameter_names(self.parameters)
@@ -225,6 +231,9 @@ class DrivenMetric(BlockMetric):
                 stacklevel=3,
             )
         self._driver = driver
+        if self._kept is not None:
+            self._kept.remove()
+        self._kept = KeptBatches(self, self.model, self._criteria) if driver.rule.verifies else None
         if self.strategy.size > 1:
             check_rule(driver.rule, self.strategy.sharded)
             self.strategy.check_same(self._described())
@@ -263,6 +272,8 @@ class DrivenMetric(BlockMetric):
 
     def expect(self, due: bool) -> None:
         self.strategy.at_step(self._driver.steps)
+        if self._kept is not None:
+            self._kept.forget()
         if self._folded:
             self._folded = False
             for block in self.blocks:
@@ -344,10 +355,25 @@ class DrivenMetric(BlockMetric):
             **self.strategy.info,
         }
 
+    @property
+    def trainer(self) -> int:
+        """The thread that trains."""
+        return self._watcher.trainer
+
+    @property
+    def picks_output(self) -> bool:
+        """Whether `output=` was given."""
+        return self._output is not None
+
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self._kept is None else self._kept.divergence(increments)
+
     def discard_pending(self) -> None:
         """Drop what was backpropagated but not stepped on, with the random numbers that it took; a forward pass whose
         loss is to come keeps its place.
         """
+        if self._kept is not None:
+            self._kept.forget()
         self._watcher.train_here()
         if self._pending:
             self.estimator.rewind(self._pending[0].start)

@@ -177,7 +177,7 @@ class Fisher(DrivenMetric):
         copy.deepcopy(self.model, memo)
         for criterion in self._criteria.values():
             memo.setdefault(id(criterion), criterion)
-        held = {k: v for k, v in vars(self).items() if k not in ("_watcher", "_driver")}
+        held = {k: v for k, v in vars(self).items() if k not in ("_watcher", "_driver", "_kept")}
         vars(twin).update(copy.deepcopy(held, memo), _driver=None)
         twin._watcher = CriterionHooks(twin, twin.model, twin._criteria)
         return twin

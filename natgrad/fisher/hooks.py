@@ -50,6 +50,11 @@ def unwatched() -> Iterator[None]:
         _unwatched.reset(token)
 
 
+def is_unwatched() -> bool:
+    """Whether this is a forward pass of a metric's own."""
+    return _unwatched.get()
+
+
 class Watched(Protocol):
     """What the watcher asks of a metric."""
 

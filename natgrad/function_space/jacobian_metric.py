@@ -205,6 +205,14 @@ class JacobianMetric(Metric):
             bend = (ahead - 2 * self._values_here() + behind) / DIFFERENCE**2
         return self.tangent(-self.factor(damping).pull(bend)) if bool(torch.isfinite(bend).all()) else None
 
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        """½ ‖r(θ + Δ) − r(θ)‖², r what the rows measure."""
+        if not self.point:
+            return None
+        with torch.no_grad():
+            moved = self._values_at(self.moved(increments))
+            return (moved - self._values_here()).square().sum() / 2 if moved.numel() else None
+
     def _values_at(self, params: Vector) -> Tensor:
         """What the rows measure, (N,), such that J is its derivative; empty where the metric does not know it."""
         return next(iter(params.values())).new_empty(0)

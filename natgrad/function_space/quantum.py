@@ -51,6 +51,8 @@ class QuantumGeometry(JacobianMetric):
     ) -> None:
         super().__init__(Scope(log_psi, params), solver)
         self.model, self.chunk = log_psi, chunk
+        self.sampling_variance: Tensor | None = None  # of the energy of the last batch
+        self._sampled: tuple[Tensor, Tensor] | None = None  # states and weights of the last batch
 
     def observe(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Linearise at the current parameters; returns the energy Σ w Re E_loc."""
@@ -60,6 +62,7 @@ class QuantumGeometry(JacobianMetric):
         root = weights.sqrt()
         mean = torch.einsum("n,ncp->cp", weights, jacobian)
         energy = (weights * local).sum()
+        self.sampling_variance = self._sampling_variance(states, weights, local - energy, "weights" not in batch)
         centred = local - energy
         parts = torch.stack([centred.real, centred.imag] if centred.is_complex() else [centred], dim=1)  # (N, 1 or 2)
         covector = parts.new_zeros(len(states), jacobian.shape[1])
@@ -69,7 +72,33 @@ class QuantumGeometry(JacobianMetric):
         self.rows = JacobianOperator.of(rows)
         self.root = (2 * root[:, None] * covector).reshape(-1)
         self.loss = energy.real if energy.is_complex() else energy
+        self._sampled = (states, weights)
         return self.loss
+
+    def _sampling_variance(self, states: Tensor, weights: Tensor, centred: Tensor, plain: bool) -> Tensor:
+        """Σ w² (E_loc − E)² / (1 − Σ w²), that of a weighted mean over independent draws; 0 for the states of the last
+        batch, whose energies differ by the parameters alone, as in a sum over all states. The first batch is drawn if it
+        has no weights.
+        """
+        last = None if self._sampled is None else self._sampled[0]
+        drawn = plain if last is None else last.shape != states.shape or not torch.equal(last, states)
+        square = (weights.square() * centred.real.square()).sum()
+        return square / (1 - weights.square().sum()).clamp(min=1 / len(weights)) if drawn else torch.zeros_like(square)
+
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        """−½ log F, F = |⟨ψ|ψ'⟩|² / ⟨ψ|ψ⟩⟨ψ'|ψ'⟩ the fidelity of the states before and after, in the mean over |ψ|²."""
+        if self._sampled is None:
+            return None
+        states, weights = self._sampled
+        with torch.no_grad():
+            before, after = (
+                vmap(lambda s, at=at: functional_call(self.model, at, (s,)).reshape(()), chunk_size=self.chunk)(states)
+                for at in (self.point, self.moved(increments))
+            )
+            change = after - before
+            change = change - change.real.max()  # a factor of ψ' drops out
+            overlap = (weights * change.exp()).sum().abs().square()
+            return -0.5 * (overlap / (weights * (2 * change.real).exp()).sum()).log()
 
     def _derivatives(self, states: Tensor) -> Tensor:
         at = mended(self.model)  # wave functions of fermions are determinants

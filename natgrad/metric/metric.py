@@ -267,6 +267,9 @@ class Euclidean(Metric):
         given = self.dampings(damping)
         return {n: g if (d := per_name(given, n)) == 0 else g / (1 + d) for n, g in self.check(df, "df").items()}
 
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor:
+        return sum_of(t.square().sum() for t in increments.values()) / 2
+
     def diagonal(self) -> Vector:
         return {n: torch.ones_like(p) for n, p in self.parameters.items()}
 
@@ -360,6 +363,11 @@ class Sum(Metric):
     def advance(self, decay: float) -> bool:
         changed = [m.advance(decay) for _, m in self.parts]
         return any(changed)
+
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        found = [(c, m.divergence(increments)) for c, m in self.parts]
+        known = [c * d for c, d in found if d is not None]
+        return torch.stack([d.double() for d in known]).sum() if len(known) == len(found) else None
 
     def discard_pending(self) -> None:
         for _, m in self.parts:

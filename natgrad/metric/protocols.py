@@ -98,6 +98,12 @@ class Trained:
         """Whether a step is fine on every rank that shares this metric. Called where a refresh is due."""
         return fine
 
+    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor | None:
+        """Return how far increments move the predictions on the batch of this step, a scalar tensor: the KL divergence
+        between those before and after, ½ g(Δ, Δ) for small Δ. None where the metric does not know predictions.
+        """
+        return None
+
     def discard_pending(self) -> None:
         """Drop statistics gathered since the last `advance`."""
 

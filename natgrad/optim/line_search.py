@@ -1,6 +1,6 @@
 """The step rule that searches along a direction, trying points through `Metric.loss_at`: `GridSearch`.
 
-Rules that rely on the quadratic model instead are in `natgrad.optim.model_steps`.
+Rules that rely on the quadratic model instead are in files of their own, as `natgrad.optim.levenberg_marquardt`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.function_space.units import by_diagonal, in_units, scaled
 from natgrad.metric.metric import Metric, Vector
 from natgrad.optim.step_rule import Options, StepContext, StepRule, one_value
 
 # how the damping follows the length of the steps: factor, grow at this share of η or less, fall at this share or more
 FIXED = (10.0, 2**-8, 2**-3)
 FRESH = (10.0, 2**-3, 1.0)
+OF_DAMPING = 0.5  # share of a full step's quadratic model above which the damping is what keeps it short
 STRIDE = 4  # halvings tried at a time where many are needed, as in a first step at tiny damping
 
 
 class SearchRule(StepRule):
-    """What these rules and those of `natgrad.optim.model_steps` share: one η, μ and λ for all parameters."""
+    """What these rules share: one η, μ and λ for all parameters."""
 
     on_ranks = False  # a rank's own loss is in the search
 
@@ -58,6 +60,10 @@ class GridSearch(SearchRule):
     changes from step to step, a step must be good for other points than it was made from, and the damping grows at η/8
     or less and falls at η.
 
+    Where there are more residuals than parameters and a step of full length is kept short by the smallest λ itself,
+    λ‖v‖² > ½ ⟨−df, v⟩, some parameter has units in which λ is not small. From there until steps get short λ is relative
+    to the diagonal, v = −(ĝ + λ diag ĝ)⁻¹df.
+
     Args:
         damping: the smallest λ, absolute.
         halvings: the smallest length is η 2^−halvings.
@@ -65,7 +71,10 @@ class GridSearch(SearchRule):
         adapt: whether the damping follows the length.
     """
 
-    damping_meaning = "absolute: (ĝ + λI)⁻¹; grows from the given one where steps are short"
+    damping_meaning = (
+        "absolute: (ĝ + λI)⁻¹; grows from the given one where steps are short; relative to the diagonal where "
+        "info['relative']"
+    )
 
     def __init__(
         self,
@@ -81,6 +90,7 @@ class GridSearch(SearchRule):
         self._last = {"straight": 0, "curved": 0}
         self._growth = 1.0  # of the damping
         self._fresh = False  # whether the batch changes from step to step
+        self._relative = False  # whether the damping is relative to the diagonal
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
         options = context.options
@@ -90,12 +100,18 @@ class GridSearch(SearchRule):
         for attempt in range(5):
             found = self._search(metric, damping * 100**attempt, lr, start)
             if found is not None:
-                step, loss, path, length = found
+                step, loss, path, length, of_damping = found
+                relative = self._relative
                 if self.adapt:
                     self._follow(length / lr, metric)
+                    if self._growth > 1:
+                        self._relative = False
+                    elif length == lr and of_damping > OF_DAMPING and dense(metric):
+                        self._relative = True
                 self.note(
                     metric,
                     damping=damping * 100**attempt,
+                    relative=relative,
                     length=length,
                     path=path,
                     loss=start,
@@ -117,12 +133,17 @@ class GridSearch(SearchRule):
 
     def _search(
         self, metric: Metric, damping: float, lr: float, start: float
-    ) -> tuple[Vector, float, str, float] | None:
-        v = {n: -d for n, d in metric.direction(damping).items()}
-        paths: dict[str, Vector | None] = {"straight": None}
-        if self.geodesic and (a := metric.acceleration(v, damping)) is not None:
-            paths["curved"] = a
-        best: tuple[Vector, float, str, float] | None = None
+    ) -> tuple[Vector, float, str, float, float] | None:
+        """The best step, its loss, path and length, and the damping's share of the quadratic model of a full one."""
+        units = by_diagonal(metric.diagonal()) if self._relative else None
+        local = metric if units is None else in_units(metric, units)
+        v = {n: -d for n, d in local.direction(damping).items()}
+        a = local.acceleration(v, damping) if self.geodesic else None
+        of_damping = damping * float(dot(v, v)) / (float(local.inner(v, v)) + damping * float(dot(v, v)) or 1.0)
+        if units is not None:
+            v, a = scaled(v, units), None if a is None else scaled(a, units)
+        paths: dict[str, Vector | None] = {"straight": None} if a is None else {"straight": None, "curved": a}
+        best: tuple[Vector, float, str, float, float] | None = None
         for path, a in paths.items():
 
             def after(k: int, a: Vector | None = a) -> float:
@@ -130,19 +151,30 @@ class GridSearch(SearchRule):
 
             k, loss = lowest(after, self._last[path], self.halvings, start)
             if loss < (start if best is None else best[1]):
-                best = (along(v, a, lr * 0.5**k), loss, path, lr * 0.5**k)
+                best = (along(v, a, lr * 0.5**k), loss, path, lr * 0.5**k, of_damping)
             if loss < start:
                 self._last[path] = k
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self._last), "growth": self._growth, "fresh": self._fresh}
+        return {
+            "last": dict(self._last),
+            "growth": self._growth,
+            "fresh": self._fresh,
+            "relative": self._relative,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last, self._growth, self._fresh = dict(state["last"]), state["growth"], state["fresh"]
+        self._relative = state["relative"]
 
 
 # pieces -------------------------------------------------------------------------------------------------------
+
+
+def dense(metric: Metric) -> bool:
+    """Whether the last solve was in the space of parameters, which are no more than the residuals then."""
+    return getattr(metric, "chosen", "").startswith("dense")
 
 
 def along(v: Vector, a: Vector | None, length: float) -> Vector:

@@ -64,6 +64,7 @@ class StepRule:
     decays = False  # whether `update` sees to the weight decay; if not, the optimizer decays weights, decoupled
     least_lr = 0.0  # a smaller lr, other than 0, is worth a warning
     on_shards = False  # whether it can do without whole parameters, see `natgrad.distributed.fully_shard`
+    verifies = False  # whether it asks `Metric.divergence`, for which batches are kept
     strategy: Strategy  # how ranks share the work; set by the optimizer that takes the steps
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 

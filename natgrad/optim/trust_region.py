@@ -13,6 +13,7 @@ from natgrad.metric.metric import Metric, Vector
 from natgrad.optim.line_search import SearchRule, dot
 from natgrad.optim.step_rule import StepContext
 
+SIGMAS = 4.0  # one-sided normal tail 3e-5
 ROUNDING = 1e-12  # relative decreases of the loss below this say nothing about the model
 
 
@@ -25,9 +26,15 @@ class TrustRegion(SearchRule):
     step that raised the loss by more than the model promised to lower it (ρ < −1) is undone. Where the metric does
     not know the loss the radius stays.
 
+    A loss that is a mean over draws (`sampling_variance` of the metric is not 0) is known up to its standard error, and the difference of two of them up to σ = √(σ₁²
+    + σ₂²). What noise can do in one of some ten thousand steps, `SIGMAS` σ, is no
+    reason to shrink or to undo: ρ then takes the decrease to be that much larger. The metric is a mean over the same
+    draws, and λ is at least ε then.
+
     Args:
         radius: the largest ‖Δ‖.
-        floor: ε.
+        floor: ε. Of 1e-3, 3e-3, 1e-2 and 2e-2 as the λ of sampled Ising chains the last two end lowest
+            (`python -m benchmarks.sampled_ising`).
     """
 
     def __init__(self, lr: float = 0.1, damping: float = 1e-3, radius: float = 0.1, floor: float = 1e-2) -> None:
@@ -35,13 +42,17 @@ class TrustRegion(SearchRule):
         self.lr, self.damping, self.radius, self.floor = lr, damping, radius, floor
         self._radius = radius
         self._last: Vector = {}
-        self._promise: tuple[float, float, bool] | None = None  # loss before the step, its decrease, bound met
+        # loss before the step, its decrease, bound met, variance of the loss
+        self._promise: tuple[float, float, bool, float] | None = None
 
     def update(self, metric: Metric, df: Mapping[str, Tensor], context: StepContext) -> Vector:
         options = context.options
         lr, _, damping = self.options(options)
         loss = getattr(metric, "loss", None)
-        ratio = self._follow(loss)
+        variance = float(getattr(metric, "sampling_variance", None) or 0.0)
+        if variance > 0:
+            damping = max(damping, self.floor)
+        ratio = self._follow(loss, variance)
         if ratio is not None and ratio < -1:
             undo = {n: -d for n, d in self._last.items()}
             self._promise = None
@@ -59,7 +70,7 @@ class TrustRegion(SearchRule):
         length = min(lr, self._radius / max(norm, 1e-300))
         predicted = length * float(slope) - 0.5 * length**2 * float(square)
         self._last = {n: -length * d for n, d in direction.items()}
-        self._promise = None if loss is None else (float(loss), predicted, length < lr)
+        self._promise = None if loss is None else (float(loss), predicted, length < lr, variance)
         self.note(
             metric,
             damping=damping,
@@ -71,14 +82,14 @@ class TrustRegion(SearchRule):
         )
         return dict(self._last)
 
-    def _follow(self, loss: Tensor | None) -> float | None:
+    def _follow(self, loss: Tensor | None, variance: float) -> float | None:
         """The gain ratio of the last step, after the radius has followed it."""
         if loss is None or self._promise is None:
             return None
-        before, predicted, bounded = self._promise
+        before, predicted, bounded, its_variance = self._promise
         if predicted <= ROUNDING * abs(before):
             return None
-        ratio = (before - float(loss)) / predicted
+        ratio = (before - float(loss) + SIGMAS * math.sqrt(variance + its_variance)) / predicted
         if ratio < 0.25:
             self._radius = self._radius / 4
         elif ratio > 0.75 and bounded:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 import natgrad as ng
+from benchmarks.sampled_ising import error
 from natgrad.cli.problems.ising import Boltzmann, all_states, exact_probability, local_energy, prepare
 from natgrad.optim.trust_region import TrustRegion
 
@@ -131,6 +132,46 @@ def test_small_damping_neither_diverges_nor_gives_nan(damping):
     assert all(math.isfinite(e) for e in energies)
     assert max(energies) < energies[0] + 0.1 * abs(energies[0])
     assert setting.error() < 0.1 * first
+
+
+@pytest.mark.parametrize("sites", [6, 8])
+def test_samples_do_not_freeze_the_radius(sites):
+    """The energies of two batches differ by their draws as well."""
+    assert error(sites, 0, None) < 5e-4
+    rule = TrustRegion()
+    error(sites, 1, rule, samples=30, steps=60)
+    assert rule.state_dict()["radius"] == rule.radius
+
+
+def test_the_sampling_variance_is_that_of_a_mean():
+    """Against the scatter of many batches."""
+    setting, states = prepare((4, 4), 1), all_states(4)
+    metric, generator = setting.metric("auto"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        p = torch.softmax(2 * setting.model(states), 0)
+        local = local_energy(setting.model, states, setting.model(states))
+    means, variances = [], []
+    for _ in range(400):
+        drawn = torch.multinomial(p, 50, True, generator=generator)
+        means.append(metric.observe({"states": states[drawn], "local_energy": local[drawn]}))
+        variances.append(metric.sampling_variance)
+    exact = ((p * local.square()).sum() - (p * local).sum().square()) / 50
+    assert float(torch.stack(variances).mean()) == pytest.approx(float(exact), rel=0.05)
+    assert float(torch.stack(means).var()) == pytest.approx(float(exact), rel=0.25)
+
+
+def test_a_sum_over_all_states_has_no_sampling_error():
+    """It shrinks the radius as soon as a step fails."""
+    setting = prepare((4, 4), 1)
+    metric = setting.metric("auto")
+    for step in range(3):
+        metric.observe(setting.batch(step))
+        assert float(metric.sampling_variance) == 0
+    rule = TrustRegion(lr=1.0, damping=1e-12, radius=30.0, floor=1e-9)
+    opt = ng.NaturalGradient(setting.metric("auto"), step=rule)
+    for step in range(10):
+        opt.step(setting.batch(step))
+    assert rule.state_dict()["radius"] < 30
 
 
 STATES = all_states(3)

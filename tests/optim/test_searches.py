@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 import natgrad as ng
+from natgrad.function_space.units import in_units
 from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.line_search import GridSearch, along, lowest
 from natgrad.optim.spring import Spring
@@ -114,6 +115,111 @@ def test_levenberg_marquardt_lowers_the_damping_where_the_model_is_right():
     assert rule.info["ratio"] > 0.75
 
 
+class Exponentials(nn.Module):
+    """b₁ exp(−b₂ x) + b₃ with parameters b = units · φ."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = torch.tensor(units, dtype=torch.float64)
+        self.phi = nn.Parameter(torch.tensor([1.0, 0.2, 0.5], dtype=torch.float64) / self.units)
+
+    def forward(self, x):
+        b = self.units * self.phi
+        return b[0] * torch.exp(-b[1] * x[0]) + b[2]
+
+
+def iterates(rule, units=(1.0, 1.0, 1.0), weight=1.0, scale=1.0, steps=12):
+    """b after each step of a fit, the residuals multiplied by `scale` and the loss by `weight`."""
+    net = Exponentials(units)
+    x = torch.linspace(0, 4, 20, dtype=torch.float64)[:, None]
+    y = 3 * torch.exp(-1.3 * x[:, 0]) - 1 + 0.1 * torch.sin(9 * x[:, 0])
+    metric = ng.GaussNewton(net, {"fit": lambda u, x, y: scale * (u(x) - y)}, weights={"fit": weight})
+    opt = ng.NaturalGradient(metric, step=rule)
+    out = []
+    for _ in range(steps):
+        opt.step({"fit": (x, y)})
+        out.append(net.units * net.phi.detach())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"units": (2.0**20, 2.0**-30, 8.0)},
+        {"units": (1e6, 1e-7, 30.0)},
+        {"weight": 1e8},
+        {"weight": 1e-8},
+        {"scale": 1e-5},
+        {"units": (1e-4, 10.0, 1e5), "scale": 1e4},
+    ],
+)
+@pytest.mark.parametrize("geodesic", [True, False])
+def test_levenberg_marquardt_has_the_same_iterates_in_other_units(other, geodesic):
+    plain = iterates(LevenbergMarquardt(geodesic=geodesic))
+    torch.testing.assert_close(iterates(LevenbergMarquardt(geodesic=geodesic), **other), plain, rtol=1e-8, atol=1e-9)
+
+
+def test_levenberg_marquardt_takes_marquardts_step():
+    """(JᵀJ + λ diag JᵀJ) δ = −Jᵀr, written out."""
+    net, metric, batch, _ = linear()
+    x, y = batch["fit"]
+    before = net.weight.detach()[0].clone()
+    j, r = x / len(x) ** 0.5, (x @ before - y) / len(x) ** 0.5
+    a = j.T @ j
+    expected = torch.linalg.solve(a + 0.7 * a.diagonal().diag(), -j.T @ r)
+    ng.NaturalGradient(metric, step=LevenbergMarquardt(damping=0.7)).step(batch)
+    torch.testing.assert_close(net.weight.detach()[0] - before, expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_levenberg_marquardt_stays_sane_on_solved_data(noise):
+    net, metric, batch, best = linear()
+    batch_x = batch["fit"][0]
+    y = batch_x @ best + noise * torch.randn(len(batch_x), dtype=torch.float64)
+    best = torch.linalg.lstsq(batch_x, y[:, None]).solution[:, 0]
+    rule = LevenbergMarquardt()
+    opt = ng.NaturalGradient(metric, step=rule)
+    for _ in range(60):
+        opt.step({"fit": (batch_x, y)})
+        assert 1e-14 <= opt.info["damping"] <= 1
+    torch.testing.assert_close(net.weight.detach()[0], best, rtol=1e-7, atol=1e-7)  # √eps: the loss is flat
+    with torch.no_grad():
+        net.weight.mul_(2)  # it still gets away from where it was solved
+    for _ in range(5):
+        opt.step({"fit": (batch_x, y)})
+    torch.testing.assert_close(net.weight.detach()[0], best, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"factor": 1.0}, {"smallest": 0.0}, {"smallest": 2.0}])
+def test_levenberg_marquardt_refuses_a_damping_that_cannot_follow(options):
+    with pytest.raises(ValueError, match="factor must be above 1"):
+        LevenbergMarquardt(**options)
+
+
+def test_units_of_a_sum_are_those_of_its_parts():
+    """A metric without rows of its own solves by its matrix."""
+    net, metric, batch, _ = linear()
+    both = metric + 0.5 * ng.Euclidean(net)
+    metric.observe(batch)
+    units = {"weight": torch.tensor([[1.0, 2.0, 0.5, 4.0, 3.0]], dtype=torch.float64)}
+    found, s = in_units(both, units), units["weight"][0]
+    expected = s[:, None] * (metric.dense() + 0.5 * torch.eye(5, dtype=torch.float64)) * s
+    torch.testing.assert_close(found.dense(), expected)
+    g = {"weight": torch.randn(1, 5, dtype=torch.float64)}
+    solved = torch.linalg.solve(expected + 0.1 * torch.eye(5, dtype=torch.float64), g["weight"][0])
+    torch.testing.assert_close(found.sharp(g, 0.1)["weight"][0], solved)
+    rows = in_units(metric, units)
+    torch.testing.assert_close(rows.dense(), s[:, None] * metric.dense() * s)
+    torch.testing.assert_close(rows.gradient()["weight"][0], s * metric.gradient()["weight"][0])
+
+
+def test_grid_search_is_not_held_back_by_units_in_which_its_damping_is_large():
+    units = (1e9, 1.0, 1.0)  # a derivative of 1e9: the others are far below; and one of 1e-7
+    at = iterates(GridSearch(), units=(1e-9, 1.0, 1e-9), steps=15)[-1]
+    torch.testing.assert_close(at, iterates(GridSearch(), steps=15)[-1], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(iterates(GridSearch(), units=units, steps=15)[-1], at, rtol=1e-6, atol=1e-7)
+
+
 def test_kernel_spring_is_primal_spring():
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double() for _ in range(3)]
@@ -159,7 +265,7 @@ def test_trust_region_bounds_the_norm_and_undoes_a_step_that_failed():
     before = net.w.detach().clone()
     rule._last, rule._promise = (
         {"w": torch.tensor([0.5, 0.5], dtype=torch.float64)},
-        (-1e9, 1.0, True),
+        (-1e9, 1.0, True, 0.0),
     )  # promised far more than came
     opt.step(batch)
     torch.testing.assert_close(net.w.detach(), before - 0.5)

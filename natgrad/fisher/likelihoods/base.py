@@ -153,6 +153,20 @@ class CriterionLikelihood:
         """Return the loss of a term for predictions that are the same whatever the label; None where there is none."""
         return None
 
+    def divergence(self, before: Any, after: Any, targets: Any) -> Tensor:
+        """Return Σ_r c_r KL(p(y | f_r) ‖ p(y | f'_r)) between two outputs f and f'.
+
+        Here the Bregman divergence ℓ(f') − ℓ(f) − ⟨∇ℓ(f), f' − f⟩, the same for likelihoods in natural parameters, and
+        the one of losses that are none: its second derivative at f is the Hessian of the loss.
+        """
+        old, new = self.outputs(before), self.outputs(after)
+        leaves = tuple(o.detach().requires_grad_() for o in old)
+        with torch.enable_grad():
+            loss = self.sum_loss(replace_tensors(before, old, leaves), targets)
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+        rise = self.sum_loss(after, targets) - loss.detach()
+        return rise - sum(((g * (b - a)).sum() for g, a, b in zip(slopes, old, new) if g is not None), rise * 0)
+
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         """m_r of each term, (terms,)."""
         return outputs[0].new_ones(outputs[0].numel())

@@ -73,6 +73,12 @@ class CrossEntropy(CriterionLikelihood):
     def term_mass(self, outputs: Tensors, targets: Any) -> Tensor:
         return self.factors(outputs[0], targets)[1]
 
+    def divergence(self, before: Any, after: Any, targets: Any) -> Tensor:
+        ((f,), (g,)) = self.outputs(before), self.outputs(after)
+        log_p, log_q = self.rows(f).log_softmax(1), self.rows(g).log_softmax(1)
+        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
+        return (self.factors(f, targets)[0] * terms.sum(1)).sum()
+
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         (f,) = outputs
         p = self.rows(f).softmax(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from natgrad.fisher.likelihoods.base import CriterionLikelihood, FisherRoot, check_shapes, counted, normal_like
 from natgrad.linalg.tree import Tensors
@@ -24,6 +25,14 @@ class Elementwise(CriterionLikelihood):
         """c·h of each element."""
         raise NotImplementedError
 
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        """c·KL of each element, from one output to another."""
+        raise NotImplementedError
+
+    def divergence(self, before: Any, after: Any, targets: Any) -> Tensor:
+        ((f,), (g,)) = self.outputs(before), self.outputs(after)
+        return self.apart(f, g, targets).sum()
+
     def roots(self, outputs: Tensors, targets: Any) -> Sequence[FisherRoot]:
         (f,) = outputs
         return [FisherRoot(outputs, (self.curvature(f, targets).sqrt(),), (counted(f),))]
@@ -39,6 +48,9 @@ class Squared(Elementwise):
         # KL = (Δf)² / 2σ² where the loss changes by (Δf)²: one nat is 2σ² of it
         twice = 2 * (f - targets.to(f)).square().sum()
         return torch.stack([twice, torch.full_like(twice, f.numel())])
+
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        return (f - g).square()
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         return torch.full_like(f, 2.0)
@@ -65,6 +77,10 @@ class BinaryCrossEntropy(Elementwise):
             c = c * (1 + (self.criterion.pos_weight - 1) * targets)
         return c
 
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        yes, no = (F.logsigmoid(s * f) - F.logsigmoid(s * g) for s in (1, -1))
+        return self.c(f, targets) * (f.sigmoid() * yes + (-f).sigmoid() * no)
+
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         p = f.sigmoid()
         return self.c(f, targets) * p * (1 - p)
@@ -81,6 +97,10 @@ class PoissonCount(Elementwise):
     def rate(self, f: Tensor) -> Tensor:
         return f.exp() if self.criterion.log_input else (f + self.criterion.eps).clamp(min=0)
 
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        old, new = self.rate(f), self.rate(g)
+        return torch.xlogy(old, old) - torch.xlogy(old, new) - old + new
+
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         return self.rate(f) if self.criterion.log_input else 1 / self.rate(f)
 
@@ -96,6 +116,10 @@ class Absolute(Elementwise):
 
     def nats(self, outputs: Tensors, targets: Any) -> Tensor | None:
         return None  # in the units of the user's data
+
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        off = (f - g).abs()
+        return off + torch.expm1(-off)
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         return torch.ones_like(f)
@@ -118,6 +142,10 @@ class BernoulliProbability(Elementwise):
     def c(self, f: Tensor) -> Tensor:
         weight = self.criterion.weight
         return torch.ones_like(f) if weight is None else torch.ones_like(f) * weight
+
+    def apart(self, f: Tensor, g: Tensor, targets: Any) -> Tensor:
+        p, q = self.inner(f), self.inner(g)
+        return self.c(f) * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
 
     def curvature(self, f: Tensor, targets: Any) -> Tensor:
         p = self.inner(f)

@@ -36,6 +36,12 @@ class GaussianNoise(CriterionLikelihood):
         var = var.unsqueeze(-1) if var.shape == mean.shape[:-1] and var.dim() < mean.dim() else var
         return var.clamp(min=self.criterion.eps)
 
+    def divergence(self, before: Any, after: Any, targets: Any) -> Tensor:
+        old, new = self.outputs(before), self.outputs(after)
+        ratio = self.variance(old) / self.variance(new)
+        apart = (old[0] - new[0]).square() / self.variance(new)
+        return (ratio - 1 - ratio.log() + apart).expand_as(old[0]).sum() / 2
+
     def draw(self, outputs: Tensors, targets: Any, generator: torch.Generator) -> Tensors:
         mean, var = outputs
         v, eps = self.variance(outputs), normal_like(mean, generator)
