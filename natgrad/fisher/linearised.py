@@ -23,7 +23,7 @@ from natgrad.fisher.forward import check_output, isolated, traced_forward, usabl
 from natgrad.fisher.options import arguments
 from natgrad.fisher.owners import Data, likely_data, whose
 from natgrad.fisher.pseudo_gradients import MAX_PASSES
-from natgrad.linalg.tree import Tensors, replace_tensors
+from natgrad.linalg.tree import Tensors, describe, replace_tensors
 from natgrad.metric.damping import Damping
 
 
@@ -148,7 +148,12 @@ def linearised(metric: Fisher, inputs: Any, targets: Any = None, check: bool = T
     check_metric(metric)
     args, kwargs = arguments(inputs)
     with isolated(metric.module, metric.parameters.values()):
-        result, tape = traced_forward(metric.module, metric.parameter_names(), args, kwargs)
+        try:
+            result, tape = traced_forward(metric.module, metric.parameter_names(), args, kwargs)
+        except CaptureError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ValueError(f"the metric's model cannot take {describe(inputs)}: {error}") from error
         output = metric.output_of(result)
         targets = metric.targets_of((args, kwargs), output) if targets is None else targets
         if check:

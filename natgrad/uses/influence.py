@@ -87,6 +87,9 @@ def influence(
     like = next(iter(metric.parameters.values()))
     chunk = chunk or max(1, HELD // size)
     wanted, given = Batches(queries, "queries", min(chunk, 64)), Batches(data, "data")
+    if top is None and wanted.count is not None and given.count is not None:  # said before anything is computed
+        needed = wanted.count * given.count * like.element_size()
+        ensure_fits(needed, f"scores of {wanted.count} queries and {given.count} data", "top=, or fewer queries", like)
     lam = default_damping(metric, REFINED if refine else DAMPING) if damping is None else damping
     metric.dampings(lam)
     exact = ExactProduct(metric, lambda: given) if refine else None

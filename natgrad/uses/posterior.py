@@ -33,6 +33,7 @@ SAMPLES = 100  # draws where nothing is said
 REACH = 4  # decades of the prior up and down that `tune` looks through, a half apart and then an eighth
 FURTHEST = 10  # and further ones while the best is the last
 ROUNDS = 100  # of `tune` by the evidence
+TINY = 1e-12  # in place of zero parameters, or none that the data determine
 SETTLED = 1e-6  # relative change of the prior at which it has converged
 
 Predicted = Tensor | tuple[Tensor, Tensor]
@@ -325,27 +326,32 @@ class Posterior:
         return total / count
 
     def _by_evidence(self) -> None:
-        groups = self.groups
-        values = [float(torch.as_tensor(per_name(self.prior, names[0])).detach()) for names in groups]
-        for _ in range(ROUNDS):
-            of_name = {n: v for v, names in zip(values, groups) for n in names}
-            self.prior = resolved(of_name, self.mean, False, "prior")
-            spread = self.metric.inverse_diagonal(self._damping())
-            before = values
-            values = []
-            for old, names in zip(before, groups):
-                size = sum(self.mean[n].numel() for n in names)
-                free = size - old * self._c * sum(
-                    float(spread[n].double().sum()) for n in names
-                )  # well-determined ones
-                values.append(
-                    max(free, 1e-12) / max(sum(float(self.mean[n].double().square().sum()) for n in names), 1e-30)
+        """The fixed point of prior = γ / ‖θ‖² in each group, γ = P − prior · tr Σ its well-determined parameters."""
+        start = self.prior
+        sizes = [sum(self.mean[n].numel() for n in names) for names in self.groups]
+        squares = [sum(float(self.mean[n].double().square().sum()) for n in names) for names in self.groups]
+        values = [float(torch.as_tensor(per_name(start, names[0])).detach()) for names in self.groups]
+        try:
+            for _ in range(ROUNDS):
+                self.prior = self._of_groups(values)
+                spread = self.metric.inverse_diagonal(self._damping())
+                traces = [self._c * sum(float(spread[n].double().sum()) for n in names) for names in self.groups]
+                before, values = (
+                    values,
+                    [max(p - v * t, TINY) / max(q, TINY) for p, v, t, q in zip(sizes, values, traces, squares)],
                 )
-            if all(abs(a - b) <= SETTLED * b for a, b in zip(values, before)):
-                break
-        else:
-            warnings.warn(f"the prior has not settled after {ROUNDS} rounds; it is {self.prior}", stacklevel=3)
-        self.prior = resolved({n: v for v, names in zip(values, groups) for n in names}, self.mean, False)
+                if all(abs(new - old) <= SETTLED * old for new, old in zip(values, before)):
+                    break
+            else:
+                warnings.warn(f"the prior has not settled after {ROUNDS} rounds", stacklevel=3)
+            self.prior = self._of_groups(values)
+        except BaseException:
+            self.prior = start
+            raise
+
+    def _of_groups(self, values: list[float]) -> Resolved:
+        found: dict[str, Number] = {n: v for v, names in zip(values, self.groups) for n in names}
+        return resolved(found, self.mean, False, "prior")
 
 
 def scaled(prior: Resolved, factor: float) -> Resolved:
