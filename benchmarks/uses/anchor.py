@@ -13,8 +13,8 @@ is the mean held-out accuracy over all ten tasks at the end. Runs of one seed sh
 - diagonal, online and kfac, online: the same, then `.at()`, the online Laplace approximation.
 
 The weight of a method is that which did best on seed 100, of powers of ten, and for the online ones of 3, 30 … beside
-the best of these. natgrad's metrics are of the exact kind, and n times them is the curvature of a task's loss: 1 would be
-the weight if Laplace's approximation were exact.
+the best of these. natgrad's metrics are of the exact kind, and n times them is the curvature of a task's loss: 1 would
+be the weight if Laplace's approximation were exact.
 """
 
 from __future__ import annotations

@@ -73,11 +73,14 @@ def round_weights(
         for block in held.ready:
             if mine := [n for n in block.names if n in chosen]:
                 round_block(copied(block, held.shapes, torch.float64), held, quantiser, mine, damping, found)
+        covered = {n: torch.zeros(held.shapes[n], dtype=torch.bool, device=held.device) for n in held.names}
+        for block in held.ready:
+            block.unpack(torch.ones(block.shape, dtype=torch.bool, device=held.device), covered)
         for n in chosen:
+            once = quantised(quantiser, n, found[n])  # what no block holds is rounded here
+            found[n] = torch.where(covered[n].to(once.device), found[n], once)
             again = quantised(quantiser, n, found[n])
-            if all(n not in b.names for b in held.ready):
-                found[n] = again
-            elif not torch.allclose(again, found[n], rtol=4 * torch.finfo(again.dtype).eps, atol=0):
+            if not torch.allclose(again, found[n], rtol=4 * torch.finfo(again.dtype).eps, atol=0):
                 raise ValueError(
                     f"the quantiser moves {n!r} when it is asked again, so that its grid is not fixed: compute scales "
                     "from the weights as they are before, and use the same in every call"

@@ -105,6 +105,28 @@ def test_a_layer_called_twice_and_sides_in_pieces() -> None:
         assert cost(metric, found) <= cost(metric, plain)
 
 
+def test_a_parameter_of_which_a_part_is_used() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.w[2:5])
+
+    metric = ng.Fisher(Part().double(), nn.MSELoss(), kind="exact")
+    metric.update(torch.randn(20, 5, dtype=F64))
+    found = ng.round_weights(metric, halves)["w"]
+    assert torch.equal(halves("w", found), found)
+    plain = halves("w", values(metric)["w"])
+    assert torch.equal(found[:2], plain[:2])
+    assert torch.equal(found[5:], plain[5:])
+    assert not torch.equal(found[2:5], plain[2:5])
+    masks, pruned = ng.prune(metric, 20 / 35, 1e-9)
+    assert not bool(masks["w"][[0, 1, 5, 6]].any())  # nothing depends on them
+    assert torch.equal(pruned["w"][2:5], values(metric)["w"][2:5])
+
+
 def test_of_a_file_and_in_float32(tmp_path: Path) -> None:
     metric = ng.Fisher(net().float(), nn.CrossEntropyLoss(), kind="exact")
     metric.update(torch.randn(20, 5), torch.randint(3, (20,)))
