@@ -92,7 +92,7 @@ class QuantumGeometry(JacobianMetric):
         states, weights = self._sampled
         with torch.no_grad():
             before, after = (
-                vmap(lambda s, at=at: functional_call(self.model, at, (s,)).reshape(()), chunk_size=self.chunk)(states)
+                vmap(lambda s, at=at: self.scope.call(at, self.model, s).reshape(()), chunk_size=self.chunk)(states)
                 for at in (self.point, self.moved(increments))
             )
             change = after - before
