@@ -151,38 +151,32 @@ class Scope:
                 that cannot be followed.
         """
         ids = {id(v): n for n, v in live.items()}
-        own, read = {id(p): n for n, p in self.everything.items()}, set()
-        skipped = {id(t) for t in added}
+        past = {id(p): n for n, p in self.everything.items()}  # leaves of those who went past `live`
+        skipped, read = {id(t) for t in added}, set()
         for leaf in leaves_of(result):
             if id(leaf) in skipped:
                 continue
-            if (name := ids.get(id(leaf))) is not None:
-                read.add(name)
-                if name not in taken and self.everything[name].requires_grad:
-                    own_name = name
-                    break
-            elif id(leaf) in own:
-                own_name = own[id(leaf)]
-                break
-            else:
-                found = name_in(function, leaf)
+            name = ids.get(id(leaf)) or past.get(id(leaf))
+            if name is None:
                 raise ValueError(
-                    f"{what} reads {found or 'a tensor'} of shape {tuple(leaf.shape)}, which requires grad and is no "
-                    "parameter of the metric, so that it would stay as it is: give it, or the module it belongs to, by "
-                    'params={"name": …}, or detach() it where it is meant to be constant'
+                    f"{what} reads {name_in(function, leaf) or 'a tensor'} of shape {tuple(leaf.shape)}, which "
+                    "requires grad and is no parameter of the metric, so that it would stay as it is: give it, or the "
+                    'module it belongs to, by params={"name": …}, or detach() it where it is meant to be constant'
                 )
-        else:
-            return read
-        if own_name not in taken:
-            raise ValueError(
-                f"{what} reads {own_name!r}, which requires grad but was frozen when the metric was made: thaw it by "
-                'opt.add_param_group({"params": [parameter]}), or make the metric anew'
-            )
-        raise ValueError(
-            f"{what} reads parameter {own_name!r} by a way that cannot be followed: a tensor was computed from it "
-            "outside, TorchScript holds it, or a torch.autograd.Function gets it straight from a closure. Compute "
-            "inside what is made of parameters, and reach them through a module, the model or one of params="
-        )
+            if name not in taken and self.everything[name].requires_grad:
+                raise ValueError(
+                    f"{what} reads {name!r}, which requires grad but was frozen when the metric was made: thaw it by "
+                    'opt.add_param_group({"params": [parameter]}), or make the metric anew'
+                )
+            if id(leaf) in past:
+                raise ValueError(
+                    f"{what} reads parameter {name!r} by a way that cannot be followed: a tensor was computed from it "
+                    "outside, TorchScript holds it, or a torch.autograd.Function gets it straight from a closure. "
+                    "Compute inside what is made of parameters, and reach them through a module, the model or one of "
+                    "params="
+                )
+            read.add(name)
+        return read
 
     def check_entries(self, read: set[str]) -> None:
         """Raise a ValueError that names an entry of `params` which nothing reads."""
