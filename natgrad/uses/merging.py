@@ -98,6 +98,8 @@ def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, Frozen
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"the metric of {name!r}: {error}") from error
+    device = next(iter(metrics.values())).device
+    metrics = {n: m if m.device == device else m.copy(device) for n, m in metrics.items()}
     first = next(iter(states))
     said = [
         f"{name!r} {word} {keys}"
