@@ -65,7 +65,7 @@ def restructured(block: Block, structure: str, shapes: Shapes) -> list[Block]:
         return [filled(block, structure, shapes, {"U": block.u, "V": block.v})]
     raise ValueError(
         f"the block of {block.names} has structure {block.structure!r}, which does not hold what {structure!r} keeps; "
-        f"take structure={block.structure!r} or 'diagonal', or metrics with structure={structure!r}"
+        f"take structure=None, which uses what the metrics hold, or 'diagonal', or metrics with structure={structure!r}"
     )
 
 

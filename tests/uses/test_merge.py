@@ -119,6 +119,13 @@ def test_equal_models_are_that_model(structure: str, damping: float) -> None:
     assert all(torch.equal(found[n], t) for n, t in state.items())
 
 
+def test_structures_by_name(close: Close) -> None:
+    models = [pair({"0.*": "kfac", "2.*": "diagonal"}, seed, count) for seed, count in ((0, 20), (1, 31))]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'diagonal', which does not hold what 'input' keeps; take structure=None"):
+        ng.merge(dict(zip("ab", models)))
+    close(flat(models[0][1], ng.merge(dict(zip("ab", models)), structure=None)), by_formula(models, 0.01), 1e-8)
+
+
 def test_much_damping_is_the_mean(close: Close) -> None:
     models = [pair("kfac", 0), pair("kfac", 1, 31)]
     found = ng.merge(dict(zip("ab", models)), 1e12)
