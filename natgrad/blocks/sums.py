@@ -23,7 +23,7 @@ from natgrad.blocks.dense import LayerBlock
 from natgrad.blocks.eigenvalue import EigenvalueBlock
 from natgrad.blocks.kronecker import KroneckerBlock
 from natgrad.blocks.structures import block_from_json, block_to_json
-from natgrad.linalg.block_diagonal import across, diagonal_of
+from natgrad.linalg.block_diagonal import across, diagonal_of, side_of, spans
 from natgrad.linalg.inverse import overlapped
 from natgrad.linalg.kronecker import eigen_of
 
@@ -46,24 +46,45 @@ def device_of(block: Block) -> torch.device:
     return next(s.device for a in block.statistics.values() for s in a.sums.values())
 
 
-def restructured(block: Block, structure: str, shapes: Shapes) -> Block:
-    """Return what another structure keeps of a block: any block's "diagonal"; the "input" or "kfac" of kfac and ekfac.
+def restructured(block: Block, structure: str, shapes: Shapes) -> list[Block]:
+    """Return what another structure keeps of a block: any block's "diagonal"; "input" of all but diagonals, layer by
+    layer; "kfac" of ekfac.
 
     Raises:
         ValueError: the block does not hold what the structure keeps.
     """
     if block.structure == structure:
-        return block
+        return [block]
     if structure == "diagonal":
-        return filled(block, structure, shapes, {"diagonal": block.diagonal().flatten()})
+        return [filled(block, structure, shapes, {"diagonal": block.diagonal().flatten()})]
     if isinstance(block, KroneckerBlock) and structure == "input":
-        return filled(block, structure, shapes, {"U": diagonal_of(block.u)[..., None, :], "V": block.v})
+        return [filled(block, structure, shapes, {"U": diagonal_of(block.u)[..., None, :], "V": block.v})]
+    if isinstance(block, LayerBlock) and structure == "input":
+        return inputs_of(block, shapes)
     if isinstance(block, EigenvalueBlock) and structure == "kfac":
-        return filled(block, structure, shapes, {"U": block.u, "V": block.v})
+        return [filled(block, structure, shapes, {"U": block.u, "V": block.v})]
     raise ValueError(
         f"the block of {block.names} has structure {block.structure!r}, which does not hold what {structure!r} keeps; "
-        f"take structure={block.structure!r} or 'diagonal', or metrics with structure={structure!r}"
+        f"take structure=None, which uses what the metrics hold, or 'diagonal', or metrics with structure={structure!r}"
     )
+
+
+def inputs_of(block: LayerBlock, shapes: Shapes) -> list[Block]:
+    """Return I ⊗ V of each layer of a block that is kept as a matrix, V the mean of the matrices of its outputs."""
+    found: list[Block] = []
+    said, start = block_to_json(block), 0
+    for layer, (groups, out, into) in zip(said["layers"], block.shapes):
+        size = groups * out * into
+        m = block.matrix[start : start + size, start : start + size].reshape(groups, out, into, groups, out, into)
+        v = m.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).mean(-1).movedim(-1, 0)  # (groups, d_in, d_in)
+        twin = block_from_json({**said, "structure": "input", "layers": [layer]}, shapes)
+        assert isinstance(twin, KroneckerBlock)
+        pieces = [v[..., a:b, a:b] for a, b in spans(twin.kept[1], into)]
+        held = {"U": v.new_ones(groups, 1, out), "V": side_of(pieces)}
+        twin.statistics = {k: Average({"": t}, {"": t.new_ones(())}) for k, t in held.items()}
+        found.append(twin)
+        start += size
+    return found
 
 
 def nearest_sum(parts: Parts, shapes: Shapes) -> Block:

@@ -67,9 +67,12 @@ class FrozenMetric(BlockMetric):
         """n, for which n ĝ is the curvature of all the data: 1 for a criterion that adds them up already."""
         return self.seen if self.reduction == "mean" else 1
 
-    def copy(self) -> FrozenMetric:
-        """Return the same with statistics of its own."""
-        return self.over([copied(b, self.shapes) for b in self.ready])
+    def copy(self, device: torch.device | None = None) -> FrozenMetric:
+        """Return the same with statistics of its own, on a device."""
+        blocks = [copied(b, self.shapes) for b in self.ready]
+        for block in blocks:
+            block.move(device or self.device, block.dtype)
+        return self.over(blocks)
 
     def over(self, blocks: Sequence[Block]) -> FrozenMetric:
         """Return the same with other blocks."""

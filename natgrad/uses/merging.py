@@ -47,8 +47,8 @@ def merge(
             path of its file. All must be of one architecture.
         damping: λ over the mean eigenvalue of Σ nᵢ ĝᵢ; it pulls to the plain mean. 0 where the sum is positive
             definite.
-        structure: what of the metrics is used: "input" or "kfac" of metrics in kfac or ekfac, "diagonal" of any, or
-            None for all that they hold.
+        structure: what of the metrics is used: "input" of all but diagonal ones, "kfac" of ekfac too, "diagonal" of
+            any, or None for all that they hold.
 
     Raises:
         TypeError: an entry is no pair of a state_dict and a metric.
@@ -64,7 +64,7 @@ def merge(
     names = list(metrics)
     if structure is not None:
         for name, metric in metrics.items():
-            metrics[name] = metric.over([restructured(b, structure, metric.shapes) for b in metric.ready])
+            metrics[name] = metric.over([r for b in metric.ready for r in restructured(b, structure, metric.shapes)])
     rows = block_for_block(metrics, "these models do not merge")
     first = metrics[names[0]]
     for metric in metrics.values():
@@ -98,6 +98,8 @@ def checked(models: Any) -> tuple[dict[str, Mapping[str, Any]], dict[str, Frozen
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"the metric of {name!r}: {error}") from error
+    device = next(iter(metrics.values())).device
+    metrics = {n: m if m.device == device else m.copy(device) for n, m in metrics.items()}
     first = next(iter(states))
     said = [
         f"{name!r} {word} {keys}"

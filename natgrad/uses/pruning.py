@@ -38,8 +38,8 @@ def prune(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (masks, θ'): what to keep, {name: bool mask}, and the parameters with the rest at zero, {name: tensor}.
 
-    Of all entries of the metric's parameters together the given share is removed, those of least saliency. A mask goes
-    into ``torch.nn.utils.prune.custom_from_mask(module, "weight", mask)`` as it is. The model is left as it was.
+    Of all entries of the parameters with curvature together the given share is removed, those of least saliency. A mask
+    goes into ``torch.nn.utils.prune.custom_from_mask(module, "weight", mask)`` as it is. The model is left as it was.
 
     Args:
         metric: an `ng.Fisher`, or the path of its file.
@@ -88,7 +88,8 @@ def labels_of(metric: FrozenMetric, groups: Any) -> Point:
     Raises:
         TypeError, ValueError: they are no groups of the metric's parameters.
     """
-    shapes = {n: s for n, s in metric.shapes.items() if n not in metric.bare}
+    held = {n for b in metric.ready for n in b.names}
+    shapes = {n: s for n, s in metric.shapes.items() if n in held}
     found = {n: torch.full(s, -1, dtype=torch.long) for n, s in metric.shapes.items()}
     if groups is None:
         first = 0

@@ -112,6 +112,32 @@ def odd(seed: int) -> ng.Fisher:
     return found
 
 
+class Spare(nn.Module):
+    """A layer, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+
+def test_what_is_not_used_is_left_and_not_worth_a_word() -> None:
+    torch.manual_seed(0)
+    metric = ng.Fisher(Spare().double(), nn.CrossEntropyLoss(), kind="exact")
+    metric.update(torch.randn(6, 5, dtype=F64), torch.randint(3, (6,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks, found = ng.prune(metric, 0.5)
+        ng.anchor(metric).penalty().backward()
+        rounded = ng.round_weights(metric, quarters)
+    assert int(sum((~m).sum() for m in masks.values())) == 9
+    assert bool(masks["b.weight"].all())
+    assert torch.equal(found["b.weight"], metric.parameters["b.weight"])
+    assert torch.equal(rounded["b.weight"], quarters("", metric.parameters["b.weight"]).detach())
+
+
 def test_parameters_without_curvature_are_named_by_each_use() -> None:
     first, second = odd(0), odd(1)
     w = first.parameters["w"].detach()

@@ -49,6 +49,26 @@ def test_structures_of_the_same_factors(held: str, used: str, close: Close) -> N
     close(flat(models[0][1], ng.merge(dict(zip("ab", models)), structure=used)), expected, 1e-8)
 
 
+@pytest.mark.parametrize("held", ["dense", "block"])
+def test_the_inputs_of_matrices(held: str, close: Close) -> None:
+    """I ⊗ V of each layer, V the mean over the outputs of their blocks of the matrix."""
+    models = [pair(held, 0), pair(held, 1, 31)]
+    parts = []
+    for state, metric in models:
+        dense, kept = metric.dense(), torch.zeros(39, 39, dtype=F64)
+        for start, out, into in ((0, 4, 5), (24, 3, 4)):
+            grid = torch.arange(out * into).reshape(out, into)
+            rows = start + torch.cat([grid, out * into + torch.arange(out)[:, None]], 1)  # with the bias
+            mean = torch.stack([dense[r][:, r] for r in rows]).mean(0)
+            for r in rows:
+                kept[r[:, None], r] = mean
+        parts.append((metric.seen * kept, flat(metric, state)))
+    total = parts[0][0] + parts[1][0]
+    pull = 0.01 * total.trace() / 39 * torch.eye(39, dtype=F64)
+    expected = torch.linalg.solve(total + pull, sum(((a + pull / 2) @ t for a, t in parts), torch.zeros(39, dtype=F64)))
+    close(flat(models[0][1], ng.merge(dict(zip("ab", models)))), expected, 1e-9)
+
+
 @pytest.mark.parametrize("held", STRUCTURES)
 def test_the_diagonal_of_any(held: str, close: Close) -> None:
     models = [pair(held, 0), pair(held, 1, 31)]
@@ -97,6 +117,13 @@ def test_equal_models_are_that_model(structure: str, damping: float) -> None:
     _, other = pair(structure, 0, 9)
     found = ng.merge({"a": (state, first), "b": (state, other), "c": (state, first)}, damping, structure=None)
     assert all(torch.equal(found[n], t) for n, t in state.items())
+
+
+def test_structures_by_name(close: Close) -> None:
+    models = [pair({"0.*": "kfac", "2.*": "diagonal"}, seed, count) for seed, count in ((0, 20), (1, 31))]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'diagonal', which does not hold what 'input' keeps; take structure=None"):
+        ng.merge(dict(zip("ab", models)))
+    close(flat(models[0][1], ng.merge(dict(zip("ab", models)), structure=None)), by_formula(models, 0.01), 1e-8)
 
 
 def test_much_damping_is_the_mean(close: Close) -> None:
@@ -257,8 +284,8 @@ def test_what_does_not_fit() -> None:
             ng.merge({"a": a, "b": b}, damping)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown structure 'full'"):
         ng.merge({"a": a, "b": b}, structure="full")
-    with pytest.raises(ValueError, match="has structure 'dense', which does not hold what 'input' keeps"):
-        ng.merge({"a": pair("dense", 0), "b": pair("dense", 1)})
+    with pytest.raises(ValueError, match="has structure 'diagonal', which does not hold what 'input' keeps"):
+        ng.merge({"a": pair("diagonal", 0), "b": pair("diagonal", 1)})
     renamed = {("module." + n if n == "0.bias" else n): t for n, t in b[0].items()}
     with pytest.raises(ValueError, match=r"'b' lacks \['0.bias'\]; 'b' has besides \['module.0.bias'\]"):
         ng.merge({"a": a, "b": (renamed, b[1])})
