@@ -28,6 +28,9 @@ FUSED = (  # (which is on, switch it) for each fused kernel; that of the CPU goe
 )
 
 
+NOTED = PIECEWISE_LINEAR | MENDED.keys()
+
+
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Without fused kernels. (`torch.nn.attention.sdpa_kernel` takes ten times as long to enter.)"""
@@ -51,12 +54,11 @@ class Mended(TorchFunctionMode):
         self.kinks: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in NOTED or any(type(a) is Jet for a in args):  # jets have rules of their own
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func in PIECEWISE_LINEAR:
             self.kinks.append(func.__name__)
-        mended = MENDED.get(func)
-        if mended is None or any(type(a) is Jet for a in args):  # jets have rules of their own
-            return func(*args, **(kwargs or {}))
-        return mended(func, *args, **(kwargs or {}))
+        return MENDED[func](func, *args, **(kwargs or {})) if func in MENDED else func(*args, **(kwargs or {}))
 
 
 def mended(f: Callable[..., Any]) -> Callable[..., Any]:
