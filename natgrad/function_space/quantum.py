@@ -20,7 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
-from natgrad.function_space.reverse_mode import mended
+from natgrad.function_space.reverse_mode import Mending
 from natgrad.metric.metric import Vector, named
 
 
@@ -66,7 +66,7 @@ class QuantumGeometry(JacobianMetric):
         return self.loss
 
     def _derivatives(self, states: Tensor) -> Tensor:
-        at = mended(functional_call)  # wave functions of fermions are determinants
+        at = Mending(functional_call)  # wave functions of fermions are determinants
 
         def at_state(params: Vector, s: Tensor) -> Tensor:
             out = at(self.model, params, (s,))

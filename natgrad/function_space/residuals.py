@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 
-from natgrad.function_space.reverse_mode import mended, pushforward
+from natgrad.function_space.reverse_mode import Mending, pushforward
 from natgrad.metric.metric import Vector
 
 Term = Callable[..., Tensor]
@@ -58,7 +58,7 @@ class Residuals:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
         self.model, self.chunk = model, chunk
-        self.terms = {n: mended(term) for n, term in terms.items()}
+        self.terms = {n: Mending(term) for n, term in terms.items()}
         self.weights = {n: float(weights.get(n, 1.0)) for n in terms}
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self.components: dict[str, int] = {}  # residuals at a point, by term

@@ -6,7 +6,6 @@ Fused attention has no second derivative, so attention is computed in the plain 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,15 +60,15 @@ class Mended(TorchFunctionMode):
         return MENDED[func](func, *args, **(kwargs or {})) if func in MENDED else func(*args, **(kwargs or {}))
 
 
-def mended(f: Callable[..., Any]) -> Callable[..., Any]:
+class Mending:
     """f with torch's faults mended in whatever it computes, and whatever transforms of torch.func it takes."""
 
-    @functools.wraps(f, updated=())
-    def with_mode(*args: Any) -> Any:
-        with Mended(), plain_attention():
-            return f(*args)
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f = f  # an attribute, so that a deep copy copies what f holds
 
-    return with_mode
+    def __call__(self, *args: Any) -> Any:
+        with Mended(), plain_attention():
+            return self.f(*args)
 
 
 def expanded(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> tuple[list[Tensor], list[str]]:
