@@ -22,7 +22,7 @@ from natgrad.function_space.jacobian import KEPT_BYTES, JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
 from natgrad.function_space.operators import value_and_gradient
 from natgrad.function_space.residuals import CHUNK_BYTES, Batch, check_batch
-from natgrad.function_space.reverse_mode import mended, pushforward
+from natgrad.function_space.reverse_mode import Mending, pushforward
 from natgrad.function_space.scope import Params, Scope
 from natgrad.metric.metric import Vector
 
@@ -72,7 +72,7 @@ class Energy(JacobianMetric):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
         self.model, self.chunk = model, chunk
-        self.densities = {n: mended(density) for n, density in densities.items()}
+        self.densities = {n: Mending(density) for n, density in densities.items()}
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self._roots: dict[str, Tensor] = {}  # (points, m, m) roots of w F_zz, by term
         self._slopes: dict[str, Tensor] = {}  # (points, m): w F_z

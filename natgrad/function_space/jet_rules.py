@@ -62,24 +62,24 @@ def _elementwise(func: Any, *args: Any, **kwargs: Any) -> Jet:
     if f0.shape != z.shape:
         raise NoRule("a function that is not elementwise")
     first = z.first
-    return z.of(f0, f1 * first, lambda: f1 * z.components[-1] + f2 * z.weighted(first * first))
+    return z.of(f0, f1 * first, lambda: f1 * z.components[-1] + f2() * z.weighted(first * first))
 
 
-def _slopes(f: Callable[[Tensor], Tensor], func: Any, z: Jet) -> tuple[Tensor, Tensor, Tensor]:
-    """f, f′ and f″ at the value; f″ is f′ where it is not asked for."""
+def _slopes(f: Callable[[Tensor], Tensor], func: Any, z: Jet) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """f and f′ at the value, and what gives f″."""
     if func in TANH:
         f0 = torch.tanh(z.value)
         f1 = 1 - f0 * f0
-        return f0, f1, -2 * f0 * f1
+        return f0, f1, lambda: -2 * f0 * f1
     if func in SIN:
         f0 = torch.sin(z.value)
-        return f0, torch.cos(z.value), -f0
+        return f0, torch.cos(z.value), lambda: -f0
     one = torch.ones_like(z.value)
     if z.expansion.weights is None:
         f0, f1 = jvp(f, (z.value,), (one,))  # type: ignore[misc]
-        return f0, f1, f1
+        return f0, f1, lambda: f1
     (f0, f1), (_, f2) = jvp(lambda y: jvp(f, (y,), (one,)), (z.value,), (one,))  # type: ignore[misc]
-    return f0, f1, f2
+    return f0, f1, lambda: f2
 
 
 def _power(func: Any, base: Any, exponent: Any) -> Jet:

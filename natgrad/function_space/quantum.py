@@ -20,7 +20,7 @@ from torch.func import jacrev, vmap
 
 from natgrad.function_space.jacobian import JacobianOperator
 from natgrad.function_space.jacobian_metric import JacobianMetric
-from natgrad.function_space.reverse_mode import mended
+from natgrad.function_space.reverse_mode import Mending
 from natgrad.function_space.scope import Params, Scope
 from natgrad.metric.metric import Vector
 
@@ -101,7 +101,7 @@ class QuantumGeometry(JacobianMetric):
             return -0.5 * (overlap / (weights * (2 * change.real).exp()).sum()).log()
 
     def _derivatives(self, states: Tensor) -> Tensor:
-        at = mended(self.model)  # wave functions of fermions are determinants
+        at = Mending(self.model)  # wave functions of fermions are determinants
 
         def at_state(params: Vector, s: Tensor) -> Tensor:
             out = self.scope.call(params, at, s)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp, vmap
 
-from natgrad.function_space.reverse_mode import mended, pushforward
+from natgrad.function_space.reverse_mode import Mending, pushforward
 from natgrad.function_space.scope import Scope
 from natgrad.function_space.weights import Weight, Weights
 from natgrad.metric.metric import Vector
@@ -51,7 +51,7 @@ class Residuals:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is a number of points, at least 1, got {chunk}")
         self.scope, self.model, self.chunk = scope, scope.model, chunk
-        self.terms = {n: mended(term) for n, term in terms.items()}
+        self.terms = {n: Mending(term) for n, term in terms.items()}
         self.batch: dict[str, tuple[Tensor, ...]] = {}
         self.components: dict[str, int] = {}  # residuals at a point, by term
         self.scales: dict[str, Tensor] = {}  # √(weight / points) of each point, by term

@@ -6,7 +6,6 @@ Fused attention has no second derivative, so attention is computed in the plain 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,9 @@ FUSED = (  # (which is on, switch it) for each fused kernel; that of the CPU goe
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
+
+
+NOTED = PIECEWISE_LINEAR | MENDED.keys()
 
 
 @contextmanager
@@ -51,23 +53,22 @@ class Mended(TorchFunctionMode):
         self.kinks: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in NOTED or any(type(a) is Jet for a in args):  # jets have rules of their own
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func in PIECEWISE_LINEAR:
             self.kinks.append(func.__name__)
-        mended = MENDED.get(func)
-        if mended is None or any(type(a) is Jet for a in args):  # jets have rules of their own
-            return func(*args, **(kwargs or {}))
-        return mended(func, *args, **(kwargs or {}))
+        return MENDED[func](func, *args, **(kwargs or {})) if func in MENDED else func(*args, **(kwargs or {}))
 
 
-def mended(f: Callable[..., Any]) -> Callable[..., Any]:
+class Mending:
     """f with torch's faults mended in whatever it computes, and whatever transforms of torch.func it takes."""
 
-    @functools.wraps(f, updated=())
-    def with_mode(*args: Any) -> Any:
-        with Mended(), plain_attention():
-            return f(*args)
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.__wrapped__ = f  # an attribute, so that a deep copy copies what f holds; named for `inspect.unwrap`
 
-    return with_mode
+    def __call__(self, *args: Any) -> Any:
+        with Mended(), plain_attention():
+            return self.__wrapped__(*args)
 
 
 def expanded(u: Callable[[Tensor], Tensor], x: Tensor, order: int) -> tuple[list[Tensor], list[str]]:

@@ -10,7 +10,7 @@ from torch.func import jacfwd, jacrev, vmap
 from torch.nn import functional as F
 
 import natgrad as ng
-from natgrad.function_space.reverse_mode import mended
+from natgrad.function_space.reverse_mode import Mending
 
 torch.set_num_threads(1)
 D = torch.float64
@@ -61,7 +61,7 @@ def close(got, expected, bound=1e-9):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_mode_mapped_and_not(name):
     plain = FUNCTIONS[name]
-    f = mended(plain)
+    f = Mending(plain)
     value, first, second = (torch.stack([d(x) for x in POINTS]) for d in (plain, jacrev(plain), jacrev(jacrev(plain))))
     close(vmap(f)(POINTS), value)
     for mode in (jacrev, jacfwd):
@@ -82,15 +82,15 @@ def test_every_mode_mapped_and_not(name):
 def test_values_and_errors_are_those_of_torch():
     m = torch.stack([B, B[[1, 0, 2, 3]], torch.eye(4, dtype=D)])
     for f in (torch.linalg.det, torch.linalg.slogdet, torch.logdet, torch.inverse):
-        for got, expected in zip(mended(f)(m), f(m)):
+        for got, expected in zip(Mending(f)(m), f(m)):
             torch.testing.assert_close(got, expected, equal_nan=True)
     singular = torch.zeros(2, 2, dtype=D)
-    assert float(mended(torch.linalg.det)(singular)) == 0
-    assert mended(torch.linalg.slogdet)(singular) == torch.linalg.slogdet(singular)
+    assert float(Mending(torch.linalg.det)(singular)) == 0
+    assert Mending(torch.linalg.slogdet)(singular) == torch.linalg.slogdet(singular)
     with pytest.raises(RuntimeError, match=r"singular|zero"):
-        mended(torch.linalg.solve)(singular, singular[0])
+        Mending(torch.linalg.solve)(singular, singular[0])
     with pytest.raises(ValueError, match=r"over \(3,\) of a tensor of shape \(2, 4\)"):
-        mended(F.layer_norm)(torch.ones(2, 4), (3,))
+        Mending(F.layer_norm)(torch.ones(2, 4), (3,))
 
 
 def test_determinants_vanish_smoothly():
@@ -101,7 +101,7 @@ def test_determinants_vanish_smoothly():
 
     x = torch.tensor([0.5, 1.0], dtype=D)  # x y² − x y
     expected = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=D)
-    close(vmap(jacrev(jacrev(mended(det))))(x[None])[0], expected)
+    close(vmap(jacrev(jacrev(Mending(det))))(x[None])[0], expected)
     close(ng.operators.laplacian(det, x), expected.trace())
     close(ng.operators.gradient(det, x), torch.tensor([0.0, 0.5], dtype=D))
 
@@ -115,7 +115,7 @@ def test_distances_have_a_second_derivative():
 
     x = torch.tensor([0.3, 0.1, -0.2], dtype=D)
     close(ng.operators.laplacian(u, x), jacrev(jacrev(plain))(x).trace())
-    close(vmap(jacrev(mended(u)))(x[None])[0], jacrev(plain)(x))
+    close(vmap(jacrev(Mending(u)))(x[None])[0], jacrev(plain)(x))
 
 
 @pytest.mark.parametrize("name", ["det", "solve", "layer norm"])
