@@ -15,7 +15,7 @@ from natgrad.optim.line_search import dot
 from natgrad.optim.step_rule import Increments, StepContext, one_value
 
 BINDS = (0.95, 1.0)  # of the radius: a divergence in between is at it
-SEARCHES = 25  # of the length that brings it there: three or four do, as it grows by the square
+SEARCHES = 25  # of the length that brings it there; three or four do where it grows by the square
 CHANGE = (0.1, 4.0)  # of the length from one search to the next
 
 
@@ -53,7 +53,7 @@ class NaturalPolicyGradient(AlongGradient):
     def __init__(
         self,
         radius: float = 0.01,
-        damping: float = 0.1,
+        damping: float = 0.01,
         backtracks: int = 10,
         shrink: float = 0.8,
         lr: float = 1.0,
@@ -114,18 +114,20 @@ class NaturalPolicyGradient(AlongGradient):
     def _to_radius(self, metric: Metric, way: Vector, predicted: float) -> tuple[float, float]:
         """The length with a divergence at the radius and that divergence; the longest one seen below it if none is."""
         length = math.sqrt(self.radius / predicted) if 0 < predicted < math.inf else 1.0
-        least, most = BINDS
-        best = (0.0, 0.0)
+        least, most = (share * self.radius for share in BINDS)
+        best, beyond = (0.0, 0.0), math.inf  # the longest length that is not beyond the radius, the shortest that is
         for _ in range(SEARCHES):
             found = measured(metric, way, length)
-            if best[1] < found <= most * self.radius:
-                best = (length, found)
-            if least * self.radius <= found <= most * self.radius:
+            if found <= most:
+                best = max(best, (length, found))
+            else:
+                beyond = min(beyond, length)
+            if least <= found <= most:
                 break
-            share = math.sqrt((least + most) / 2 * self.radius / found) if 0 < found < math.inf else 0.0
-            if found == 0:
-                share = math.inf
-            length *= min(max(share, CHANGE[0]), CHANGE[1])
+            share = math.sqrt((least + most) / 2 / found) if found > 0 else math.inf
+            length *= min(max(share, CHANGE[0]), CHANGE[1])  # D grows by the square, near 0
+            if not best[0] < length < beyond:
+                length = math.sqrt(best[0] * beyond) if best[0] else beyond * CHANGE[0]
         return best
 
 
