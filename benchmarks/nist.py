@@ -154,13 +154,14 @@ def fit(problem: Regression, start: int, rule: ng.StepRule | None, steps: int) -
 RULES: dict[str, Callable[[], ng.StepRule | None]] = {
     "default": lambda: None,
     "levenberg-marquardt": ng.LevenbergMarquardt,
+    "straight": lambda: ng.LevenbergMarquardt(geodesic=False),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*MODELS, []], metavar="NAME", help="problems; all if none")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES)[:2])
     parser.add_argument("--steps", type=int, default=400)
     given = parser.parse_args(arguments)
     if not DATA.is_dir():

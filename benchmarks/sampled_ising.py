@@ -2,8 +2,8 @@
 
     python -m benchmarks.sampled_ising [--sites 8 12] [--samples 100] [--steps 300] [--seeds 3]
 
-States are drawn from |ψ|² anew at every step, as many hidden units as sites. The error is that of the energy summed over
-all states, against the exact one. "damping" rows are the default rule with another smallest λ.
+States are drawn from |ψ|² anew at every step, as many hidden units as sites. The error is that of the energy summed
+over all states, against the exact one. "damping" rows are the default rule with another smallest λ.
 """
 
 from __future__ import annotations

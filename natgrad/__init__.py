@@ -18,6 +18,7 @@ from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.line_search import GridSearch
 from natgrad.optim.normalised import NormalisedStep
 from natgrad.optim.optimizer import NaturalGradient
+from natgrad.optim.policy_gradient import NaturalPolicyGradient
 from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
@@ -48,6 +49,7 @@ __all__ = [
     "Loss",
     "Metric",
     "NaturalGradient",
+    "NaturalPolicyGradient",
     "NormalisedStep",
     "Posterior",
     "QuantumGeometry",

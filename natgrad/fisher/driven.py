@@ -23,7 +23,7 @@ from natgrad.distributed.fsdp import kept_open, sharded_modules
 from natgrad.fisher.block_metric import BlockMetric
 from natgrad.fisher.estimator import Estimator
 from natgrad.fisher.forward import check_output
-from natgrad.fisher.hooks import Called, CriterionHooks
+from natgrad.fisher.hooks import Called, CriterionHooks, is_unwatched
 from natgrad.fisher.likelihoods.base import TERMS, CriterionLikelihood
 from natgrad.fisher.likelihoods.multi_head import MultiHead
 from natgrad.fisher.moved import KeptBatches
@@ -372,6 +372,8 @@ class DrivenMetric(BlockMetric):
         """Drop what was backpropagated but not stepped on, with the random numbers that it took; a forward pass whose
         loss is to come keeps its place.
         """
+        if is_unwatched():
+            return  # a step rule calls a closure at other parameters
         if self._kept is not None:
             self._kept.forget()
         self._watcher.train_here()

@@ -77,8 +77,8 @@ class QuantumGeometry(JacobianMetric):
 
     def _sampling_variance(self, states: Tensor, weights: Tensor, centred: Tensor, plain: bool) -> Tensor:
         """Σ w² (E_loc − E)² / (1 − Σ w²), that of a weighted mean over independent draws; 0 for the states of the last
-        batch, whose energies differ by the parameters alone, as in a sum over all states. The first batch is drawn if it
-        has no weights.
+        batch, whose energies differ by the parameters alone, as in a sum over all states. The first batch is drawn if
+        it has no weights.
         """
         last = None if self._sampled is None else self._sampled[0]
         drawn = plain if last is None else last.shape != states.shape or not torch.equal(last, states)

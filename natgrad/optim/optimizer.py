@@ -32,6 +32,7 @@ from natgrad.optim.registry import rule_of
 from natgrad.optim.saved import check_groups, checked, kept_on_failure, loaded
 from natgrad.optim.skips import Skips, all_finite
 from natgrad.optim.step_rule import Options, ScaledStep, StepContext, StepRule
+from natgrad.optim.trials import Trial, value_of
 from natgrad.optim.weight_average import WeightAverage
 
 GAP_GROWTH = 1.0  # gaps between refreshes are this share of the steps taken, up to `refresh`
@@ -51,7 +52,7 @@ class NaturalGradient(torch.optim.Optimizer):
         lr, momentum, damping: None takes the step rule's defaults; ``opt.info`` says what the damping means there.
         weight_decay: decoupled, θ ← (1 − η·weight_decay) θ. 0 switches it off, None takes the step rule's default.
         step: a step rule; None takes the metric's own.
-        refresh: the largest number of steps between refreshes of the metric.
+        refresh: the largest number of steps between refreshes of the metric; None takes the step rule's, mostly 20.
         groups: parameter groups with options of their own, ``{"params": names or patterns, "lr": …}`` each; parameters
             that none names form the first group.
         maximize: climb instead of descend.
@@ -71,7 +72,7 @@ class NaturalGradient(torch.optim.Optimizer):
         damping: float | None = None,
         weight_decay: float | None = None,
         step: StepRule | None = None,
-        refresh: int = 20,
+        refresh: int | None = None,
         groups: Iterable[Mapping[str, Any]] = (),
         maximize: bool = False,
         average: float | None = None,
@@ -81,7 +82,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"NaturalGradient takes a metric first, got {type(metric).__name__}; for instance "
                 "ng.Fisher(model, criterion), or ng.Euclidean(model) for plain gradient descent"
             )
-        if not isinstance(refresh, int) or refresh < 1:
+        if refresh is not None and (not isinstance(refresh, int) or refresh < 1):
             raise ValueError(f"refresh must be a whole number of at least 1, got {refresh!r}")
         self.metric = metric
         self.steps = self.refreshes = self._next_refresh = 0
@@ -89,7 +90,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.refreshed = False
         self.rule = rule_of(metric, step)
         self.strategy = self.rule.strategy = metric.strategy or Strategy()
-        self.refresh = refresh
+        self.refresh = self.rule.refresh if refresh is None else refresh
         defaults = {
             "lr": self.rule.lr if lr is None else lr,
             "momentum": self.rule.momentum if momentum is None else momentum,
@@ -188,13 +189,13 @@ class NaturalGradient(torch.optim.Optimizer):
             df = own_gradient(self.metric, dict(self.strategy.shards_of(found)))
         if df:
             with uninterrupted():
-                self._step(df)
+                self._step(df, arg if callable(arg) else None, loss)
         else:
             self._idle = say_no_gradient(self.metric, callable(arg), self._idle or self.steps > 0)
         self._spent += time.perf_counter() - began
         return loss
 
-    def _step(self, df: Vector) -> None:
+    def _step(self, df: Vector, closure: Callable[[], Any] | None = None, loss: Any = None) -> None:
         options = self._options()
         df = {n: -g if options[n].maximize else g for n, g in df.items()}
         for n, g in df.items():
@@ -217,6 +218,9 @@ class NaturalGradient(torch.optim.Optimizer):
         first = next(iter(options.values()))
         self.rule.info = {"damping": first.damping, "step_length": first.lr}  # where the rule says nothing else
         context = StepContext(options, self.refreshed)
+        if closure is not None and self.rule.verifies:
+            parameters = self._held(self._name_of)
+            context = StepContext(options, self.refreshed, value_of(loss), Trial(closure, parameters))
         self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
         if self._average is not None:
             self._average.follow(self._held(self._name_of))

@@ -7,7 +7,7 @@ between parameter groups where the user says so, and decays the weights itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +45,8 @@ class StepContext:
 
     options: Mapping[str, Options]  # of each parameter
     refreshed: bool = False  # whether the metric's statistics are new
+    loss: float | None = None  # what a closure returned at the parameters as they are, for rules that `verifies`
+    trial: Callable[[Mapping[str, Tensor]], float] | None = None  # Δ → the loss of the closure at θ + Δ
 
 
 class StepRule:
@@ -64,7 +66,8 @@ class StepRule:
     decays = False  # whether `update` sees to the weight decay; if not, the optimizer decays weights, decoupled
     least_lr = 0.0  # a smaller lr, other than 0, is worth a warning
     on_shards = False  # whether it can do without whole parameters, see `natgrad.distributed.fully_shard`
-    verifies = False  # whether it asks `Metric.divergence`, for which batches are kept
+    verifies = False  # whether it asks `Metric.divergence` or `StepContext.trial`, for which batches are kept
+    refresh = 20  # the largest number of steps between refreshes, where the optimizer is given none
     strategy: Strategy  # how ranks share the work; set by the optimizer that takes the steps
     on_ranks = True  # whether steps follow from metric and gradient alone, and so are the same on all ranks
 

@@ -26,10 +26,10 @@ class TrustRegion(SearchRule):
     step that raised the loss by more than the model promised to lower it (ρ < −1) is undone. Where the metric does
     not know the loss the radius stays.
 
-    A loss that is a mean over draws (`sampling_variance` of the metric is not 0) is known up to its standard error, and the difference of two of them up to σ = √(σ₁²
-    + σ₂²). What noise can do in one of some ten thousand steps, `SIGMAS` σ, is no
-    reason to shrink or to undo: ρ then takes the decrease to be that much larger. The metric is a mean over the same
-    draws, and λ is at least ε then.
+    A loss that is a mean over draws (`sampling_variance` of the metric is not 0) is known up to its standard error, and
+    the difference of two of them up to σ = √(σ₁² + σ₂²). What noise can do in one of some ten thousand steps, `SIGMAS`
+    σ, is no reason to shrink or to undo: ρ then takes the decrease to be that much larger. The metric is a mean over
+    the same draws, and λ is at least ε then.
 
     Args:
         radius: the largest ‖Δ‖.

@@ -26,7 +26,7 @@ def test_the_certified_values_have_the_certified_sum_of_squares(name: str) -> No
 
 @pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("start", [0, 1])
-@pytest.mark.parametrize("rule", nist.RULES)
+@pytest.mark.parametrize("rule", ["default", "levenberg-marquardt"])
 def test_rules_reach_six_certified_digits(name: str, start: int, rule: str) -> None:
     assert nist.fit(nist.read(name), start, nist.RULES[rule](), steps=100)[0] >= nist.WANTED
 

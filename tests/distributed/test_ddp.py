@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import natgrad as ng
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import Result, train
 
@@ -49,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "static graph": {"ddp": {"static_graph": True}},
     "unused": {"ddp": {"find_unused_parameters": True}},
     "every step": {"optimizer": {"refresh": 1, "momentum": 0.0}},
+    "radius": {"optimizer": {"step": ng.KLTrustRegion(lr=1.0, momentum=0.5, radius=1e-4), "refresh": 3}},
 }
 
 

@@ -36,6 +36,7 @@ class Line(NamedTuple):
     searches: bool = False  # on a metric that knows the loss at trial points
     full: bool = False  # is made with the full batch, and takes no other
     groups: bool = True  # takes groups whose rates differ
+    closure: bool = False  # tries lengths by calling the closure
     to: float = 1e-3  # the share of the loss that may be left after 60 steps
 
 
@@ -45,6 +46,7 @@ RULES: dict[str, Line] = {
     "kl trust region": Line(lambda: ng.KLTrustRegion(lr=0.5, radius=0.1), to=0.1),
     "grafted": Line(lambda: ng.Grafted(lr=0.05), to=0.1),
     "exact quadratic": Line(lambda: ng.ExactQuadratic(X, Y), full=True, groups=False),
+    "natural policy gradient": Line(lambda: ng.NaturalPolicyGradient(radius=0.1, damping=1e-3), closure=True),
     "grid search": Line(GridSearch, searches=True, groups=False),
     "levenberg marquardt": Line(LevenbergMarquardt, searches=True, groups=False),
     "spring": Line(lambda: ng.Spring(lr=0.3, momentum=0.5), searches=True, groups=False, to=0.1),
@@ -71,9 +73,16 @@ class Problem:
     def step(self, x: Tensor = X, y: Tensor = Y) -> float:
         if self.searches:
             return float(self.opt.step({"fit": (x, y[:, 0])}))
-        self.opt.zero_grad()
-        loss = self.criterion(self.model(x), y)
-        loss.backward()
+
+        def closure() -> Tensor:
+            self.opt.zero_grad()
+            loss = self.criterion(self.model(x), y)
+            loss.backward()
+            return loss
+
+        if self.line.closure:
+            return float(self.opt.step(closure).detach())
+        loss = closure()
         self.opt.step()
         return float(loss.detach())
 
