@@ -9,10 +9,11 @@ import sys
 def test_without_the_packages_of_the_command_line() -> None:
     code = """
 import sys
-sys.modules.update(typer=None, matplotlib=None)
+sys.modules.update(typer=None, matplotlib=None, rich=None, sklearn=None)
 import torch, natgrad as ng
 metric = ng.Fisher(torch.nn.Linear(3, 2), torch.nn.MSELoss())
 metric.update(torch.randn(4, 3))
+metric.fit([(torch.randn(4, 3), None)])
 print(metric.coverage())
 from natgrad.cli import main
 sys.exit(main(["train"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-PACKAGES = ("typer", "matplotlib", "sklearn")
+PACKAGES = ("rich", "typer", "matplotlib", "sklearn")
 
 
 def main(arguments: list[str] | None = None) -> int:

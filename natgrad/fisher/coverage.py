@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from natgrad.blocks import collection as limits
@@ -35,6 +32,7 @@ class Coverage:
 
     rows: tuple[CoverageRow, ...]
     note: str = ""  # how the data were subsampled
+    memory: int = 0  # bytes of all statistics, each block counted once
 
     def __iter__(self) -> Iterator[CoverageRow]:
         return iter(self.rows)
@@ -51,22 +49,18 @@ class Coverage:
         raise KeyError(f"no parameter {key!r}; there are {[r.parameter for r in self.rows]}")
 
     def __str__(self) -> str:
-        table = Table(box=None, pad_edge=False)
-        for title in ("parameter", "shape", "op", "block", "sizes", "memory", "why"):
-            table.add_column(title, justify="right" if title == "memory" else "left", overflow="fold")
+        titles = ("parameter", "shape", "op", "block", "sizes", "memory", "why")
+        cells = [titles]
         for row in self:
-            table.add_row(
-                row.parameter,
-                "×".join(map(str, row.shape)) or "scalar",
-                row.op,
-                row.block,
-                row.sizes,
-                readable(row.memory),
-                row.why,
-            )
-        out = io.StringIO()
-        Console(file=out, width=160, color_system=None).print(table)
-        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            cells.append((row.parameter, shape, row.op, row.block, row.sizes, readable(row.memory), row.why))
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        right = titles.index("memory")
+        lines = [
+            "  ".join(c.rjust(w) if i == right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+            for line in cells
+        ]
+        lines.append(f"in all {readable(self.memory)}: parameters in one block share its memory")
         return "\n".join([*lines, self.note] if self.note else lines)
 
     def without_curvature(self) -> Iterator[CoverageRow]:
@@ -76,9 +70,9 @@ class Coverage:
 def readable(size: int) -> str:
     """Bytes for people."""
     value = float(size)
-    for update_unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or update_unit == "GB":
-            return f"{value:.0f} {update_unit}" if update_unit == "B" else f"{value:.1f} {update_unit}"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError
 
@@ -86,7 +80,8 @@ def readable(size: int) -> str:
 def coverage_of(parameters: Mapping[str, Tensor], collection: BlockCollection, seen: int) -> Coverage:
     """Return a row for each parameter. `seen`: data counted so far."""
     rows = tuple(row_of(n, tuple(p.shape), collection, seen) for n, p in parameters.items())
-    return Coverage(rows, "; ".join(notes_of(collection)))
+    memory = sum(b.memory() for b in collection.blocks)
+    return Coverage(rows, "; ".join(notes_of(collection)), memory)
 
 
 def notes_of(collection: BlockCollection) -> list[str]:

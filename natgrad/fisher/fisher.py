@@ -13,7 +13,7 @@ blocks take their statistics → these count once the loss is backpropagated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ from natgrad.fisher.options import (
 from natgrad.linalg.tree import describe
 from natgrad.metric.copies import refuse_pickle
 from natgrad.metric.interrupts import uninterrupted
+from natgrad.metric.progress import counted
 
 KINDS = ("exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
@@ -229,18 +230,18 @@ class Fisher(DrivenMetric):
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Fisher:
         """Add every batch of a loader: ``inputs`` or ``(inputs, targets)`` each. Returns the metric.
 
+        Args:
+            loader: any iterable of batches.
+            progress: count the batches on standard error, where that is a terminal.
+
         Raises:
             ValueError: the loader is empty.
 
         Ranks meet once, after their last batches, so that their loaders may differ in length.
         """
-        from rich.progress import track
-
-        size = len(loader) if isinstance(loader, Sized) else None
-        batches = track(loader, description="metric", total=size, transient=True) if progress else loader
         count = 0
         mine = BatchStatistics([], 0)
-        for batch in batches:
+        for batch in counted(loader, "metric", progress):
             inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
             if self.strategy.size == 1:
                 self.update(inputs, targets)

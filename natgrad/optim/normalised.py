@@ -3,8 +3,8 @@
 For every block with weights W, gradient g and damped inverse factors G̃, Ã (`natgrad.linalg.kronecker`):
 
     d = G̃ g Ã                                                     the natural direction
-    α = e^{κ c̄} min(η r / size(d), ν / s)                          a share of the weights' size, or half a Newton step
-    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)           no step moves the predictions by more than ε nats
+    α = min(e^{κ c̄} min(η r / size(d), ν / s), ν / ⟨g, d⟩)          a share of the weights' size, or half a Newton step
+    α ← α min(1, √(ε / Σ ½ α² s ⟨g, d⟩))                           no step moves the predictions by more than ε nats
     v ← v − β α d,  θ ← θ − (1 − β) α d + c v,  v ← (1 − c) v       a mean over the last third, c = k / (k + τ)
     W ← W − w min(1, 128 / M) ρ²/η W,  ρ = min(η, ν size(d) / s r)  decay by the square of the way gone, M labels
 
@@ -145,7 +145,7 @@ class NormalisedStep(StepRule):
         todo = [Preconditioning(b, o.damping, g) for b, o, g in zip_longest(asked, chosen, grads)]
         directions, chosen = place.directions(todo), chosen[: len(blocks)]
         like = plan.weights
-        scalars, decay = like.new_zeros(3), None
+        scalars, decay = like.new_zeros(2), None
         if blocks:
             if refreshed:
                 look(states, grads, directions)
@@ -164,14 +164,15 @@ class NormalisedStep(StepRule):
                 rates,
                 plan.weights,
                 plan.newton_scale,
+                plan.nat,
             )
-            scalars = torch.stack([found.nats, found.promise, found.at_newton * len(blocks)])
+            scalars = torch.stack([found.nats, found.at_newton * len(blocks)])
             decay = found.decay
         failures = sum(b.failures for b in plan.owned)
         totals, decay, failures = place.totals(plan.active, scalars, decay, failures)
-        nats, promise, at_newton = totals.unbind()
+        nats, at_newton = totals.unbind()
         if blocks:
-            alpha = bound(nats, promise, plan.nat).to(like) * found.alpha
+            alpha = bound(nats, plan.nat).to(like) * found.alpha
             shares = like.new_tensor([min(1.0, o.share) for o in chosen])
             move_(directions, velocities, alpha, like.new_tensor([o.momentum for o in chosen]), ages * shares)
             for s, c, age in zip(states, found.coherence.unbind(), aged(ages, found.coherence).unbind()):

@@ -2,7 +2,7 @@
 
 For a block with gradient g, direction d = ĝ⁻¹g, weights of size r and velocity v:
 
-    α = e^{κ c̄} min(η r / size(d), ν / s), then all α times min(1, √(ε / Σ ½ α² s ⟨g, d⟩), 1 / Σ α ⟨g, d⟩)
+    α = min(e^{κ c̄} min(η r / size(d), ν / s), ν / ⟨g, d⟩), then all α times min(1, √(ε / Σ ½ α² s ⟨g, d⟩))
     v ← v − β α d,   θ ← θ − (1 − β) α d + c v,   v ← (1 − c) v,   c = k / (k + τ)
 
 c̄ is the running cosine between −d and v, and τ the age of the block's mean, which is halved where the block turns back.
@@ -11,6 +11,7 @@ c̄ is the running cosine between −d and v, and τ the age of the block's mean
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,19 +23,18 @@ MEMORY = 5.0  # steps that c̄ averages over, while a mean is young
 MEMORY_SHARE = 0.1  # of its age, that c̄ averages over besides: noise must not look like a turn
 NEWTON_SHARE = 0.5  # ν: of the block's damped Newton step, as blocks do not know of each other's steps
 NATS = 0.2  # ε: how far one step may move the predictions, in nats by the metric's own reckoning
-PROMISE = 1.0  # and by how many nats it may promise to lower the loss
+PROMISE = NEWTON_SHARE  # nats by which a block may promise to lower the loss: ν Newton steps promise ν nats at most
 WINDOW = 3.0  # k: the mean is over about the last third of the steps
 TURNED = -0.3  # c̄ below which a block has turned back
 
 
 class Lengths(NamedTuple):
-    """One entry a block; the last three are scalars."""
+    """One entry a block; the last two are scalars."""
 
     alpha: Tensor  # α before the bound on the predictions
     decay: Tensor  # ρ²/η, ρ = min(η, ν size(d) / s r): the way without stretching, as a share of the weights' size
     coherence: Tensor  # c̄ with the new direction in it
     nats: Tensor  # ½ Σ α² s ⟨g, d⟩, how far the predictions move, in units of the loss
-    promise: Tensor  # Σ α ⟨g, d⟩, what the slope says the loss will fall by
     at_newton: Tensor  # share of the blocks whose Newton step was the shorter one
 
 
@@ -49,8 +49,11 @@ def lengths(
     rates: Tensor,
     weights: Tensor,
     newton_scale: Tensor | None,
+    nat: Tensor | None,
 ) -> Lengths:
     """Return how far each block goes along its direction.
+
+    ν / ⟨g, d⟩ holds where the metric has not seen what the gradient is of, as of rare tokens in a large vocabulary.
 
     Args:
         directions: d of each block; `gradients`: g; `velocities`: v.
@@ -58,6 +61,7 @@ def lengths(
         norms: ‖d‖, (blocks,); `sizes`: size(d), (blocks,).
         rates: η, (blocks,); `weights`: r, (blocks,).
         newton_scale: s, how many times the Newton step each direction is, (blocks,); None where that is not known.
+        nat: how much of the loss one nat is; None sets no bound on what a block promises.
     """
     speeds = torch.stack(torch._foreach_norm(velocities))
     along = torch.stack([dot(d, v) for d, v in zip(directions, velocities)])
@@ -71,25 +75,26 @@ def lengths(
     decay = torch.where(rates > 0, shares.square() / rates, 0.0)
     if newton_scale is None:
         nothing = alpha.new_zeros(())
-        return Lengths(alpha, decay, now, nothing, nothing, nothing)
+        return Lengths(alpha, decay, now, nothing, nothing)
     slopes = torch.stack([dot(g, d) for g, d in zip(gradients, directions)])
+    if nat is not None:
+        nat = nat.to(slopes)
+        alpha = torch.minimum(alpha, torch.where((slopes > 0) & (nat > 0), PROMISE * nat / slopes, math.inf))
     nats = 0.5 * (alpha.square() * newton_scale * slopes).sum()
-    return Lengths(alpha, decay, now, nats, (alpha * slopes).sum(), (plain < full).to(alpha).mean())
+    return Lengths(alpha, decay, now, nats, (plain < full).to(alpha).mean())
 
 
-def bound(nats: Tensor, promise: Tensor, nat: Tensor | None) -> Tensor:
-    """Return what all α are multiplied by, 1 at most: a step moves predictions by ε nats, and promises 1 nat, at most.
-
-    The second holds where the metric has not seen what the gradient is of, as of rare tokens in a large vocabulary.
+def bound(nats: Tensor, nat: Tensor | None) -> Tensor:
+    """Return what all α are multiplied by, 1 at most: a step moves the predictions by ε nats at most.
 
     Args:
-        nats: how far the predictions move, in units of the loss; `promise`: what the slope says the loss will fall by.
+        nats: how far the predictions move, in units of the loss.
         nat: how much of the loss one nat is; None sets no bound.
     """
     if nat is None:
         return torch.ones_like(nats)
     nat = nat.to(nats)
-    near = torch.minimum((NATS * nat / nats.clamp(min=0)).sqrt(), PROMISE * nat / promise.clamp(min=0)).clamp(max=1.0)
+    near = (NATS * nat / nats.clamp(min=0)).sqrt().clamp(max=1.0)
     return torch.where(nat > 0, near, 1.0).nan_to_num(1.0)
 
 

@@ -23,7 +23,7 @@ from natgrad.optim.block_state import BlockState
 from natgrad.optim.fixed import FixedStep
 from natgrad.optim.optimizer import AVERAGE_LIMIT
 from natgrad.optim.registry import rule_of
-from natgrad.optim.step_arithmetic import bound
+from natgrad.optim.step_arithmetic import bound, lengths
 
 Close = Callable[[Tensor, Tensor, float], None]
 
@@ -432,9 +432,10 @@ def test_steps_follow_the_formula_of_the_rule(close: Close) -> None:
         size = float(d.norm()) / 6**0.5 * 2
         lengths = 0.1 * r / size, 0.5 / s
         alpha = math.exp(3 * coherence) * min(lengths)
-        nats = 0.5 * alpha**2 * s * float((g * d).sum()) / (2 * float(residual.square().mean()))
-        promise = alpha * float((g * d).sum()) / (2 * float(residual.square().mean()))
-        factor = min(1.0, (0.2 / nats) ** 0.5, 1 / promise)
+        slope = float((g * d).sum()) / (2 * float(residual.square().mean()))
+        alpha = min(alpha, 0.5 / slope)
+        nats = 0.5 * alpha**2 * s * slope
+        factor = min(1.0, (0.2 / nats) ** 0.5)
         alpha *= factor
         delta, c = -alpha * d, 3 / (3 + age)
         v = v + 0.9 * delta
@@ -703,14 +704,26 @@ def test_a_classifier_that_starts_far_off_gets_there(classes: int) -> None:
     assert float(criterion(model(1e3 * x), y).detach()) == pytest.approx(best, abs=1e-4)
 
 
-def test_the_bound_takes_what_is_not_finite() -> None:
+def test_the_bounds_take_what_is_not_finite() -> None:
     one, zero, inf = torch.tensor(1.0), torch.tensor(0.0), torch.tensor(math.inf)
-    assert float(bound(one, 2 * one, one)) == pytest.approx(0.2**0.5)
-    assert float(bound(one / 100, 4 * one, one)) == pytest.approx(0.25)
-    for nats, promise in ((inf, one), (one / 100, inf)):
-        assert float(bound(nats, promise, one)) == 0  # no step rather than one without bound
-    for nats, promise, nat in ((zero, zero, one), (one / 100, -one, one), (one, one, zero), (one, one, one * math.nan)):
-        assert float(bound(nats, promise, nat)) == 1
+    assert float(bound(one, one)) == pytest.approx(0.2**0.5)
+    assert float(bound(inf, one)) == 0  # no step rather than one without bound
+    for nats, nat in ((zero, one), (one / 100, one), (one, zero), (one, one * math.nan)):
+        assert float(bound(nats, nat)) == 1
+
+
+def test_no_block_promises_more_than_half_a_nat() -> None:
+    """α ⟨g, d⟩ ≤ ½ nat block by block: one that the metric has not seen holds no other back."""
+    n, one = 4, torch.ones(4)
+    d = [torch.ones(1)] * n
+    g = [torch.tensor([s]) for s in (1.0, 100.0, -1.0, math.inf)]
+    like = {"coherence": 0 * one, "ages": one, "norms": one, "sizes": one, "rates": one / 10, "weights": one}
+    for nat in (1.0, 3.0):
+        found = lengths(d, g, [torch.zeros(1)] * n, **like, newton_scale=one / 100, nat=torch.tensor(nat))
+        assert found.alpha.tolist() == pytest.approx([0.1, 0.005 * nat, 0.1, 0.0])
+    for free in (None, torch.tensor(0.0), torch.tensor(math.nan)):
+        found = lengths(d, g, [torch.zeros(1)] * n, **like, newton_scale=one / 100, nat=free)
+        assert found.alpha.tolist() == pytest.approx([0.1] * n)
 
 
 @pytest.mark.parametrize(("rows", "share"), [(8, 1.0), (64, 1.0), (512, 0.25)])
