@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 
-GRID = (0.1, 0.3, 1.0, 3.0)
+GRID = (0.003, 0.01, 0.1, 0.3, 1.0, 3.0)
 STEPS = 10  # of conjugate gradients
 METHODS = {"kfac": (0, GRID), "ekfac": (0, GRID), "ekfac, refined": (STEPS, (3.0, 10.0, 30.0))}
 CONCRETE = "uci/concrete.txt"

@@ -65,7 +65,3 @@ class Batches:
         """How many data there are, where that is known before they are read."""
         whole = getattr(self.source, "dataset", None)
         return len(whole) if isinstance(whole, Sized) and not isinstance(whole, IterableDataset) else None
-
-    def __len__(self) -> int:
-        """Batches, 0 where that is not known."""
-        return len(self.source) if isinstance(self.source, Sized) else 0

@@ -17,7 +17,6 @@ from math import prod
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from natgrad.fisher.covectors import forms
@@ -31,6 +30,7 @@ from natgrad.linalg.krylov import steps_of_conjugate_gradient
 from natgrad.linalg.tree import Tensors, describe, replace_tensors
 from natgrad.metric.damping import Damping, full
 from natgrad.metric.metric import Metric
+from natgrad.metric.progress import counted
 from natgrad.metric.stacks import all_with_all, stack_size
 from natgrad.uses.data import Batches
 
@@ -74,7 +74,7 @@ def influence(
         top: return (values, indices), (queries, top) each, of the largest scores in place of all.
         chunk: queries whose gradients are held at once; `data` are run once a chunk. None takes as many as make
             2²⁷ numbers. Memory: chunk · parameters numbers, three times that with `refine`, beside the scores.
-        progress: show a bar.
+        progress: count the batches on standard error, where that is a terminal.
 
     Raises:
         TypeError: the metric is none of a model, or queries and data are no batches.
@@ -95,27 +95,25 @@ def influence(
     exact = ExactProduct(metric, lambda: given) if refine else None
     found: list[Tensor] = []
     best: list[Ranking] = []
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("influence", total=len(given) or None)
-        for stack in measurements(metric, wanted, measure, chunk):
-            bar.reset(task)
-            count = stack_size(stack, metric.parameters) or 0
-            needed = (3 if refine else 1) * count * size * like.element_size()
-            ensure_fits(needed, f"{count} queries at a time", "a smaller chunk=", like)
-            tangents = solved(metric, stack, lam, exact, refine)
-            parts, ranking = [], Ranking(top or 0)
-            for inputs, targets in given:
-                new = scores(metric, inputs, targets, tangents, by)
-                if top is not None:
-                    ranking.add(new)
-                else:
-                    ensure_fits(new.numel() * new.element_size(), "scores of one more batch", "top=", like)
-                    parts.append(new)
-                bar.advance(task)
-            if top is None:
-                found.append(joined(parts))
+    done = 0
+    for stack in measurements(metric, wanted, measure, chunk):
+        count = stack_size(stack, metric.parameters) or 0
+        needed = (3 if refine else 1) * count * size * like.element_size()
+        ensure_fits(needed, f"{count} queries at a time", "a smaller chunk=", like)
+        tangents = solved(metric, stack, lam, exact, refine)
+        parts, ranking = [], Ranking(top or 0)
+        for inputs, targets in counted(given, f"influence on queries {done} to {done + count - 1}", progress):
+            new = scores(metric, inputs, targets, tangents, by)
+            if top is not None:
+                ranking.add(new)
             else:
-                best.append(ranking)
+                ensure_fits(new.numel() * new.element_size(), "scores of one more batch", "top=", like)
+                parts.append(new)
+        done += count
+        if top is None:
+            found.append(joined(parts))
+        else:
+            best.append(ranking)
     if top is None:
         return torch.cat(found)
     return torch.cat([r.values for r in best]), torch.cat([r.indices for r in best])

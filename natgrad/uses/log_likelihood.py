@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as td
 
 from natgrad.fisher.likelihoods.base import CriterionLikelihood
@@ -95,7 +95,6 @@ def sum_of_losses(likelihood: CriterionLikelihood, local: Any, outputs: Tensors,
         return likelihood.sum_loss(replace_tensors(local, outputs, values), y)
 
 
-def is_loss_alone(likelihood: CriterionLikelihood) -> bool:
-    """Whether the criterion stands for no likelihood whose constant is known."""
-    known = (CrossEntropy, Squared, Absolute, GaussianNoise, PoissonCount, BinaryCrossEntropy, FromDistribution)
-    return not isinstance(likelihood, known) and not isinstance(likelihood.criterion, nn.BCELoss)
+def as_output(likelihood: CriterionLikelihood, kind: str, f: Tensor) -> Tensor:
+    """Logits as the criterion takes them: nn.NLLLoss takes logarithms of probabilities, which are logits too."""
+    return f.log_softmax(class_dim(likelihood, f)) if kind == "softmax" else f

@@ -26,7 +26,7 @@ from natgrad.fisher.linearised import Linearised, check_metric, linearised
 from natgrad.fisher.options import arguments, choose
 from natgrad.metric.damping import Number, Resolved, full, per_name, resolved
 from natgrad.uses.data import Batches
-from natgrad.uses.log_likelihood import classes_of, constant, noise, probabilities, sum_of_losses
+from natgrad.uses.log_likelihood import as_output, classes_of, constant, noise, probabilities, sum_of_losses
 
 PROBIT = math.pi / 8  # the logistic function beside the normal's (MacKay 1992, eq. 13)
 SAMPLES = 100  # draws where nothing is said
@@ -311,7 +311,7 @@ class Posterior:
                 share = 1.0 if likelihood.reduction == "sum" else lin.data.count / max(mass, 1e-300)
                 count += lin.data.count
                 if kind is not None:
-                    scale = (outputs[0] / (1 + PROBIT * v).sqrt(),)
+                    scale = (as_output(likelihood, kind, outputs[0] / (1 + PROBIT * v).sqrt()),)
                     total -= share * float(sum_of_losses(likelihood, lin.local, outputs, scale, y))
                     continue
                 own = noise(likelihood, lin, share)

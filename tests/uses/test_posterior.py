@@ -264,6 +264,43 @@ def test_the_prior_is_tuned(close: Close) -> None:
     assert "prior=" in repr(post)
 
 
+class LogProbabilities(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).log_softmax(1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_one_likelihood_in_two_forms(count: int, close: Close) -> None:
+    """Logits or logarithms of probabilities, a loss or a distribution: evidence and held-out likelihood agree."""
+    x, y = data()
+    forms: list[tuple[nn.Module, nn.Module, Tensor]] = [
+        (net(), nn.CrossEntropyLoss(), y),
+        (net(), ng.Likelihood(lambda f: td.Categorical(logits=f)), y),
+        (LogProbabilities(), nn.NLLLoss(), y),
+    ]
+    if count == 2:
+        z = (y > 0).double()[:, None]
+        forms = [
+            (net(1), nn.BCEWithLogitsLoss(), z),
+            (net(1), ng.Likelihood(lambda f: td.Bernoulli(logits=f)), z),
+        ]
+    found = []
+    for model, criterion, labels in forms:
+        metric = ng.Fisher(model, criterion, kind="exact", structure="dense").fit([(x, labels)], False)
+        post = ng.posterior(metric, prior=0.5)
+        p = post.predict(x)
+        assert isinstance(p, Tensor)
+        chosen = p.gather(1, labels[:, None]) if count == 3 else torch.where(labels > 0, p, 1 - p)
+        close(torch.tensor(post.held_out([(x, labels)]), dtype=F64), chosen.log().mean().detach(), 1e-10)
+        found.append(post.evidence([(x, labels)]))
+    for other in found[1:]:
+        close(other, found[0], 1e-8)
+
+
 def test_files_and_bad_input(tmp_path: Path, close: Close) -> None:
     x, y = data()
     model, criterion = net(), nn.CrossEntropyLoss()
