@@ -9,7 +9,8 @@ from natgrad.function_space.energy import Energy
 from natgrad.function_space.gauss_newton import GaussNewton
 from natgrad.function_space.hessian import Hessian
 from natgrad.function_space.quantum import QuantumGeometry
-from natgrad.metric.metric import Euclidean, Metric
+from natgrad.metric.euclidean import Euclidean
+from natgrad.metric.metric import Metric
 from natgrad.optim.exact_quadratic import ExactQuadratic
 from natgrad.optim.fixed import FixedStep
 from natgrad.optim.grafted import Grafted

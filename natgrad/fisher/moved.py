@@ -172,7 +172,7 @@ class KeptBatches:
         """D(Δ), a scalar tensor in float64.
 
         Raises:
-                RuntimeError: no batch was backpropagated since the last step.
+            RuntimeError: no batch was backpropagated since the last step.
             ValueError: the criterion is given what does not follow from the model's output.
         """
         metric = self._metric()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from natgrad.linalg.cholesky import damped_cholesky, ensure_fits
 from natgrad.linalg.krylov import conjugate_gradient
-from natgrad.metric.damping import Damping, Resolved, full, number_of, per_name, resolved
+from natgrad.metric.damping import Damping, Resolved, full, number_of, resolved
 from natgrad.metric.protocols import OwnGradient, Trained, Vector
 from natgrad.metric.stacks import all_with_all, each_with_each, one_by_one, plain_damping, stack_size
 
@@ -243,35 +243,6 @@ class Metric(Trained, OwnGradient):
         """(P,) → {name: tensor}"""
         parts = flat.split([p.numel() for p in self.parameters.values()])
         return {n: part.reshape(p.shape) for (n, p), part in zip(self.parameters.items(), parts)}
-
-
-class Euclidean(Metric):
-    """ĝ = I: the metric that plain gradient descent takes without saying so.
-
-    Args:
-        params: a module, a ``{name: parameter}`` mapping or an iterable of parameters.
-    """
-
-    positive_definite = True
-    takes_stacks = True
-    copies_with_model = True
-    step_options: Mapping[str, float] = {"damping": 0.0}
-
-    def __init__(self, params: nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> None:
-        super().__init__(named(params))
-
-    def flat(self, v: Mapping[str, Tensor]) -> Vector:
-        return self.check(v, "v")
-
-    def sharp(self, df: Mapping[str, Tensor], damping: Damping = 0.0) -> Vector:
-        given = self.dampings(damping)
-        return {n: g if (d := per_name(given, n)) == 0 else g / (1 + d) for n, g in self.check(df, "df").items()}
-
-    def divergence(self, increments: Mapping[str, Tensor]) -> Tensor:
-        return sum_of(t.square().sum() for t in increments.values()) / 2
-
-    def diagonal(self) -> Vector:
-        return {n: torch.ones_like(p) for n, p in self.parameters.items()}
 
 
 class Sum(Metric):
