@@ -24,12 +24,12 @@ from natgrad.optim.spring import Spring
 from natgrad.optim.step_rule import StepContext, StepRule
 from natgrad.optim.trust_region import TrustRegion
 from natgrad.uses.anchoring import Anchor, anchor
-from natgrad.uses.influence import influence, pair, self_influence
+from natgrad.uses.laplace import Posterior, posterior
 from natgrad.uses.merging import merge
-from natgrad.uses.posterior import Posterior, posterior
 from natgrad.uses.projection import effective_dimension, nearest
 from natgrad.uses.pruning import prune
 from natgrad.uses.rounding import round_weights
+from natgrad.uses.scoring import influence, pair, self_influence
 
 __version__ = "0.1.0.dev0"
 __all__ = [

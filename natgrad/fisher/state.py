@@ -26,7 +26,7 @@ from natgrad.blocks.structures import block_from_json, block_to_json
 from natgrad.metric.files import write_whole
 from natgrad.metric.seal import SEAL, sealed, unsealed
 
-FORMAT = 13
+FORMAT = 14
 WHAT = "the metric's state"
 GENERATOR = "generator."  # begins the names of random streams in a file
 KEYS = ("about", "tensors", "generators")
