@@ -53,7 +53,7 @@ class NaturalPolicyGradient(AlongGradient):
     def __init__(
         self,
         radius: float = 0.01,
-        damping: float = 0.01,
+        damping: float = 1e-3,
         backtracks: int = 10,
         shrink: float = 0.8,
         lr: float = 1.0,

@@ -174,9 +174,14 @@ def test_an_error_in_a_trial_leaves_the_parameters() -> None:
 
 
 def test_a_share_of_the_length_is_a_share() -> None:
-    agent = Agent(lr=0.5)
-    agent.opt.step(agent.surrogate)
-    assert agent.moved() == pytest.approx(0.25 * RADIUS, rel=0.1)
+    whole, half = Agent(), Agent(lr=0.5)
+    before = [p.detach().clone() for p in whole.net.parameters()]
+    for agent in (whole, half):
+        agent.opt.step(agent.surrogate)
+        assert not agent.opt.info["tries"]
+        assert agent.opt.info["kl"] == pytest.approx(agent.moved(), rel=1e-9)
+    for p, q, b in zip(whole.net.parameters(), half.net.parameters(), before):
+        torch.testing.assert_close(q - b, 0.5 * (p - b))
 
 
 @pytest.mark.parametrize(
