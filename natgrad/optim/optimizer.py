@@ -217,10 +217,8 @@ class NaturalGradient(torch.optim.Optimizer):
             df = {n: torch.where(fine, g, torch.zeros_like(g)) for n, g in df.items()}
         first = next(iter(options.values()))
         self.rule.info = {"damping": first.damping, "step_length": first.lr}  # where the rule says nothing else
-        context = StepContext(options, self.refreshed)
-        if closure is not None and self.rule.verifies:
-            parameters = self._held(self._name_of)
-            context = StepContext(options, self.refreshed, value_of(loss), Trial(closure, parameters))
+        trial = Trial(closure, self._held(self._name_of)) if closure is not None and self.rule.verifies else None
+        context = StepContext(options, self.refreshed, None if trial is None else value_of(loss), trial)
         self._apply(self.rule.update(self.metric, df, context), None if on_host else fine)
         if self._average is not None:
             self._average.follow(self._held(self._name_of))
