@@ -1,6 +1,7 @@
 """natgrad: natural-gradient descent for PyTorch."""
 
 from natgrad import operators
+from natgrad.capture.ops import OpUse, op_rule
 from natgrad.capture.tape import CaptureError
 from natgrad.fisher.fisher import Fisher
 from natgrad.fisher.likelihoods.distribution import Likelihood
@@ -52,6 +53,7 @@ __all__ = [
     "NaturalGradient",
     "NaturalPolicyGradient",
     "NormalisedStep",
+    "OpUse",
     "Posterior",
     "QuantumGeometry",
     "Spring",
@@ -63,6 +65,7 @@ __all__ = [
     "influence",
     "merge",
     "nearest",
+    "op_rule",
     "operators",
     "pair",
     "posterior",
