@@ -170,7 +170,7 @@ def test_a_state_of_another_format_is_refused() -> None:
     state = metric_of("kfac", 4).state_dict()
     about = {**json.loads(state["about"]), "format": 4}
     again = ng.Fisher(Net().double(), CRITERION, kind="exact", max_factor_dim=4)
-    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 13"):
+    with pytest.raises(ValueError, match="has format 4; this version of natgrad reads format 14"):
         again.load_state_dict({**state, "about": json.dumps(about)})
 
 

@@ -29,7 +29,7 @@ Y = torch.tensor([0, 2, 1, 2])
 class Always:
     """A driver that wants statistics of every forward pass."""
 
-    refresh_due = True
+    refresh_due, rule = True, ng.NormalisedStep()
 
 
 def driven(model: nn.Module, criterion: nn.Module, **options: Any) -> ng.Fisher:
