@@ -337,7 +337,8 @@ class Hessian(Metric):
         self._batch = (batch,) if self._takes_batch else ()
         loss, live = self._loss(), self.live()
         grads = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
-        self._df = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(live.items(), grads)}
+        found = dict(zip(live, grads))
+        self._df = {n: torch.zeros_like(p) if (g := found.get(n)) is None else g for n, p in self.parameters.items()}
         return loss.detach()
 
     def gradient(self) -> Vector:

@@ -52,7 +52,7 @@ class RowsInUnits(JacobianMetric):
     def __init__(self, metric: JacobianMetric, units: Mapping[str, Tensor]) -> None:
         super().__init__(metric.parameters, metric.solver)
         self.metric, self.units = metric, metric.check(units, "units")
-        scale, rows = self.vector_to_flat(self.units), metric.linearised()
+        scale, rows = metric.columns(self.units), metric.linearised()
         self.rows = JacobianOperator(
             rows.count,
             rows.parameters,
