@@ -81,15 +81,15 @@ def say_bare(metric: FrozenMetric, consequence: str) -> None:
         warnings.warn(f"the metric holds no curvature of {said}: {consequence}", stacklevel=4)
 
 
-def damping_or_default(metric: FrozenMetric, damping: Damping | None) -> Resolved:
-    """Return λ; where none is given `DAMPING` of the mean eigenvalue, tr ĝ over the number of parameters.
+def damping_or_default(metric: Metric, damping: Damping | None, share: float = DAMPING) -> Resolved:
+    """Return λ; where none is given a share of the mean eigenvalue, tr ĝ over the number of parameters.
 
     Raises:
         ValueError: it is not positive and finite, or the metric is zero and has no mean eigenvalue.
     """
     if damping is not None:
         return metric.dampings(damping)
-    mean = float(metric.trace()) / sum(s.numel() for s in metric.shapes.values())
+    mean = float(metric.trace()) / sum(p.numel() for p in metric.parameters.values())
     if not mean > 0:
         raise ValueError("the metric is zero, so that damping relative to it is zero too; give damping=")
-    return DAMPING * mean
+    return share * mean

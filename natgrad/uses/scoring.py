@@ -32,6 +32,7 @@ from natgrad.metric.damping import Damping, full
 from natgrad.metric.metric import Metric
 from natgrad.metric.progress import counted
 from natgrad.metric.stacks import all_with_all, stack_size
+from natgrad.uses.arguments import damping_or_default
 from natgrad.uses.data import Batches
 
 DAMPING = 0.1  # of the mean eigenvalue, and
@@ -90,8 +91,7 @@ def influence(
     if top is None and wanted.count is not None and given.count is not None:  # said before anything is computed
         needed = wanted.count * given.count * like.element_size()
         ensure_fits(needed, f"scores of {wanted.count} queries and {given.count} data", "top=, or fewer queries", like)
-    lam = default_damping(metric, REFINED if refine else DAMPING) if damping is None else damping
-    metric.dampings(lam)
+    lam = damping_or_default(metric, damping, REFINED if refine else DAMPING)
     exact = ExactProduct(metric, lambda: given) if refine else None
     found: list[Tensor] = []
     best: list[Ranking] = []
@@ -132,7 +132,7 @@ def self_influence(metric: Fisher, data: Any, damping: Damping | None = None) ->
         TypeError, ValueError, RuntimeError: as `influence`.
     """
     check_scores(metric, "datum", None, 0, None, None)
-    lam = default_damping(metric, DAMPING) if damping is None else damping
+    lam = damping_or_default(metric, damping, DAMPING)
     found = []
     for inputs, targets in Batches(data, "data"):
         with linearised(metric, inputs, targets) as lin:
@@ -172,18 +172,6 @@ def check_scores(metric: Any, by: str, top: Any, refine: Any, chunk: Any, measur
         raise ValueError("top= ranks data; take by='datum' with it")
     if measure is not None and not callable(measure):
         raise TypeError(f"measure= takes a callable (output, targets) → (queries,), got {describe(measure)}")
-
-
-def default_damping(metric: Fisher, share: float) -> float:
-    """A share of the mean eigenvalue.
-
-    Raises:
-        ValueError: the metric is zero, so that it has none.
-    """
-    mean = float(metric.trace()) / sum(p.numel() for p in metric.parameters.values())
-    if not mean > 0:
-        raise ValueError("the metric is zero: no datum moves the outputs, so there is no default damping; give one")
-    return share * mean
 
 
 # the two covectors of a score -----------------------------------------------------------------------------
