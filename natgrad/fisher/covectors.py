@@ -26,7 +26,8 @@ from natgrad.capture.parameters import ParameterSlice
 from natgrad.capture.rows import OneHot, Rows, project
 from natgrad.capture.tape import CaptureError
 from natgrad.fisher.fisher import Fisher
-from natgrad.linalg.inverse import DiagonalInverse, EigenInverse, Inverse, left_times
+from natgrad.linalg.block_diagonal import left_times
+from natgrad.linalg.inverse import DiagonalInverse, EigenInverse, Inverse
 from natgrad.metric.damping import Damping, Resolved, full
 
 

@@ -153,7 +153,7 @@ class CriterionHooks:
 
     def _before(self, args: Any, kwargs: Any) -> None:
         metric = self._metric()
-        if in_backward() or in_transform() or torch.jit.is_tracing() or _unwatched.get():
+        if in_backward() or in_transform() or torch.jit.is_tracing() or is_unwatched():
             return  # a recomputation of checkpointing, a transform of torch.func, or another metric's update
         if self.trainer != threading.get_ident():
             return
@@ -199,7 +199,7 @@ class CriterionHooks:
         metric, here = self._metric(), self.here
         if self.trainer != threading.get_ident() or metric is None:
             return
-        if in_backward() or in_transform() or _unwatched.get():
+        if in_backward() or in_transform() or is_unwatched():
             return
         if here.open is not None:
             here.inside.append((key, args, kwargs, loss))

@@ -52,12 +52,9 @@ class ExactProduct:
 
     def _of_batch(self, inputs: Any, targets: Any, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         metric = self.metric
-        args, kwargs = arguments(inputs)
         parameters = list(metric.parameters.values())
         with isolated(metric.module, parameters), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            buffers = {n: b.detach().clone() for n, b in metric.module.named_buffers()}
-            output = metric.output_of(torch.func.functional_call(metric.module, buffers, args, kwargs))
-            targets = metric.targets_of((args, kwargs), output) if targets is None else targets
+            output, targets = given_to_criterion(metric, inputs, targets)
             check_output(metric.likelihood, output, targets)
             outputs = metric.likelihood.outputs(output)
             local = replace_tensors(output, outputs, tuple(o.detach() for o in outputs))
@@ -124,17 +121,22 @@ class ExactProduct:
         return self.masses
 
 
+def given_to_criterion(metric: Fisher, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """What the criterion is given for a batch: the picked output, and targets."""
+    args, kwargs = arguments(inputs)
+    buffers = {n: b.detach().clone() for n, b in metric.module.named_buffers()}
+    output = metric.output_of(torch.func.functional_call(metric.module, buffers, args, kwargs))
+    return output, metric.targets_of((args, kwargs), output) if targets is None else targets
+
+
 def masses_of(metric: Fisher, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     """The mass of the loss terms of some data, by source; none for a sum."""
     found: dict[str, float] = {}
     if metric.likelihood.reduction == "sum":
         return found
     for inputs, targets in batches:
-        args, kwargs = arguments(inputs)
         with isolated(metric.module, metric.parameters.values()), torch.no_grad():
-            buffers = {n: b.detach().clone() for n, b in metric.module.named_buffers()}
-            output = metric.output_of(torch.func.functional_call(metric.module, buffers, args, kwargs))
-            targets = metric.targets_of((args, kwargs), output) if targets is None else targets
+            output, targets = given_to_criterion(metric, inputs, targets)
             for source, part, out, y in metric.likelihood.parts("exact", output, targets):
                 found[source] = found.get(source, 0.0) + float(part.term_mass(part.outputs(out), y).sum())
     return found

@@ -60,7 +60,6 @@ def largest(
     start: Tensor,
     k: int,
     steps: int | None = None,
-    tolerance: float | None = None,
     signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k eigenvalues largest in magnitude, as often as they occur, eigenvectors (P, k) and residuals (k,).
@@ -68,14 +67,12 @@ def largest(
     Args:
         start: a random block (P, b), b ≥ k.
         steps: the most blocks of products; None is `STEPS`.
-        tolerance: of a residual ‖Av − θv‖ relative to the largest |θ|; None is √ε of the dtype, where the error
-            of an eigenvalue that is apart from others, in second order of the residual, is rounding.
         signed: largest in value, not in magnitude.
 
     Warns where the residuals stay above the tolerance.
     """
     size, blocks = start.shape
-    tolerance = torch.finfo(start.dtype).eps ** 0.5 if tolerance is None else tolerance
+    tolerance = torch.finfo(start.dtype).eps ** 0.5  # of ‖Av − θv‖ / max |θ|; the error, of second order, is rounding
     fresh = torch.linalg.qr(start).Q
     basis = image = start[:, :0]
     for _ in range(STEPS if steps is None else steps):

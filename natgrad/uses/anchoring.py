@@ -109,6 +109,9 @@ class Anchor:
         """
         if not isinstance(other, Anchor):
             raise TypeError(f"anchors add to anchors, got {type(other).__name__}")
+        device = next(iter(other.centre.values())).device
+        self._move(device)
+        other._move(device)
         rows = block_for_block({"the first": self.metric, "the second": other.metric}, "anchors do not add")
         blocks = [summed([(1.0, b) for b in row], self.metric.shapes) for row in rows]
         point = {n: t.clone().requires_grad_() for n, t in other.centre.items()}
@@ -159,8 +162,6 @@ class Anchor:
 
     def _move(self, device: torch.device) -> None:
         """Follow parameters that were moved to another device."""
-        if next(iter(self.centre.values())).device == device:
-            return
         self.centre = {n: t.to(device) for n, t in self.centre.items()}
         self._slope = {n: t.to(device) for n, t in self._slope.items()}
         for block in self.metric.ready:

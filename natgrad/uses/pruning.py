@@ -72,13 +72,13 @@ def prune(
         raise ValueError("groups has no group: every entry has a label below zero, or no curvature")
     if removed == count:
         raise ValueError(f"fraction {fraction} of {count} keeps nothing; give a smaller one")
-    moved = {n: t.double() for n, t in start.items()}
+    moved = exact = {n: t.double() for n, t in start.items()}
     inverse = held.inverse_diagonal(given)
     masks = {n: torch.ones(t.shape, dtype=torch.bool, device=t.device) for n, t in start.items()}
     for k in range(1, rounds + 1):
         now = removed if k == rounds else round(count * (1 - (1 - removed / count) ** (k / rounds)))
         masks = least(labels, moved, inverse, masks, now)
-        moved = projected(held, {n: t.double() for n, t in start.items()}, masks, given)
+        moved = projected(held, exact, masks, given)
     return masks, {n: t.to(start[n]) for n, t in moved.items()}
 
 

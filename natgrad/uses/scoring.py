@@ -33,7 +33,7 @@ from natgrad.metric.metric import Metric
 from natgrad.metric.progress import counted
 from natgrad.metric.stacks import all_with_all, stack_size
 from natgrad.uses.arguments import damping_or_default
-from natgrad.uses.data import Batches
+from natgrad.uses.data import BATCH, Batches
 
 DAMPING = 0.1  # of the mean eigenvalue, and
 REFINED = 10.0  # where the exact Fisher matrix is solved with: python -m benchmarks.uses.influence
@@ -87,7 +87,7 @@ def influence(
     size = sum(p.numel() for p in metric.parameters.values())
     like = next(iter(metric.parameters.values()))
     chunk = chunk or max(1, HELD // size)
-    wanted, given = Batches(queries, "queries", min(chunk, 64)), Batches(data, "data")
+    wanted, given = Batches(queries, "queries", min(chunk, BATCH)), Batches(data, "data")
     if top is None and wanted.count is not None and given.count is not None:  # said before anything is computed
         needed = wanted.count * given.count * like.element_size()
         ensure_fits(needed, f"scores of {wanted.count} queries and {given.count} data", "top=, or fewer queries", like)
@@ -329,9 +329,9 @@ class Ranking:
         self.top, self.seen = top, 0
 
     def add(self, new: Tensor) -> None:
-        index = torch.arange(self.seen, self.seen + new.shape[1], device=new.device).expand(new.shape)
-        if self.seen:
+        start, self.seen = self.seen, self.seen + new.shape[1]
+        index = torch.arange(start, self.seen, device=new.device).expand(new.shape)
+        if start:
             new, index = torch.cat([self.values, new], 1), torch.cat([self.indices, index], 1)
-        self.seen = int(index.max()) + 1
         self.values, order = new.topk(min(self.top, new.shape[1]), dim=1)
         self.indices = index.gather(1, order)

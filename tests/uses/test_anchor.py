@@ -12,6 +12,7 @@ from oracle_of_uses import F64, STRUCTURES, data, fisher, flat, net, noise, valu
 from torch import Tensor, nn
 
 import natgrad as ng
+from natgrad.blocks.base import Block
 
 Close = Callable[[Tensor, Tensor, float], None]
 CLOSED = ("dense", "block", "diagonal", "input")  # under sums
@@ -219,3 +220,22 @@ def test_parameters_without_curvature_are_named() -> None:
     with pytest.warns(UserWarning, match=r"'w' .*nothing holds it near"):
         near = ng.anchor(metric)
     assert torch.autograd.grad(near.penalty(), [metric.parameters["w"]], allow_unused=True) == (None,)
+
+
+def test_blocks_follow_the_parameters_wherever_the_centre_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics from a file are on the CPU, whatever device the centre is given on."""
+    moved: list[str] = []
+    move = Block.move
+    monkeypatch.setattr(
+        Block, "move", lambda self, device, dtype: (moved.append(self.key), move(self, device, dtype))[1]
+    )
+    model = nn.Linear(3, 2).double()
+    metric = ng.Fisher(model, nn.MSELoss(), kind="exact")
+    metric.update(torch.randn(5, 3).double())
+    near = ng.anchor(metric)
+    moved.clear()
+    near.penalty()
+    assert moved == [b.key for b in near.metric.ready]
+    moved.clear()
+    _ = near + ng.anchor(metric)
+    assert set(moved) == {b.key for b in near.metric.ready}
