@@ -178,6 +178,12 @@ def _by_channel(parameter: Value, x: Value) -> Value:
     return None if parameter is None else parameter.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
+def _by_torch(func: Any, *args: Any) -> Any:
+    if any(type(a) is Jet for a in args):  # torch would hand it back to the rule
+        raise NoRule(func.__name__)
+    return func(*args)
+
+
 def _instance_norm(
     func: Any,
     x: Value,
@@ -190,7 +196,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Value:
     if not use_input_stats or running_mean is not None:
-        return func(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return _by_torch(func, x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _scaled(_normalised(x, tuple(range(2, x.ndim)), eps), _by_channel(weight, x), _by_channel(bias, x))
 
 
@@ -206,7 +212,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Value:
     if not training or running_mean is not None:
-        return func(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _by_torch(func, x, running_mean, running_var, weight, bias, training, momentum, eps)
     axes = (0, *range(2, x.ndim))
     return _scaled(_normalised(x, axes, eps), _by_channel(weight, x), _by_channel(bias, x))
 

@@ -45,6 +45,9 @@ def plain_attention() -> Iterator[None]:
         cuda.enable_math_sdp(plain)
 
 
+TENSORS = ("A", "LU", "input", "pivots", "B")  # torch's names of what `MENDED` takes, in the order of their places
+
+
 class Mended(TorchFunctionMode):
     """Takes the functions of `MENDED` in place of torch's, and notes those that have no second derivative."""
 
@@ -57,7 +60,11 @@ class Mended(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         if func in PIECEWISE_LINEAR:
             self.kinks.append(func.__name__)
-        return MENDED[func](func, *args, **(kwargs or {})) if func in MENDED else func(*args, **(kwargs or {}))
+        if func not in MENDED:
+            return func(*args, **(kwargs or {}))
+        named = dict(kwargs or {})
+        given = [named.pop(n) for n in TENSORS if n in named]
+        return MENDED[func](func, *args, *given, **named)
 
 
 class Mending:

@@ -77,7 +77,7 @@ class RowsInUnits(JacobianMetric):
 
 
 def by_diagonal(diagonal: Mapping[str, Tensor]) -> Vector:
-    """Return the units in which this diagonal is 1; 1 where it is zero."""
+    """Return the units in which this diagonal is 1; 1 where it is not positive."""
     return {n: torch.where(d > 0, d, torch.ones_like(d)).rsqrt() for n, d in diagonal.items()}
 
 

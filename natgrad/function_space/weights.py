@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weight = float | Tensor | Callable[..., Any]
 
@@ -76,7 +76,8 @@ class Weights(MutableMapping[str, Weight]):
 def arguments(weight: Callable[..., Any], offered: int, term: str) -> int:
     """How many of the positional arguments on offer a callable asks for."""
     try:
-        takes = inspect.signature(weight).parameters.values()
+        asked = weight.forward if isinstance(weight, nn.Module) else weight  # its __call__ takes anything
+        takes = inspect.signature(asked).parameters.values()
     except (TypeError, ValueError):
         return 0
     if any(p.kind is p.VAR_POSITIONAL for p in takes):

@@ -6,11 +6,14 @@ differences of those.
 
 import pytest
 import torch
+from torch import nn
 from torch.func import jacfwd, jacrev, vmap
 from torch.nn import functional as F
 
 import natgrad as ng
+from natgrad.function_space.forward_laplacian import RULES
 from natgrad.function_space.reverse_mode import Mending
+from natgrad.operators import laplacian
 
 torch.set_num_threads(1)
 D = torch.float64
@@ -165,3 +168,29 @@ def test_a_wave_function_of_determinants(name):
     centred = rows - weights @ rows
     close(metric.dense(), centred.mT @ (weights[:, None] * centred))
     close(metric.vector_to_flat(metric.gradient()), 2 * centred.mT @ (weights * (local - weights @ local)))
+
+
+def test_tensors_may_be_given_by_torchs_names() -> None:
+    a, b = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)
+    lu, pivots = torch.linalg.lu_factor(a)
+    for named, expected in (
+        (lambda: torch.linalg.solve(A=a, B=b), torch.linalg.solve(a, b)),
+        (lambda: torch.linalg.solve(a, B=b), torch.linalg.solve(a, b)),
+        (lambda: torch.linalg.det(A=a), torch.linalg.det(a)),
+        (lambda: torch.linalg.slogdet(A=a)[1], torch.linalg.slogdet(a)[1]),
+        (lambda: torch.logdet(input=a @ a.mT), torch.logdet(a @ a.mT)),
+        (lambda: torch.linalg.lu_solve(LU=lu, pivots=pivots, B=b), torch.linalg.lu_solve(lu, pivots, b)),
+    ):
+        torch.testing.assert_close(Mending(named)(), expected)
+
+
+def test_a_norm_by_running_statistics_has_no_jet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so at once, where calling itself would go through the whole stack first."""
+    calls = []
+    rule = RULES[F.batch_norm]
+    monkeypatch.setitem(RULES, F.batch_norm, lambda *a, **k: (calls.append(1), rule(*a, **k))[1])
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double().eval()
+    x = torch.rand(2, dtype=torch.float64)
+    found = laplacian(lambda y: net(y[None])[0, 0], x)
+    torch.testing.assert_close(found, torch.func.hessian(lambda y: net(y[None])[0, 0])(x).trace())
+    assert len(calls) <= 1

@@ -179,3 +179,27 @@ def test_a_residual_that_is_not_finite_is_named_before_its_weight() -> None:
     metric = ng.GaussNewton(net(), {"inside": lambda u, x: (u(x) - 100).log()}, {"inside": lambda r: r.abs().sum(1)})
     with pytest.raises(ValueError, match="term 'inside': the residual is not finite"):
         metric.observe({"inside": X})
+
+
+@pytest.mark.parametrize("takes", [0, 1, 2])
+def test_a_module_as_a_weight_gets_what_its_forward_takes(takes: int) -> None:
+    class Weighing(nn.Module):
+        if takes == 0:
+
+            def forward(self) -> torch.Tensor:
+                return torch.tensor(4.0)
+
+        elif takes == 1:
+
+            def forward(self, r: torch.Tensor) -> torch.Tensor:
+                return torch.full((len(r),), 4.0)
+
+        else:
+
+            def forward(self, r: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+                return torch.full((len(x),), 4.0)
+
+    model, x = nn.Linear(2, 1).double(), torch.rand(5, 2).double()
+    metric = ng.GaussNewton(model, {"t": lambda u, x: u(x)}, {"t": Weighing()})
+    plain = ng.GaussNewton(model, {"t": lambda u, x: u(x)})
+    torch.testing.assert_close(metric.observe({"t": x}), 4 * plain.observe({"t": x}))
